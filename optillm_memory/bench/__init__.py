@@ -1,0 +1,1 @@
+"""Benches: seeded measurements of the real code paths."""

@@ -1,0 +1,204 @@
+"""`bench stream`: a stream of tasks with feedback after each, through a real server."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+from openai import OpenAI
+
+from optillm_memory.bench.process import HostProcess
+from optillm_memory.bench.tasks import Task
+from optillm_memory.bench.upstream import RecordingUpstream
+from optillm_memory.bench.weights import smollm2_directory
+from optillm_memory.errors import InvalidField
+
+FeedbackKind = Literal["demonstration", "binary", "none"]
+MAX_TOKENS = 24
+VOTERS = 5
+Progress = Callable[[int], None]
+
+
+@dataclass
+class Server:
+    """Where the stream goes: an OpenAI-compatible URL, the model's name there, and the caller's key."""
+
+    url: str
+    model: str
+    key: str
+    calls: Callable[[], int] | None = None  # LLM calls as the upstream itself counted them
+
+
+@dataclass
+class Result:
+    """What came of each task, in order."""
+
+    right: list[bool] = field(default_factory=list)
+    vote_right: list[bool] = field(default_factory=list)
+    actions: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+    def figures(self) -> dict[str, Any]:
+        """Return the flat figures; `accuracy_last_N` is over the last N tasks, or all where there are fewer."""
+        figures: dict[str, Any] = {
+            "accuracy": _share(self.right),
+            "accuracy_last_100": _share(self.right[-100:]),
+            "accuracy_last_1000": _share(self.right[-1000:]),
+            "requests": len(self.right),
+            "llm_calls": sum(n for action, n in self.actions.items() if action != "reuse"),
+            "injected": self.actions["inject"],
+            "held_out": self.actions["holdout"],
+            "seconds": round(self.seconds, 2),
+        }
+        if self.vote_right:
+            figures["vote_accuracy"] = _share(self.vote_right)
+            figures["vote_accuracy_last_100"] = _share(self.vote_right[-100:])
+        return figures
+
+
+def run(
+    server: Server,
+    tasks: Sequence[Task],
+    *,
+    feedback: FeedbackKind = "demonstration",
+    mode: str = "readwrite",
+    vote: bool = False,
+    namespace: str = "default",
+    tick: Progress = lambda _done: None,
+) -> Result:
+    """Ask for each task in turn, tell how it went, and ask for the next.
+
+    With `demonstration` the right answer follows a failure; with `binary` only success or failure is told. `vote`
+    also asks recall alone, before the answer: the similarity-weighted vote of the nearest exemplars.
+    """
+    result = Result()
+    started = time.perf_counter()
+    headers = {"Authorization": f"Bearer {server.key}", "X-Agent-Memory-Namespace": namespace}
+    with (
+        OpenAI(base_url=server.url, api_key=server.key, timeout=600, max_retries=0) as client,
+        httpx.Client(base_url=f"{server.url.rstrip('/')}/agent_memory", headers=headers, timeout=60) as routes,
+    ):
+        for done, task in enumerate(tasks, 1):
+            if vote:
+                result.vote_right.append(_vote(routes, task.input) == task.output)
+            trace_id, answer, action = ask(client, server.model, task.input, mode=mode, namespace=namespace)
+            right = answer.strip() == task.output
+            result.right.append(right)
+            result.actions[action] += 1
+            if feedback != "none":
+                tell(routes, trace_id, task, right=right, demonstrate=feedback == "demonstration")
+            tick(done)
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def ask(client: OpenAI, model: str, text: str, *, mode: str = "readwrite", namespace: str) -> tuple[str, str, str]:
+    """Ask for one task; return (trace id, answer, action)."""
+    raw = client.chat.completions.with_raw_response.create(
+        model=model,
+        messages=[{"role": "user", "content": text}],
+        max_tokens=MAX_TOKENS,
+        temperature=0.0,
+        extra_body={"agent_memory": {"mode": mode, "namespace": namespace}},
+    )
+    completion = raw.parse()
+    action = raw.headers.get("X-Agent-Memory-Action", "plain")
+    trace_id = raw.headers.get("X-Agent-Memory-Trace-Id", completion.id)
+    return trace_id, completion.choices[0].message.content or "", action
+
+
+def tell(routes: httpx.Client, trace_id: str, task: Task, *, right: bool, demonstrate: bool) -> None:
+    """Post feedback as code that knows the answer: success or failure, and what would have been right."""
+    items: list[dict[str, Any]] = [{"trace_id": trace_id, "metric": "success", "value": right, "source": "code"}]
+    if demonstrate and not right:
+        shown = {"trace_id": trace_id, "metric": "demonstration", "value": task.output, "source": "code"}
+        items.append(shown)
+    routes.post("/feedback", json=items).raise_for_status()
+
+
+def _vote(routes: httpx.Client, text: str) -> str | None:
+    response = routes.get("/memories", params={"query": text, "limit": VOTERS})
+    response.raise_for_status()
+    votes: Counter[str] = Counter()
+    for hit in response.json()["data"]:
+        votes[hit["answer"]] += hit["cosine"] or hit["score"]
+    return votes.most_common(1)[0][0] if votes else None
+
+
+def _share(values: Sequence[bool]) -> float:
+    return round(sum(values) / len(values), 4) if values else 0.0
+
+
+# -- servers of the bench's own making -------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def own_server(
+    upstream: str, tasks: Sequence[Task], *, seed: int, env: Mapping[str, str], say: Callable[[str], None]
+) -> Iterator[Server]:
+    """Start a real server on an empty database, with an upstream of its own.
+
+    `upstream` is `smollm2` (SmolLM2-135M through optillm's own inference) or `random:P` (an upstream that knows
+    the answers and gives the right one with probability P, else another label). Raises InvalidField.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="optillm-memory-bench-")))
+        if upstream == "smollm2":
+            model, key, url = str(smollm2_directory(progress=say)), "optillm", None
+            env = {**env, "OPTILLM_API_KEY": key}
+            calls = None
+        elif upstream.startswith("random:"):
+            answering = stack.enter_context(RecordingUpstream(_oracle(_probability(upstream), tasks, seed)))
+            model, key, url = "oracle", "sk-bench", answering.base_url
+            calls = lambda: len(answering.requests)  # noqa: E731
+        else:
+            raise InvalidField("--upstream", f"{upstream!r} is neither smollm2 nor random:P")
+        say("starting optillm")
+        process = HostProcess.serve(url, db=folder / "memory.db", env=env)
+        stack.enter_context(process)
+        wait_for_encoder(process.base_url, key)
+        yield Server(process.base_url, f"agent_memory-{model}", key, calls)
+
+
+def wait_for_encoder(base_url: str, key: str, timeout_s: float = 120) -> str:
+    """Wait until the server's encoder is there, or is known to be absent; return its state."""
+    deadline = time.monotonic() + timeout_s
+    state = "loading"
+    while state == "loading" and time.monotonic() < deadline:
+        response = httpx.get(f"{base_url}/agent_memory/stats", headers={"Authorization": f"Bearer {key}"}, timeout=30)
+        response.raise_for_status()
+        state = str(response.json()["encoder"])
+        time.sleep(0.1)
+    return state
+
+
+def _probability(upstream: str) -> float:
+    try:
+        share = float(upstream.partition(":")[2])
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise InvalidField("--upstream", f"{upstream!r}: give a probability from 0 to 1, as in random:0.7")
+    return share
+
+
+def _oracle(share: float, tasks: Sequence[Task], seed: int) -> Callable[[dict[str, Any]], str]:
+    answers = {task.input: task.output for task in tasks}
+    labels = sorted(set(answers.values()))
+    chance = random.Random(seed)
+
+    def reply(request: dict[str, Any]) -> str:
+        right = answers.get(str(request["messages"][-1]["content"]), labels[0])
+        if chance.random() < share or len(labels) == 1:
+            return right
+        return chance.choice([label for label in labels if label != right])
+
+    return reply

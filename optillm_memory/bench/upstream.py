@@ -1,0 +1,308 @@
+"""A recording upstream: a small OpenAI-compatible server on the loopback, for tests and benches."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+MODEL = "upstream-model"
+_ERROR_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the upstream answers to one request.
+
+    `content` goes into each of the `n` choices (None stays null). `body` replaces the whole body. A
+    `status` other than 200 gets an OpenAI-shaped error body. `delay_s` answers late and `hang` never:
+    the connection is dropped when the upstream closes.
+    """
+
+    content: str | None = "ok"
+    status: int = 200
+    body: Mapping[str, Any] | None = None
+    delay_s: float = 0.0
+    hang: bool = False
+    tool_calls: Sequence[Mapping[str, Any]] = ()
+    finish_reason: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+Answer: TypeAlias = Reply | str | dict[str, Any] | int
+ReplyFunction: TypeAlias = Callable[[dict[str, Any]], Answer]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedRequest:
+    """One POST to /v1/chat/completions as it arrived; `arrived_s` is on `time.perf_counter`'s clock."""
+
+    body: bytes
+    json: dict[str, Any]
+    headers: Mapping[str, str]  # names in lower case
+    arrived_s: float
+
+
+def tool_call(name: str, arguments: Mapping[str, Any], call_id: str = "call_1") -> dict[str, Any]:
+    """Build one tool call in OpenAI's shape, for `Reply(content=None, tool_calls=[…])`."""
+    return {
+        "id": call_id,
+        "type": "function",
+        "function": {"name": name, "arguments": json.dumps(dict(arguments))},
+    }
+
+
+def echo(request: dict[str, Any]) -> str:
+    """Answer with the last user message: the reply where none is given."""
+    texts = [_text(message) for message in _messages(request) if message.get("role") == "user"]
+    return f"echo: {texts[-1] if texts else ''}"
+
+
+class RecordingUpstream:
+    """An upstream that records what it is asked and answers as it is told.
+
+    It serves from construction until `close()`. `reply` maps the parsed request to an answer: a str is
+    the assistant's text, a dict the whole body, an int an error status, a Reply anything else. A reply
+    that raises becomes a 500 with its message. Raises OSError where `port` is taken.
+    """
+
+    def __init__(self, reply: ReplyFunction = echo, port: int = 0) -> None:
+        self._state = _State(reply)
+        self._server = _Server(self._state, port)
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread.start()
+
+    @property
+    def base_url(self) -> str:
+        """Where an OpenAI client finds it."""
+        return f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    @property
+    def reply(self) -> ReplyFunction:
+        """What answers; it may be replaced while serving."""
+        return self._state.reply
+
+    @reply.setter
+    def reply(self, reply: ReplyFunction) -> None:
+        self._state.reply = reply
+
+    @property
+    def requests(self) -> list[RecordedRequest]:
+        """What has arrived so far, oldest first; a copy."""
+        return self._state.recorded()
+
+    def clear(self) -> None:
+        """Forget what has arrived."""
+        self._state.clear()
+
+    def close(self) -> None:
+        """Stop serving, let go of whatever hangs and drop every connection; twice is fine."""
+        if self._state.closing.is_set():
+            return
+        self._state.closing.set()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.drop_connections()
+        self._server.server_close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _State:
+    """What the upstream and the threads that answer share."""
+
+    def __init__(self, reply: ReplyFunction) -> None:
+        self.reply = reply
+        self.closing = threading.Event()
+        self._lock = threading.Lock()
+        self._requests: list[RecordedRequest] = []
+        self._answered = 0
+
+    def record(self, request: RecordedRequest) -> None:
+        with self._lock:
+            self._requests.append(request)
+
+    def recorded(self) -> list[RecordedRequest]:
+        with self._lock:
+            return list(self._requests)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._requests.clear()
+
+    def next_number(self) -> int:
+        with self._lock:
+            self._answered += 1
+            return self._answered
+
+    def answer(self, request: dict[str, Any]) -> Reply:
+        try:
+            answer = self.reply(request)
+        except Exception as error:  # noqa: BLE001 -- the callback's fault belongs in the caller's test
+            return Reply(status=500, body=_error(500, f"reply raised {type(error).__name__}: {error}"))
+        if isinstance(answer, str):
+            return Reply(content=answer)
+        if isinstance(answer, int):
+            return Reply(status=answer)
+        return answer if isinstance(answer, Reply) else Reply(body=answer)
+
+
+def _completion(request: dict[str, Any], reply: Reply, number: int) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": reply.content, "refusal": None}
+    if reply.tool_calls:
+        message["tool_calls"] = [dict(call) for call in reply.tool_calls]
+    finish = reply.finish_reason or ("tool_calls" if reply.tool_calls else "stop")
+    choices = request.get("n") or 1
+    prompt = sum(len(_text(one).split()) for one in _messages(request))
+    completion = choices * len((reply.content or "").split())
+    return {
+        "id": f"chatcmpl-upstream-{number}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": request.get("model", MODEL),
+        "choices": [
+            {"index": index, "message": message, "logprobs": None, "finish_reason": finish} for index in range(choices)
+        ],
+        "usage": {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        },
+    }
+
+
+def _messages(request: Mapping[str, Any]) -> list[dict[str, Any]]:
+    messages = request.get("messages")
+    return [one for one in messages if isinstance(one, dict)] if isinstance(messages, list) else []
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, list):
+        return " ".join(str(part["text"]) for part in content if isinstance(part, dict) and "text" in part)
+    return content if isinstance(content, str) else ""
+
+
+def _error(status: int, message: str) -> dict[str, Any]:
+    kind = _ERROR_KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # the default of 5 makes a burst of clients wait a second for a new SYN
+
+    def __init__(self, state: _State, port: int) -> None:
+        self.state = state
+        self._connections: set[socket.socket] = set()
+        self._connections_lock = threading.Lock()
+        super().__init__(("127.0.0.1", port), _Handler)
+
+    def keep(self, connection: socket.socket) -> None:
+        with self._connections_lock:
+            self._connections.add(connection)
+
+    def forget(self, connection: socket.socket) -> None:
+        with self._connections_lock:
+            self._connections.discard(connection)
+
+    def drop_connections(self) -> None:
+        """Without this a kept-alive client would still be answered after the close."""
+        with self._connections_lock:
+            for connection in self._connections:
+                with contextlib.suppress(OSError):  # the client may be gone already
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print what went wrong, unless a client gave up waiting."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1  # head and body leave in one packet
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.keep(self.connection)
+
+    def finish(self) -> None:
+        self.server.forget(self.connection)
+        super().finish()
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 -- the base class names it so
+        """Keep the test's output clean."""
+
+    def do_GET(self) -> None:
+        if self.path != "/v1/models":
+            self._send(404, _error(404, f"no such path: {self.path}"))
+            return
+        model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "recording"}
+        self._send(200, {"object": "list", "data": [model]})
+
+    def do_POST(self) -> None:
+        arrived = time.perf_counter()
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.path != "/v1/chat/completions":
+            self._send(404, _error(404, f"no such path: {self.path}"))
+            return
+        try:
+            parsed = json.loads(body)
+        except ValueError:
+            parsed = None
+        request = parsed if isinstance(parsed, dict) else {}
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        state = self.server.state
+        state.record(RecordedRequest(body, request, headers, arrived))
+        if not isinstance(parsed, dict):
+            self._send(400, _error(400, "the body is not a JSON object"))
+        elif request.get("stream"):
+            # optillm never streams upstream: whoever asks for it let the client's field leak through.
+            self._send(400, _error(400, "stream was passed upstream"))
+        else:
+            self._reply(request, state.answer(request))
+
+    def _reply(self, request: dict[str, Any], reply: Reply) -> None:
+        state = self.server.state
+        if (reply.hang or reply.delay_s) and state.closing.wait(None if reply.hang else reply.delay_s):
+            self.close_connection = True
+            return
+        if reply.body is not None:
+            body = reply.body
+        elif reply.status == HTTPStatus.OK:
+            body = _completion(request, reply, state.next_number())
+        else:
+            body = _error(reply.status, f"the upstream answers {reply.status}")
+        self._send(reply.status, body, reply.headers)
+
+    def _send(self, status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)

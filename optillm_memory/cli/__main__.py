@@ -1,0 +1,5 @@
+"""Runs the command line as `python -m optillm_memory.cli`."""
+
+from optillm_memory.cli.commands import main
+
+main()

@@ -1,0 +1,54 @@
+"""How the command line shows records to people."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_LEVELS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
+
+
+def finding(level: str, name: str, message: str) -> str:
+    """Return a finding of the doctor in one line."""
+    return f"{_LEVELS[level]}  {name:18} {message}"
+
+
+def mapping(values: Mapping[str, Any]) -> str:
+    """Return names and values in two columns."""
+    width = max(len(name) for name in values)
+    return "\n".join(f"{name:{width}}  {_value(value)}" for name, value in values.items())
+
+
+def traces(found: Sequence[Mapping[str, Any]]) -> str:
+    """Return traces one a line: time, id, what was done, how it went, the task."""
+    lines = []
+    for trace in found:
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(trace["created_at"]))
+        verdict = trace["outcome"]["verdict"]
+        lines.append(f"{moment}  {trace['trace_id']}  {trace['action']:8} {verdict:8} {short(trace['task'])}")
+    return "\n".join(lines) or "no traces"
+
+
+def memories(found: Sequence[Mapping[str, Any]]) -> str:
+    """Return memories one a line: id, status, counts, task and answer."""
+    lines = []
+    for memory in found:
+        score = f"{memory['score']:.3f}  " if "score" in memory else ""
+        counts = f"+{memory['successes']} -{memory['failures']}"
+        lines.append(
+            f"{score}{memory['memory_id']}  {memory['status']:11} {counts:8} "
+            f"{short(memory['task'])} → {short(memory['answer'], 40)}"
+        )
+    return "\n".join(lines) or "no memories"
+
+
+def short(text: str, limit: int = 60) -> str:
+    """Return a text in one line of at most `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _value(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (dict, list)) else str(value)

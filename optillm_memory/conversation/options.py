@@ -1,0 +1,133 @@
+"""The request's own field `agent_memory`, and the headers `X-Agent-Memory-*` that stand for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from optillm_memory.conversation.feedback import parse_feedback
+from optillm_memory.errors import InvalidField
+from optillm_memory.records import Feedback, Mode
+
+FIELD = "agent_memory"
+HEADER_PREFIX = "X-Agent-Memory-"
+NAME_LIMIT = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a caller may say of memory for one request; see the README's table."""
+
+    namespace: str = "default"
+    user_id: str = ""
+    agent_id: str = ""
+    episode_id: str | None = None
+    mode: Mode = "readwrite"
+    approach: str | None = None
+    reuse: Mapping[str, float] | None = None
+    max_items: int | None = None
+    token_budget: int | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    feedback: tuple[Feedback, ...] = ()
+
+    @property
+    def reads(self) -> bool:
+        """Whether memory may be recalled for this request."""
+        return self.mode in ("readwrite", "read")
+
+    @property
+    def writes(self) -> bool:
+        """Whether this request is recorded."""
+        return self.mode in ("readwrite", "write")
+
+
+KEYS = tuple(Options.__dataclass_fields__)
+
+
+def parse_options(value: Any, headers: Mapping[str, str] | None = None, *, now: float) -> Options:
+    """Check the field and the headers; the field wins over a header of the same key.
+
+    Raises InvalidField for an unknown key and for a value of the wrong type or range.
+    """
+    if value is not None and not isinstance(value, Mapping):
+        raise InvalidField(FIELD, f"must be an object, not {type(value).__name__}")
+    given = {**_from_headers(headers or {}), **(value or {})}
+    checked: dict[str, Any] = {}
+    for key, item in given.items():
+        if key not in KEYS:
+            raise InvalidField(f"{FIELD}.{key}", f"unknown key; known are {', '.join(KEYS)}")
+        if item is not None:
+            checked[key] = _CHECKS[key](f"{FIELD}.{key}", item, now)
+    return Options(**checked)
+
+
+def _from_headers(headers: Mapping[str, str]) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    for name, text in headers.items():
+        if not name.lower().startswith(HEADER_PREFIX.lower()):
+            continue
+        key = name[len(HEADER_PREFIX) :].lower().replace("-", "_")
+        if key in ("max_items", "token_budget", "tags", "feedback", "reuse"):
+            try:
+                given[key] = json.loads(text)
+            except ValueError:
+                raise InvalidField(name, "must be JSON") from None
+        else:
+            given[key] = text
+    return given
+
+
+def _name(param: str, value: Any, _now: float) -> str:
+    if not isinstance(value, str) or not value.strip() or len(value) > NAME_LIMIT:
+        raise InvalidField(param, f"must be a text of 1 to {NAME_LIMIT} characters")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InvalidField(param, "holds a lone surrogate; send valid Unicode") from None
+    return value
+
+
+def _mode(param: str, value: Any, _now: float) -> str:
+    if value not in get_args(Mode):
+        raise InvalidField(param, f"{value!r} is none of {', '.join(get_args(Mode))}")
+    return str(value)
+
+
+def _count(param: str, value: Any, _now: float) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise InvalidField(param, "must be a whole number, 0 or more")
+    return value
+
+
+def _reuse(param: str, value: Any, _now: float) -> dict[str, float]:
+    error = value.get("max_error") if isinstance(value, Mapping) and set(value) == {"max_error"} else None
+    if isinstance(error, bool) or not isinstance(error, (int, float)) or not 0 < error < 1:
+        raise InvalidField(param, 'must be {"max_error": a number between 0 and 1}')
+    return {"max_error": float(error)}
+
+
+def _tags(param: str, value: Any, now: float) -> dict[str, str]:
+    if not isinstance(value, Mapping) or len(value) > 50:  # noqa: PLR2004
+        raise InvalidField(param, "must be an object of at most 50 texts")
+    return {_name(param, k, now): _name(f"{param}.{k}", v, now) for k, v in value.items()}
+
+
+def _feedback(param: str, value: Any, now: float) -> tuple[Feedback, ...]:
+    return tuple(parse_feedback(value, now=now, param=param))
+
+
+_CHECKS = {
+    "namespace": _name,
+    "user_id": _name,
+    "agent_id": _name,
+    "episode_id": _name,
+    "mode": _mode,
+    "approach": _name,
+    "reuse": _reuse,
+    "max_items": _count,
+    "token_budget": _count,
+    "tags": _tags,
+    "feedback": _feedback,
+}

@@ -1,0 +1,46 @@
+"""Redaction: secrets are replaced before a text is stored. Every pattern is linear in the text's length."""
+
+from __future__ import annotations
+
+import re
+
+# Anchored on a literal prefix and a bounded or single character class, so that none can run away.
+_SECRETS: tuple[tuple[str, re.Pattern[str]], ...] = (
+    (
+        "private-key",
+        re.compile(
+            r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----[A-Za-z0-9+/=\s\\]{0,20000}(?:-----END [A-Z ]{0,30}PRIVATE KEY-----)?"
+        ),
+    ),
+    ("api-key", re.compile(r"\b(?:sk|pk|rk)-[A-Za-z0-9_-]{16,400}")),
+    ("api-key", re.compile(r"\b(?:sk|rk)_(?:live|test)_[A-Za-z0-9]{10,200}")),
+    (
+        "token",
+        re.compile(r"\bgh[pousr]_[A-Za-z0-9]{20,400}|\bgithub_pat_[A-Za-z0-9_]{20,400}|\bglpat-[A-Za-z0-9_-]{16,200}"),
+    ),
+    ("token", re.compile(r"\bxox[abeoprs]-[A-Za-z0-9-]{10,400}|\bhf_[A-Za-z0-9]{20,200}|\bAIza[A-Za-z0-9_-]{30,60}")),
+    ("access-key", re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b")),
+    ("jwt", re.compile(r"\beyJ[A-Za-z0-9_-]{10,4000}\.[A-Za-z0-9_-]{10,8000}\.[A-Za-z0-9_-]{10,4000}")),
+    ("token", re.compile(r"(?<=[Bb]earer )[A-Za-z0-9._~+/-]{20,4000}=*")),
+    ("password", re.compile(r"(?<=://)[^\s:/@]{1,100}:[^\s/@]{1,200}(?=@)")),
+)
+
+
+def redact(text: str) -> str:
+    """Return the text with API keys, tokens, private keys and passwords in URLs replaced by `[REDACTED:kind]`."""
+    for kind, pattern in _SECRETS:
+        text = pattern.sub(f"[REDACTED:{kind}]", text)
+    return text
+
+
+def storable(text: str, limit: int, *, secrets: bool = True) -> str:
+    """Return the text as it may be stored: shortened to `limit` characters, valid Unicode, secrets out.
+
+    The middle is left out of a longer text, since what is asked stands at its ends. Lone surrogates, which
+    SQLite and JSON cannot carry, become U+FFFD.
+    """
+    if len(text) > limit:
+        head, tail = text[: limit * 2 // 3], text[len(text) - limit // 3 :]
+        text = f"{head}\n[… {len(text) - len(head) - len(tail)} characters left out …]\n{tail}"
+    text = text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
+    return redact(text) if secrets else text

@@ -1,0 +1,1 @@
+"""Optillm: the plugin, its routes, the launcher and the doctor."""

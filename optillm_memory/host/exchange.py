@@ -1,0 +1,199 @@
+"""Exchange: one chat request through the plugin, however the host calls it, and its one trace."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import flask
+
+from optillm_memory.conversation.options import FIELD
+from optillm_memory.errors import HostError
+from optillm_memory.host.failopen import FailOpen
+from optillm_memory.host.incoming import Incoming
+from optillm_memory.host.runtime import Runtime
+from optillm_memory.inject.place import append_text
+from optillm_memory.memory import Memory
+from optillm_memory.records import FeedbackReceipt
+from optillm_memory.turn import Turn
+
+RECEIPT_WAIT_S = 0.2
+OK = 200
+
+
+@dataclass
+class Exchange:
+    """Holds what the host forgets between the calls it makes for one request."""
+
+    host: Any
+    memory: Memory | None
+    fail_open: FailOpen
+    incoming: Incoming
+    turn: Turn
+    completion: dict[str, Any] | None = None
+    choices: list[dict[str, Any]] = field(default_factory=list)
+    tokens: int = 0
+    error: str | None = None
+    shared_out: int | None = None  # how many of the completion's n choices the host has fetched
+    receipts: Callable[[float], list[FeedbackReceipt]] | None = None
+    acknowledged: list[dict[str, str]] | None = None
+    finished: bool = False
+
+    @classmethod
+    def begin(cls, host: Any, runtime: Runtime, incoming: Incoming) -> Exchange:
+        """Consult memory, within the deadline; whatever fails there, the exchange goes on without it."""
+        memory, fail_open = runtime.memory, runtime.fail_open
+        tenant, options, approach = incoming.tenant, incoming.options, incoming.inner
+        body = {**incoming.body, "model": incoming.model}
+        turn = Turn.plain(body, tenant=tenant, options=options, approach=approach, now=time.time())
+        if memory is None:
+            return cls(host, None, fail_open, incoming, turn.skip("memory_unavailable"))
+        exchange = cls(host, memory, fail_open, incoming, turn)
+        if options.feedback:
+            exchange.receipts, _ = fail_open.call(
+                lambda: memory.submit_feedback(options.feedback, tenant=tenant, scope=turn.scope)
+            )
+        begun, fault = fail_open.call(
+            lambda: memory.begin(
+                body, tenant=tenant, options=options, approach=approach, size=incoming.size,
+                text_only=incoming.adds_to_query,
+            )
+        )  # fmt: skip
+        exchange.turn = begun if begun is not None else turn.skip(fault)
+        if options.reuse is not None:
+            exchange.turn = exchange.turn.skip("reuse_not_calibrated")
+        return exchange
+
+    # -- the ways the host calls -------------------------------------------------------------------
+
+    def query_with_memory(self, query: str) -> str:
+        """Return the pipeline's query with what memory adds to it."""
+        for placement in self.turn.placements:
+            query = append_text(query, str(placement.payload))
+        return query
+
+    def ask(self, client: Any, model: str, config: dict[str, Any]) -> dict[str, Any]:
+        """Make the upstream call, plain or through the wrapped approach; return a completion."""
+        inner, messages = self.incoming.inner, self.turn.messages
+        system_prompt, query, _ = self.host.parse_conversation(messages)
+        try:
+            result, tokens = self.host.execute_single_approach(
+                inner, system_prompt, query, client, model, config, None, messages
+            )
+        except Exception as error:
+            self.error = f"{type(error).__name__}: {error}"
+            raise
+        if isinstance(result, dict) and "choices" in result:
+            completion = dict(result)
+        else:
+            completion = completion_of(self.host, result, tokens, model)
+        self.choices += completion.get("choices") or []
+        self.tokens += int((completion.get("usage") or {}).get("completion_tokens") or 0)
+        return completion
+
+    def labelled(self, completion: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the completion under the trace's id, with the metadata; as it came where memory is off."""
+        if self.turn.options.mode == "off":
+            return dict(completion)
+        return {**completion, "id": self.turn.trace_id, FIELD: self.metadata()}
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the response's field `agent_memory`, with the receipts of feedback that came along."""
+        metadata = self.turn.metadata()
+        if self.acknowledged is None and (receipts := self.receipts) is not None:
+            self.acknowledged = []
+            self.fail_open.quietly(lambda: self._acknowledge(receipts(RECEIPT_WAIT_S)))
+        if self.acknowledged is not None:
+            metadata["feedback"] = self.acknowledged
+        return metadata
+
+    def _acknowledge(self, receipts: list[FeedbackReceipt]) -> None:
+        self.acknowledged = [r.as_dict() for r in receipts]
+
+    # -- on the way out ----------------------------------------------------------------------------
+
+    def respond(self, response: flask.Response) -> flask.Response:
+        """Set the headers, say in the body what the host left out of it, and have the trace recorded."""
+        response.headers["X-Agent-Memory-Trace-Id"] = self.turn.trace_id
+        response.headers["X-Agent-Memory-Action"] = self.turn.action
+        self.fail_open.quietly(lambda: self._mend(response))
+        self.fail_open.quietly(self.finish)
+        return response
+
+    def finish(self) -> None:
+        """Have the trace recorded, once."""
+        if self.memory is None or self.finished:
+            return
+        self.finished = True
+        completion = self.completion or {"choices": self.choices, "usage": {"completion_tokens": self.tokens}}
+        self.memory.finish(self.turn, None if self.error else completion, error=self.error)
+
+    def _mend(self, response: flask.Response) -> None:
+        if response.status_code != OK:
+            self.error = self.error or f"HTTP {response.status_code}: {response.get_data(as_text=True)[:2000]}"
+        elif self.completion is not None:
+            if self.shared_out is not None:
+                self._replace(response, self.labelled(self.completion))
+        elif response.is_json:
+            body = response.get_json()
+            if self.incoming.adds_to_query:
+                self.choices = body.get("choices") or []
+                self.tokens = int((body.get("usage") or {}).get("completion_tokens") or 0)
+            response.set_data(json.dumps(self.labelled(body)))
+        elif self.incoming.adds_to_query:
+            self.choices = [{"message": {"role": "assistant", "content": streamed_text(response)}}]
+
+    def _replace(self, response: flask.Response, completion: dict[str, Any]) -> None:
+        body = self.incoming.body
+        if body.get("stream"):
+            usage = bool((body.get("stream_options") or {}).get("include_usage"))
+            response.response = self.host.generate_streaming_completion(completion, self.incoming.model, usage)
+        else:
+            response.set_data(json.dumps(completion))
+
+
+def completion_of(host: Any, result: Any, tokens: Any, model: str) -> dict[str, Any]:
+    """Return the completion that the host would make of an approach's text or list of texts.
+
+    Raises HostError for a result that is neither.
+    """
+    texts = list(result) if isinstance(result, (list, tuple)) else [result]
+    choices, reasoning = [], 0
+    for index, text in enumerate(texts):
+        if text is not None and not isinstance(text, str):
+            raise HostError(f"the approach returned {type(text).__name__}, not text")
+        # The host cuts a text at the last conversation tag in it; so do we.
+        cut = host.tagged_conversation_to_messages(text)
+        content = cut[-1]["content"] if isinstance(cut, list) and cut else text
+        reasoning += host.count_reasoning_tokens(content)
+        message = {"role": "assistant", "content": content}
+        choices.append({"index": index, "message": message, "finish_reason": "stop"})
+    completion_tokens = tokens if isinstance(tokens, int) else 0
+    return {
+        "id": "",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": choices,
+        "usage": {
+            "prompt_tokens": 0,
+            "completion_tokens": completion_tokens,
+            "total_tokens": completion_tokens,
+            "completion_tokens_details": {"reasoning_tokens": reasoning},
+        },
+    }
+
+
+def streamed_text(response: flask.Response) -> str:
+    """Read the text of a finished answer that the host is about to send as server-sent events."""
+    events = [chunk if isinstance(chunk, bytes) else str(chunk).encode() for chunk in response.response]
+    response.response = events
+    text = ""
+    for line in b"".join(events).decode("utf-8", "replace").splitlines():
+        if line.startswith("data: {"):
+            for choice in json.loads(line[6:]).get("choices") or []:
+                text += (choice.get("delta") or {}).get("content") or ""
+    return text

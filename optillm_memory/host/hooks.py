@@ -1,0 +1,40 @@
+"""What is attached to the host's Flask app: the routes, and the check of our field before the host starts work."""
+
+from __future__ import annotations
+
+import logging
+
+import flask
+
+from optillm_memory.conversation.options import FIELD
+from optillm_memory.errors import InvalidField
+from optillm_memory.host.incoming import read_incoming
+from optillm_memory.host.routes import blueprint, error_response
+from optillm_memory.host.runtime import runtime
+from optillm_memory.host.server import host
+
+logger = logging.getLogger(__name__)
+CHAT_PATH = "/v1/chat/completions"
+
+
+def attach(app: flask.Flask) -> None:
+    """Add routes and check to the app, once; must come before its first request, as plugins do."""
+    if FIELD in app.extensions:
+        return
+    app.extensions[FIELD] = True
+    app.register_blueprint(blueprint)
+    app.before_request(check_field)  # after the host's own check of the API key, which was registered before
+    runtime()  # opened now, so that the first request does not wait for it
+
+
+def check_field() -> tuple[flask.Response, int] | None:
+    """Refuse a bad `agent_memory` field with 400: an exception inside an approach would be a 500."""
+    if flask.request.path != CHAT_PATH or flask.request.method != "POST":
+        return None
+    try:
+        read_incoming(host())
+    except InvalidField as error:
+        return error_response(str(error), 400, param=error.param)
+    except Exception:
+        logger.exception("agent_memory: the request could not be read; left to the host")
+    return None

@@ -1,0 +1,125 @@
+"""A request as it came to the host: who asks, for which approach, with which options."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import flask
+
+from optillm_memory.conversation.options import FIELD, Options, parse_options
+from optillm_memory.errors import InvalidField
+from optillm_memory.memory import OPERATOR
+from optillm_memory.records import Scope
+
+SLUG = "agent_memory"
+ANONYMOUS = "anonymous"
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """What the host was asked for."""
+
+    body: Mapping[str, Any]
+    size: int
+    tenant: str
+    options: Options
+    operation: str
+    approaches: tuple[str, ...]
+    model: str
+
+    def with_messages(self, messages: list[dict[str, Any]]) -> Incoming:
+        """Return the request with the messages as the host hands them on."""
+        return replace(self, body={**self.body, "messages": messages})
+
+    @property
+    def inner(self) -> str:
+        """The approach that memory wraps: the caller's `approach`, else the next one in the model's name."""
+        if self.options.approach not in (None, "auto"):
+            return str(self.options.approach)
+        after = [a for a in self.approaches if a != SLUG] if self.operation == "SINGLE" else []
+        return after[0] if after else "none"
+
+    @property
+    def adds_to_query(self) -> bool:
+        """Whether memory stands before another approach in a pipeline, so that it answers nothing itself."""
+        return self.operation == "AND" and self.approaches[-1] != SLUG
+
+
+def read_incoming(host: Any) -> Incoming | None:
+    """Read the chat request that Flask holds; None where memory was not asked for.
+
+    Raises InvalidField for a bad `agent_memory` field or header.
+    """
+    request = flask.request
+    body = request.get_json(silent=True)
+    if not isinstance(body, dict):
+        return None
+    operation, approaches, model = _approaches(host, body)
+    if SLUG not in approaches:
+        return None
+    options = parse_options(body.get(FIELD), dict(request.headers), now=time.time())
+    known = ("none", "auto", *host.known_approaches, *host.plugin_approaches)
+    if options.approach is not None and (options.approach not in known or options.approach == SLUG):
+        raise InvalidField(f"{FIELD}.approach", f"{options.approach!r} is no approach of this optillm")
+    return Incoming(body, request.content_length or 0, tenant_of(request), options, operation, approaches, model)
+
+
+def _approaches(host: Any, body: Mapping[str, Any]) -> tuple[str, tuple[str, ...], str]:
+    # The host's own reading of the model's name, which it does not hand to plugins whole.
+    model = body.get("model", host.server_config["model"])
+    approach = body.get("optillm_approach", host.server_config["approach"])
+    messages = body.get("messages")
+    if isinstance(messages, list) and "<optillm_approach>" in str(messages):
+        approach = host.parse_conversation(messages)[2] or approach
+    if approach != "auto":
+        model = f"{approach}-{model}"
+    operation, approaches, model = host.parse_combined_approach(
+        str(model), host.known_approaches, host.plugin_approaches
+    )
+    return operation, tuple(approaches), model
+
+
+def tenant_of(request: flask.Request) -> str:
+    """Return the caller's tenant."""
+    header = request.headers.get("Authorization", "")
+    return tenant_of_key(header[len("Bearer ") :].strip() if header.startswith("Bearer ") else "")
+
+
+def tenant_of_key(key: str) -> str:
+    """Return the tenant of whoever holds a key: a digest of it, never the key itself."""
+    return f"key-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}" if key else ANONYMOUS
+
+
+def caller_of(request: flask.Request, host: Any) -> str:
+    """Return the tenant that a caller of our routes may look at: its own, or all for the operator.
+
+    The operator is who asks without a key, from this machine, a host that listens on this machine alone and asks
+    for no key: who could as well read the file.
+    """
+    tenant = tenant_of(request)
+    forwarded = request.headers.get("X-Forwarded-For") or request.headers.get("Forwarded")
+    local = _is_loopback(host.server_config["host"]) and _is_loopback(request.remote_addr or "") and not forwarded
+    if tenant == ANONYMOUS and local and not host.server_config["optillm_api_key"]:
+        return OPERATOR
+    return tenant
+
+
+def scope_of(request: flask.Request, tenant: str) -> Scope:
+    """Return the scope that the request's headers and query name."""
+    named = {k: request.args[k] for k in ("namespace", "user_id", "agent_id") if k in request.args}
+    options = parse_options(named, dict(request.headers), now=time.time())
+    return Scope(tenant, options.namespace, options.user_id, options.agent_id)
+
+
+def _is_loopback(address: str) -> bool:
+    if address == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,43 @@
+"""The launcher: stock optillm with the plugin, all of optillm's own options passed on."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from optillm_memory.errors import HostError
+from optillm_memory.host.install import FILE_NAME, install
+
+
+def serve(arguments: Sequence[str]) -> None:
+    """Run optillm with these arguments until it ends.
+
+    Plugins in the working directory (or in `--plugins-dir`, which optillm 0.4.0 itself does not heed) are loaded
+    too. Raises HostError when the plugin cannot be imported: memory would be off and nobody would know.
+    """
+    server = importlib.import_module("optillm.server")
+    try:
+        importlib.import_module("optillm_memory.host.plugin")
+    except Exception as error:
+        raise HostError(f"the plugin cannot be imported: {type(error).__name__}: {error}") from error
+    with tempfile.TemporaryDirectory(prefix="optillm-memory-") as folder:
+        path = install(Path(folder))
+        for other in _own_plugins(arguments):
+            if other.name != FILE_NAME:
+                (path.parent / other.name).symlink_to(other)
+        server.server_config["plugins_dir"] = folder
+        sys.argv = ["optillm", *arguments]
+        server.main()
+
+
+def _own_plugins(arguments: Sequence[str]) -> list[Path]:
+    directory = Path.cwd()
+    for index, argument in enumerate(arguments):
+        if argument.startswith("--plugins-dir="):
+            directory = Path(argument.partition("=")[2])
+        elif argument == "--plugins-dir" and index + 1 < len(arguments):
+            directory = Path(arguments[index + 1])
+    return sorted((directory / "optillm" / "plugins").resolve().glob("*.py"))

@@ -1,0 +1,148 @@
+"""The routes under /v1/agent_memory/."""
+
+from __future__ import annotations
+
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import asdict
+from typing import Any
+
+import flask
+
+from optillm_memory.errors import AgentMemoryError, InvalidField, NotFound, StoreUnavailable, TooLarge
+from optillm_memory.host.incoming import ANONYMOUS, caller_of, scope_of
+from optillm_memory.host.runtime import runtime
+from optillm_memory.host.server import host
+from optillm_memory.memory import OPERATOR, Memory
+from optillm_memory.records import Hit, MemoryRecord
+
+FEEDBACK_BYTES = 1_000_000
+PAGE = 50
+PAGE_LIMIT = 1_000
+blueprint = flask.Blueprint("agent_memory", __name__, url_prefix="/v1/agent_memory")
+Answer = tuple[flask.Response, int]
+
+
+def error_response(message: str, status: int, *, param: str | None = None, code: str | None = None) -> Answer:
+    """Return an error in OpenAI's shape."""
+    kind = "invalid_request_error" if status < 500 else "server_error"  # noqa: PLR2004
+    return flask.jsonify({"error": {"message": message, "type": kind, "param": param, "code": code}}), status
+
+
+@blueprint.errorhandler(AgentMemoryError)
+def on_error(error: AgentMemoryError) -> Answer:
+    """Say what is wrong, with the status that fits."""
+    if isinstance(error, InvalidField):
+        return error_response(str(error), 400, param=error.param, code="invalid_field")
+    if isinstance(error, NotFound):
+        return error_response(str(error), 404, code="not_found")
+    if isinstance(error, TooLarge):
+        return error_response(str(error), 413, code="too_large")
+    return error_response(str(error), 503, code="memory_unavailable")
+
+
+@blueprint.post("/feedback")
+def feedback() -> Answer:
+    """Take feedback; 202 once it is on disk and its effect is to be seen."""
+    request = flask.request
+    if (request.content_length or 0) > FEEDBACK_BYTES:
+        raise TooLarge(f"feedback is limited to {FEEDBACK_BYTES} bytes; send the end of a long output")
+    if request.content_length is None:
+        raise InvalidField("Content-Length", "is missing")
+    payload = request.get_json(silent=True, force=True)
+    if payload is None:
+        raise InvalidField("feedback", "must be a JSON object or a list of objects")
+    tenant = caller_of(request, host())
+    scope = scope_of(request, ANONYMOUS if tenant == OPERATOR else tenant)
+    named = tenant != OPERATOR or any(k.lower().startswith("x-agent-memory-") for k in dict(request.headers))
+    try:
+        receipts = _memory().feedback(payload, tenant=tenant, scope=scope if named else None)
+    except (TimeoutError, FutureTimeoutError):
+        raise StoreUnavailable("the database did not answer in time; send it again with the same feedback_id") from None
+    bodies = [r.as_dict() for r in receipts]
+    return flask.jsonify(bodies if isinstance(payload, list) else bodies[0]), 202
+
+
+@blueprint.get("/traces")
+def traces() -> Answer:
+    """Return the caller's latest traces; `?query=` keeps those whose task or answer holds a text."""
+    found = _memory().store.traces(_visible(), limit=_limit(), text=flask.request.args.get("query", ""))
+    return flask.jsonify({"object": "list", "data": found}), 200
+
+
+@blueprint.get("/traces/<trace_id>")
+def trace(trace_id: str) -> Answer:
+    """Return one trace with its messages, steps, injections and feedback."""
+    return flask.jsonify(_memory().trace(trace_id, tenant=_visible())), 200
+
+
+@blueprint.get("/memories")
+def memories() -> Answer:
+    """Return the caller's memories; with `?query=`, what a request with that task would recall in the scope."""
+    memory, query = _memory(), flask.request.args.get("query")
+    if query is None:
+        data = [shown(m) for m in memory.store.list_memories(_visible(), limit=_limit())]
+    else:
+        tenant = caller_of(flask.request, host())
+        scope = scope_of(flask.request, ANONYMOUS if tenant == OPERATOR else tenant)
+        data = [shown_hit(hit) for hit in memory.recall(query, scope=scope, limit=_limit())]
+    return flask.jsonify({"object": "list", "data": data}), 200
+
+
+@blueprint.get("/memories/<memory_id>")
+def one_memory(memory_id: str) -> Answer:
+    """Return one memory of any status."""
+    return flask.jsonify(shown(_memory().memory(memory_id, tenant=_visible()))), 200
+
+
+@blueprint.get("/stats")
+def stats() -> Answer:
+    """Return counts of the whole store, and the faults that requests were kept from."""
+    return flask.jsonify({**_memory().stats(), "faults": dict(runtime().fail_open.faults)}), 200
+
+
+@blueprint.post("/rebuild")
+def rebuild() -> Answer:
+    """Fold the whole log again; for the operator, or the holder of the host's key."""
+    if caller_of(flask.request, host()) != OPERATOR and not host().server_config["optillm_api_key"]:
+        return error_response("rebuild is for the operator: ask from this machine, without a key", 403)
+    return flask.jsonify(_memory().rebuild()), 200
+
+
+@blueprint.get("/ready")
+def ready() -> Answer:
+    """Write to the database and say so; 503 where that fails."""
+    memory = _memory()
+    try:
+        memory.store.write(lambda tx: tx.probe()).result(5)
+    except (TimeoutError, FutureTimeoutError):
+        raise StoreUnavailable("the database did not answer within 5 seconds") from None
+    return flask.jsonify({"status": "ready", "encoder": memory.encoder.state}), 200
+
+
+def shown(memory: MemoryRecord) -> dict[str, Any]:
+    """Return a memory as a JSON object."""
+    return {**asdict(memory), "value": round(memory.value, 4)}
+
+
+def shown_hit(hit: Hit) -> dict[str, Any]:
+    """Return a hit as a JSON object: the memory with its score parts."""
+    return {**shown(hit.memory), "score": hit.score, "cosine": hit.cosine, "lexical": hit.lexical}
+
+
+def _memory() -> Memory:
+    memory = runtime().memory
+    if memory is None:
+        raise StoreUnavailable(f"memory is off: {runtime().fault}")
+    return memory
+
+
+def _visible() -> str | None:
+    tenant = caller_of(flask.request, host())
+    return None if tenant == OPERATOR else tenant
+
+
+def _limit() -> int:
+    text = flask.request.args.get("limit", str(PAGE))
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= PAGE_LIMIT:
+        raise InvalidField("limit", f"must be a whole number from 1 to {PAGE_LIMIT}")
+    return int(text)

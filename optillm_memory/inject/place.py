@@ -1,0 +1,77 @@
+"""Placement: insertions are put into a conversation, found again in its later requests, and taken out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from optillm_memory.records import Message, Placement
+
+SEPARATOR = "\n\n"
+
+
+def still_anchored(placements: Sequence[Placement], prefixes: Sequence[str]) -> list[Placement]:
+    """Return the placements whose surroundings are unchanged in this request: they go in at the same place again."""
+    return [p for p in placements if p.position < len(prefixes) and prefixes[p.position] == p.anchor]
+
+
+def place(messages: Sequence[Message], placements: Sequence[Placement]) -> list[Message]:
+    """Return the client's messages with every insertion; the messages themselves are never changed in place."""
+    turns: dict[int, list[Message]] = {}
+    blocks: dict[int, list[str]] = {}
+    for placement in placements:
+        if isinstance(placement.payload, str):
+            blocks.setdefault(placement.position, []).append(placement.payload)
+        else:
+            turns.setdefault(placement.position, []).extend(placement.payload)
+    placed: list[Message] = []
+    for index, message in enumerate(messages):
+        placed += [dict(turn) for turn in turns.get(index, [])]
+        placed.append(_with_text(message, blocks[index]) if index in blocks else message)
+    return placed
+
+
+def strip(messages: Sequence[Message], placements: Sequence[Placement]) -> list[Message]:
+    """Undo `place`: `strip(place(m, p), p) == m`."""
+    turns: dict[int, int] = {}
+    blocks: dict[int, list[str]] = {}
+    for placement in placements:
+        if isinstance(placement.payload, str):
+            blocks.setdefault(placement.position, []).append(placement.payload)
+        else:
+            turns[placement.position] = turns.get(placement.position, 0) + len(placement.payload)
+    stripped: list[Message] = []
+    index = skip = 0
+    for message in messages:
+        if skip == 0 and index in turns:
+            skip = turns.pop(index)
+        if skip:
+            skip -= 1
+            continue
+        stripped.append(_without_text(message, blocks[index]) if index in blocks else message)
+        index += 1
+    return stripped
+
+
+def append_text(text: str, block: str) -> str:
+    """Put a block at the end of a text."""
+    return f"{text}{SEPARATOR}{block}"
+
+
+def _with_text(message: Message, blocks: list[str]) -> Message:
+    content: Any = message.get("content")
+    for block in blocks:
+        if isinstance(content, list):
+            content = [*content, {"type": "text", "text": block}]
+        else:
+            content = append_text(content or "", block)
+    return {**message, "content": content}
+
+
+def _without_text(message: Message, blocks: list[str]) -> Message:
+    content: Any = message["content"]
+    if isinstance(content, list):
+        return {**message, "content": content[: len(content) - len(blocks)]}
+    for block in reversed(blocks):
+        content = content.removesuffix(block).removesuffix(SEPARATOR)
+    return {**message, "content": content}

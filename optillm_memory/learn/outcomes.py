@@ -1,0 +1,60 @@
+"""Outcomes: what the feedback on a trace says of it, whatever order it came in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from optillm_memory.records import VERIFYING, Feedback, Outcome, Verdict
+
+SUCCESS_SCORE = 0.5
+
+
+def effective(feedback: Iterable[Feedback]) -> list[Feedback]:
+    """Return what still stands: a retraction undoes the feedback of its id, whichever arrived first."""
+    rows = list(feedback)
+    retracted = {f.feedback_id for f in rows if f.value is None}
+    standing = [f for f in rows if f.feedback_id not in retracted]
+    return sorted(standing, key=lambda f: (f.occurred_at, f.feedback_id))
+
+
+def outcome(standing: Sequence[Feedback], answer: str | None) -> Outcome:
+    """Return the outcome that standing feedback gives a trace with this answer.
+
+    Within a source the latest verdict counts. Where `code` and `human` disagree it is a failure: a memory acts
+    only when its evidence agrees. `llm` and `inferred` count only where nothing better is there.
+    """
+    latest: dict[str, Verdict] = {}
+    for item in standing:
+        if (verdict := _verdict(item, answer)) != "unknown":
+            latest[item.source] = verdict
+    verified = [v for s, v in latest.items() if s in VERIFYING]
+    verdicts: list[Verdict] = verified or list(latest.values())
+    if not verdicts:
+        return Outcome("unknown")
+    return Outcome("failure" if "failure" in verdicts else "success", verified=bool(verified))
+
+
+def same_answer(one: str, other: str) -> bool:
+    """Whether two answers are equal but for case, white space and a full stop at the end."""
+    return normal_answer(one) == normal_answer(other)
+
+
+def normal_answer(text: str) -> str:
+    """Return the form in which answers are compared."""
+    return " ".join(text.split()).rstrip(" .").casefold()
+
+
+def _verdict(item: Feedback, answer: str | None) -> Verdict:
+    value: Any = item.value
+    if item.metric == "success":
+        good = bool(value)
+    elif item.metric == "score":
+        good = value >= SUCCESS_SCORE
+    elif item.metric == "demonstration":
+        good = answer is not None and same_answer(answer, value)
+    elif item.metric == "error":
+        good = False
+    else:
+        return "unknown"
+    return "success" if good else "failure"

@@ -1,0 +1,1 @@
+"""What is like it: encoder, vector index and ranking."""

@@ -1,0 +1,192 @@
+"""The words of the design as frozen values: what the rooms hand to each other."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Message = dict[str, Any]
+Mode = Literal["readwrite", "read", "write", "off"]
+Action = Literal["plain", "inject", "reuse", "holdout"]
+Metric = Literal["success", "score", "comment", "demonstration", "error"]
+Source = Literal["code", "human", "llm", "inferred"]
+Verdict = Literal["success", "failure", "unknown"]
+FeedbackStatus = Literal["applied", "pending", "duplicate", "retracted"]
+
+METRICS: tuple[Metric, ...] = ("success", "score", "comment", "demonstration", "error")
+SOURCES: tuple[Source, ...] = ("code", "human", "llm", "inferred")
+VERIFYING: frozenset[Source] = frozenset(("code", "human"))
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """The isolation key: recall never crosses it."""
+
+    tenant: str
+    namespace: str = "default"
+    user_id: str = ""
+    agent_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One action (tool call) and its observation (tool result); `observation` is None while it is awaited."""
+
+    call_id: str
+    ordinal: int
+    tool: str
+    arguments: str
+    observation: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One request through the proxy with its response."""
+
+    trace_id: str
+    scope: Scope
+    episode_id: str
+    created_at: float
+    model: str
+    approach: str
+    action: Action
+    held_out: bool
+    propensity: float
+    task: str
+    frame: str
+    messages: str
+    answer: str | None
+    finish_reason: str | None
+    error: str | None
+    skipped: str
+    prompt_tokens: int
+    completion_tokens: int
+    latency_ms: float
+    recall_ms: float
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """Evidence about one trace, or about all traces of one episode.
+
+    `value` is a bool (success), a number in [0, 1] (score), a text (comment, demonstration, error),
+    or None, which retracts the feedback of the same `feedback_id`.
+    """
+
+    feedback_id: str
+    metric: Metric
+    value: bool | float | str | None
+    source: Source
+    trace_id: str | None
+    episode_id: str | None
+    evidence: Mapping[str, Any] | None
+    occurred_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackReceipt:
+    """What became of one feedback; given only after it is on disk."""
+
+    feedback_id: str
+    status: FeedbackStatus
+
+    def as_dict(self) -> dict[str, str]:
+        """Return the JSON object that the endpoint answers with."""
+        return {"feedback_id": self.feedback_id, "status": self.status}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a trace went, from feedback alone; `verified` when `code` or `human` said so."""
+
+    verdict: Verdict
+    verified: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRecord:
+    """Something that recall can return; an exemplar is a task and its verified answer.
+
+    `successes` and `failures` count verified outcomes: of the answer itself and of requests it was injected in.
+    """
+
+    memory_id: str
+    kind: str
+    status: str
+    scope: Scope
+    task: str
+    answer: str
+    frame: str
+    successes: int
+    failures: int
+    created_at: float
+
+    @property
+    def value(self) -> float:
+        """Posterior mean of success under a Beta(4, 1) prior: a verified memory starts trusted, failures cost."""
+        return (self.successes + 4) / (self.successes + self.failures + 5)
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One result of recall with its score parts; `cosine` is None where recall was lexical."""
+
+    memory: MemoryRecord
+    score: float
+    cosine: float | None
+    lexical: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Injected:
+    """A memory as it was put in the prompt; `tokens` is an estimate."""
+
+    memory_id: str
+    kind: str
+    score: float
+    tokens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the JSON object of the response's metadata."""
+        return {"memory_id": self.memory_id, "kind": self.kind, "score": self.score, "tokens": self.tokens}
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One insertion into a conversation, as the ledger keeps it.
+
+    `anchor` is the hash of the client's messages up to and with message `position`; `payload` is a list of
+    messages put before that message (`turns`), or a text put at its end (`block`).
+    """
+
+    anchor: str
+    position: int
+    form: Literal["turns", "block"]
+    payload: list[Message] | str
+    items: tuple[Injected, ...] = ()
+
+
+_uuid_lock = threading.Lock()
+_uuid_last = 0
+
+
+def uuid7_hex() -> str:
+    """Return a UUIDv7 (RFC 9562 §5.7) as 32 hex digits, increasing within this process."""
+    global _uuid_last  # noqa: PLW0603
+    with _uuid_lock:
+        # 48 bits of milliseconds and 12 bits of sub-millisecond time (RFC 9562 §6.2, method 3).
+        stamp = time.time_ns() * 4096 // 1_000_000
+        _uuid_last = stamp = max(stamp, _uuid_last + 1)
+    random = int.from_bytes(os.urandom(8), "big") & (2**62 - 1)
+    value = (stamp >> 12) << 80 | 0x7 << 76 | (stamp & 0xFFF) << 64 | 0b10 << 62 | random
+    return f"{value:032x}"
+
+
+def new_trace_id() -> str:
+    """Return a fresh trace id: what an OpenAI client sees as the completion's id."""
+    return f"chatcmpl-{uuid7_hex()}"

@@ -1,0 +1,100 @@
+"""Settings: one table of names, defaults and help that feeds the environment, `--help` and the README."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from optillm_memory.errors import InvalidField
+
+ENV_PREFIX = "OPTILLM_AGENT_MEMORY_"
+
+
+def _setting(default: Any, help_: str, *, low: float | None = None, high: float | None = None) -> Any:
+    return field(default=default, metadata={"help": help_, "low": low, "high": high})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What can be set, by environment variable or in code.
+
+    Raises InvalidField, with the variable's name, where a value does not fit.
+    """
+
+    db: str = _setting("~/.optillm/agent_memory.db", "the database file")
+    encoder: str = _setting(
+        "auto",
+        "encoder for recall: `auto` (the weights' package where installed, else the hub's all-MiniLM-L6-v2), "
+        "a sentence-transformers name or directory, or `none` (lexical recall only)",
+    )
+    holdout: float = _setting(
+        0.05, "share of episodes that go without memory, so that the uplift can be measured", low=0, high=1
+    )
+    max_items: int = _setting(5, "exemplars put in one prompt as turns at most", low=0, high=50)
+    max_block_items: int = _setting(3, "items put in one block at most", low=0, high=50)
+    token_budget: int = _setting(800, "tokens (estimated) injected into one request at most", low=0)
+    deadline_ms: int = _setting(300, "milliseconds after which a request goes on without memory", low=1)
+    max_request_bytes: int = _setting(
+        1_000_000, "requests larger than this are served without recall and stored shortened", low=1_000
+    )
+    max_text: int = _setting(20_000, "characters stored of any one text; the middle is left out", low=200)
+    queue_size: int = _setting(10_000, "records waiting to be written at most", low=1)
+    redact: bool = _setting(True, "replace API keys, tokens and private keys before anything is stored")
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for item in fields(self):
+            value, low, high = getattr(self, item.name), item.metadata["low"], item.metadata["high"]
+            if (low is not None and value < low) or (high is not None and value > high):
+                bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+                raise InvalidField(env_name(item.name), f"{value!r} is out of range; use {bounds}")
+
+    @property
+    def path(self) -> Path:
+        """The database file with `~` expanded."""
+        return Path(self.db).expanduser()
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
+        """Read `OPTILLM_AGENT_MEMORY_*`; an unknown name with the prefix is refused, so that a typo is seen."""
+        environ = os.environ if environ is None else environ
+        values: dict[str, Any] = {}
+        known = {env_name(item.name): item for item in fields(cls)}
+        for name, text in environ.items():
+            if not name.startswith(ENV_PREFIX) or name in CLIENT_VARIABLES:
+                continue
+            if name not in known:
+                raise InvalidField(name, f"unknown setting; known are {', '.join(sorted(known))}")
+            values[known[name].name] = _parse(name, text, type(known[name].default))
+        return cls(**{**values, **overrides})
+
+
+# Variables with our prefix that are read by clients of the server, not by the server.
+CLIENT_VARIABLES = frozenset((f"{ENV_PREFIX}URL", f"{ENV_PREFIX}KEY", f"{ENV_PREFIX}TRACE"))
+
+
+def env_name(name: str) -> str:
+    """Return the environment variable of a setting."""
+    return ENV_PREFIX + name.upper()
+
+
+def table() -> list[tuple[str, str, str]]:
+    """Return (environment variable, default, help) of every setting, for the README and `--help`."""
+    return [(env_name(item.name), str(item.default), item.metadata["help"]) for item in fields(Settings)]
+
+
+def _parse(name: str, text: str, kind: type) -> Any:
+    if kind is bool:
+        lowered = text.strip().lower()
+        if lowered in ("1", "true", "yes", "on"):
+            return True
+        if lowered in ("0", "false", "no", "off"):
+            return False
+        raise InvalidField(name, f"{text!r} is not a yes or no; use true or false")
+    try:
+        return kind(text)
+    except ValueError:
+        raise InvalidField(name, f"{text!r} is not a number of type {kind.__name__}") from None

@@ -1,0 +1,1 @@
+"""Where it lives: the only room with SQL."""

@@ -1,0 +1,183 @@
+"""SQLite connections: which library, which journal, which rights; a broken file is set aside."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import queue
+import sqlite3 as stdlib_sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from sqlite_utils import Database
+
+from optillm_memory.errors import StoreError, StoreTooNew, StoreUnavailable
+from optillm_memory.store.migrations import migrations, newer_than_us
+
+# sqlite-utils picks pysqlite3 where it is installed: one library for the whole process.
+sqlite3: Any = importlib.import_module("sqlite_utils.utils").sqlite3
+
+logger = logging.getLogger(__name__)
+
+Connection: TypeAlias = stdlib_sqlite3.Connection  # the type; the object may be pysqlite3's twin of it
+DatabaseError: type[Exception] = sqlite3.DatabaseError
+OperationalError: type[Exception] = sqlite3.OperationalError
+IntegrityError: type[Exception] = sqlite3.IntegrityError
+BUSY_TIMEOUT_S = 10.0
+_CHECKED_BYTES = 64 << 20  # a check reads the whole file: a larger one would delay the start
+_CORRUPT = ("malformed", "not a database", "disk image", "file is encrypted")
+
+
+def sqlite_version() -> str:
+    """Return the version of the SQLite library in use."""
+    return str(sqlite3.sqlite_version)
+
+
+def wal_is_safe(version: str | None = None) -> bool:
+    """Whether this SQLite is free of the WAL-reset bug (mended in 3.51.3, 3.50.7 and 3.44.6)."""
+    parts = tuple(int(p) for p in (version or sqlite_version()).split("."))
+    return parts >= (3, 51, 3) or (3, 50, 7) <= parts < (3, 51) or (3, 44, 6) <= parts < (3, 45)
+
+
+def is_corruption(error: BaseException) -> bool:
+    """Whether an error says that the file itself is broken, not that it is busy, full or read-only."""
+    return isinstance(error, DatabaseError) and any(word in str(error).lower() for word in _CORRUPT)
+
+
+def open_writer(path: Path, *, mend: bool = True) -> Connection:
+    """Open the one connection that writes and checkpoints; create the file (0600) and bring its schema up.
+
+    Raises StoreUnavailable where the file cannot be written and StoreTooNew where a later release wrote it. A
+    corrupt file is renamed aside, reported in the log, and a fresh one started; not so without `mend`.
+    """
+    try:
+        return _open_writer(path)
+    except DatabaseError as error:
+        if not is_corruption(error) or not mend:
+            raise StoreUnavailable(f"cannot write {path}: {error}") from error
+        aside = set_aside(path)
+        logger.error("agent_memory: %s is corrupt (%s); kept as %s, a fresh one is started", path, error, aside.name)
+        try:
+            return _open_writer(path)
+        except DatabaseError as again:
+            raise StoreUnavailable(f"cannot write {path}: {again}") from again
+    except OSError as error:
+        raise StoreUnavailable(f"cannot write {path}: {error}") from error
+
+
+def _open_writer(path: Path) -> Connection:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    connection = _connect(path)
+    try:
+        connection.execute("PRAGMA synchronous=FULL")
+        # Where an affected SQLite is all there is, a rollback journal keeps several processes safe.
+        connection.execute("PRAGMA journal_mode=WAL" if wal_is_safe() else "PRAGMA journal_mode=DELETE").fetchall()
+        if path.stat().st_size <= _CHECKED_BYTES:
+            first = connection.execute("PRAGMA quick_check(1)").fetchone()
+            if first != ("ok",):
+                raise sqlite3.DatabaseError(f"database disk image is malformed: {first}")
+        _migrate(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _migrate(connection: Connection, path: Path) -> None:
+    db = Database(connection)
+    if newer := newer_than_us(db):
+        raise StoreTooNew(
+            f"{path} was written by a newer optillm-memory (it knows {newer[-1]}); upgrade the package, "
+            "or name another file in OPTILLM_AGENT_MEMORY_DB"
+        )
+    if migrations.pending(db):
+        connection.execute("BEGIN IMMEDIATE")  # two processes may open a new file at once: one migrates
+        with db.atomic():
+            migrations.apply(db)
+        connection.execute("COMMIT")
+
+
+def _connect(path: Path, *, read_only: bool = False) -> Connection:
+    uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+    connection: Connection = sqlite3.connect(
+        uri, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+    )
+    connection.execute("PRAGMA foreign_keys=OFF")
+    return connection
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a broken database (and its journal files) so that nothing of it is lost; return its new name."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    aside = path.with_name(f"{path.name}.corrupt-{stamp}-{os.getpid()}")
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
+    return aside
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from another that took its place; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+class Readers:
+    """A pool of read-only connections: any thread borrows one, none ever blocks the writer."""
+
+    def __init__(self, path: Path, size: int = 16) -> None:
+        """Open connections as they are needed; keep at most `size` of them."""
+        self._path = path
+        self._idle: queue.LifoQueue[tuple[Connection, tuple[int, int] | None]] = queue.LifoQueue(size)
+
+    @contextlib.contextmanager
+    def borrow(self) -> Iterator[Connection]:
+        """Lend a connection; one that failed is closed, not lent again. Raises StoreError for a broken file."""
+        present = identity(self._path)
+        connection = self._idle_connection(present) or self._open()
+        try:
+            yield connection
+        except BaseException as error:
+            connection.close()
+            if isinstance(error, DatabaseError):
+                raise StoreError(f"cannot read {self._path}: {error}") from error
+            raise
+        try:
+            self._idle.put_nowait((connection, present))
+        except queue.Full:
+            connection.close()
+
+    def _idle_connection(self, present: tuple[int, int] | None) -> Connection | None:
+        while True:
+            try:
+                connection, opened = self._idle.get_nowait()
+            except queue.Empty:
+                return None
+            if opened == present:
+                return connection
+            connection.close()  # the file was replaced since
+
+    def _open(self) -> Connection:
+        try:
+            connection = _connect(self._path, read_only=True)
+            connection.execute("PRAGMA query_only=ON")
+            connection.execute("PRAGMA busy_timeout=200")
+        except DatabaseError as error:
+            raise StoreError(f"cannot read {self._path}: {error}") from error
+        return connection
+
+    def close(self) -> None:
+        """Close what is idle."""
+        while True:
+            try:
+                self._idle.get_nowait()[0].close()
+            except queue.Empty:
+                return

@@ -1,0 +1,82 @@
+"""The schema, as numbered migrations that never change once released."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from sqlite_utils import Database, Migrations
+
+migrations = Migrations("optillm_memory")
+
+
+def newer_than_us(db: Database) -> list[str]:
+    """Return the migrations that a database has had and this release does not know."""
+    return sorted({m.name for m in migrations.applied(db)} - {name for name in globals() if _NUMBERED.match(name)})
+
+
+@migrations()
+def m001_log_and_memories(db: Database) -> None:
+    """Create the log (traces, steps, feedback), what is derived from it, and the ledger."""
+    for statement in _M001:
+        db.execute(statement)
+    db.execute("INSERT INTO meta(key, value) VALUES ('salt', ?), ('revision', 0), ('generation', 0)", [os.urandom(16)])
+
+
+_NUMBERED = re.compile(r"m\d{3}_")
+_M001 = (
+    "CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID",
+    """CREATE TABLE scopes(
+        id INTEGER PRIMARY KEY, tenant TEXT NOT NULL, namespace TEXT NOT NULL, user_id TEXT NOT NULL,
+        agent_id TEXT NOT NULL, UNIQUE(tenant, namespace, user_id, agent_id))""",
+    # The log: rows are only appended.
+    """CREATE TABLE traces(
+        seq INTEGER PRIMARY KEY, trace_id TEXT NOT NULL UNIQUE, scope_id INTEGER NOT NULL REFERENCES scopes(id),
+        episode_id TEXT NOT NULL, created_at REAL NOT NULL, model TEXT NOT NULL, approach TEXT NOT NULL,
+        action TEXT NOT NULL, held_out INTEGER NOT NULL, propensity REAL NOT NULL, task TEXT NOT NULL,
+        key_hash TEXT NOT NULL, frame TEXT NOT NULL, messages TEXT NOT NULL, answer TEXT, finish_reason TEXT,
+        error TEXT, skipped TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
+        latency_ms REAL NOT NULL, recall_ms REAL NOT NULL, tags TEXT NOT NULL)""",
+    "CREATE INDEX traces_episode ON traces(scope_id, episode_id, created_at)",
+    "CREATE INDEX traces_episode_id ON traces(episode_id)",
+    """CREATE TABLE injections(
+        trace_id TEXT NOT NULL, memory_id TEXT NOT NULL, kind TEXT NOT NULL, score REAL NOT NULL,
+        tokens INTEGER NOT NULL, PRIMARY KEY(trace_id, memory_id)) WITHOUT ROWID""",
+    """CREATE TABLE steps(
+        scope_id INTEGER NOT NULL, episode_id TEXT NOT NULL, call_id TEXT NOT NULL, ordinal INTEGER NOT NULL,
+        tool TEXT NOT NULL, arguments TEXT NOT NULL, observation TEXT, trace_id TEXT NOT NULL,
+        PRIMARY KEY(scope_id, episode_id, call_id)) WITHOUT ROWID""",
+    """CREATE TABLE feedback(
+        seq INTEGER PRIMARY KEY, tenant TEXT NOT NULL, feedback_id TEXT NOT NULL, retracts INTEGER NOT NULL,
+        scope_id INTEGER, trace_id TEXT, episode_id TEXT, metric TEXT NOT NULL, value TEXT NOT NULL,
+        source TEXT NOT NULL, evidence TEXT, occurred_at REAL NOT NULL, received_at REAL NOT NULL,
+        UNIQUE(tenant, feedback_id, retracts))""",
+    "CREATE INDEX feedback_trace ON feedback(trace_id)",
+    "CREATE INDEX feedback_episode ON feedback(episode_id)",
+    # How a later request finds its episode and the same insertions again.
+    """CREATE TABLE prefixes(
+        scope_id INTEGER NOT NULL, hash TEXT NOT NULL, episode_id TEXT NOT NULL,
+        PRIMARY KEY(scope_id, hash)) WITHOUT ROWID""",
+    """CREATE TABLE ledger(
+        scope_id INTEGER NOT NULL, episode_id TEXT NOT NULL, anchor TEXT NOT NULL, position INTEGER NOT NULL,
+        form TEXT NOT NULL, payload TEXT NOT NULL, items TEXT NOT NULL,
+        PRIMARY KEY(scope_id, episode_id, anchor, form)) WITHOUT ROWID""",
+    # Derived: a fold over the log. `rebuild` empties and refills these.
+    """CREATE TABLE memories(
+        number INTEGER PRIMARY KEY, memory_id TEXT NOT NULL UNIQUE, scope_id INTEGER NOT NULL, kind TEXT NOT NULL,
+        status TEXT NOT NULL, task TEXT NOT NULL, answer TEXT NOT NULL, frame TEXT NOT NULL, key_hash TEXT NOT NULL,
+        successes INTEGER NOT NULL, failures INTEGER NOT NULL, created_at REAL NOT NULL, revision INTEGER NOT NULL)""",
+    "CREATE INDEX memories_scope ON memories(scope_id, revision)",
+    """CREATE TABLE outcomes(
+        trace_id TEXT PRIMARY KEY, verdict TEXT NOT NULL, verified INTEGER NOT NULL) WITHOUT ROWID""",
+    """CREATE TABLE contributions(
+        memory_id TEXT NOT NULL, trace_id TEXT NOT NULL, role TEXT NOT NULL, success INTEGER NOT NULL,
+        verified INTEGER NOT NULL, answer TEXT, PRIMARY KEY(memory_id, trace_id, role)) WITHOUT ROWID""",
+    "CREATE INDEX contributions_trace ON contributions(trace_id)",
+    # Caches: made again from the text where they are missing.
+    """CREATE TABLE vectors(
+        key_hash TEXT NOT NULL, fingerprint TEXT NOT NULL, vector BLOB NOT NULL,
+        PRIMARY KEY(key_hash, fingerprint)) WITHOUT ROWID""",
+    "CREATE VIRTUAL TABLE memories_fts USING fts5(scope, task, tokenize = 'unicode61 remove_diacritics 0')",
+    "CREATE VIRTUAL TABLE memories_vocab USING fts5vocab(memories_fts, 'col')",
+)

@@ -1,0 +1,101 @@
+"""Rows and records: the column order of the log's tables, in one place."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from optillm_memory.records import Feedback, MemoryRecord, Scope, Trace
+
+SCOPE_ID = "SELECT id FROM scopes WHERE tenant = ? AND namespace = ? AND user_id = ? AND agent_id = ?"
+
+_TRACE_COLUMNS = (
+    "trace_id, episode_id, created_at, model, approach, action, held_out, propensity, task, frame, messages, answer, "
+    "finish_reason, error, skipped, prompt_tokens, completion_tokens, latency_ms, recall_ms, tags"
+)
+SELECT_TRACE = (
+    f"SELECT tenant, namespace, user_id, agent_id, {_TRACE_COLUMNS} "  # noqa: S608 - columns from above
+    "FROM traces JOIN scopes ON scopes.id = scope_id"
+)
+INSERT_TRACE = (
+    f"INSERT INTO traces(scope_id, {_TRACE_COLUMNS}, key_hash) "  # noqa: S608 - columns from above
+    f"VALUES ({', '.join('?' * 22)}) ON CONFLICT(trace_id) DO NOTHING"
+)
+
+_FEEDBACK_COLUMNS = "feedback_id, retracts, trace_id, episode_id, metric, value, source, evidence, occurred_at"
+SELECT_FEEDBACK = f"SELECT {_FEEDBACK_COLUMNS} FROM feedback"  # noqa: S608 - columns from above
+# The trace's own tenant and the operator (the empty tenant) may speak of it.
+STANDING = """NOT retracts AND tenant IN ('', ?) AND received_at >= ? AND NOT EXISTS (
+    SELECT 1 FROM feedback AS r WHERE r.tenant = feedback.tenant AND r.feedback_id = feedback.feedback_id
+    AND r.retracts)"""
+INSERT_FEEDBACK = (
+    "INSERT INTO feedback(tenant, feedback_id, retracts, scope_id, trace_id, episode_id, metric, value, source, "
+    "evidence, occurred_at, received_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
+
+_MEMORY_VALUES = (
+    "scope_id = ?, status = ?, task = ?, answer = ?, frame = ?, key_hash = ?, successes = ?, failures = ?, "
+    "created_at = ?, revision = ?"
+)
+INSERT_MEMORY = (
+    "INSERT INTO memories(memory_id, kind, scope_id, status, task, answer, frame, key_hash, successes, failures, "
+    "created_at, revision) VALUES (?, 'exemplar', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
+UPDATE_MEMORY = f"UPDATE memories SET {_MEMORY_VALUES} WHERE number = ?"  # noqa: S608 - columns from above
+SELECT_MEMORY = (
+    "SELECT number, memory_id, kind, status, tenant, namespace, user_id, agent_id, task, answer, frame, successes, "
+    "failures, created_at FROM memories JOIN scopes ON scopes.id = scope_id"
+)
+# Verified right and wrong answers, any right answer, and verified successes and failures of every role.
+TALLY = """
+    SELECT sum(role = 'evidence' AND verified AND success), sum(role = 'evidence' AND verified AND NOT success),
+           sum(role = 'evidence' AND success), sum(verified AND success), sum(verified AND NOT success)
+    FROM contributions WHERE memory_id = ?"""
+FIRST_EVIDENCE = """
+    SELECT scope_id, task, frame, key_hash, created_at, contributions.answer
+    FROM contributions JOIN traces USING (trace_id) WHERE memory_id = ? AND role = 'evidence' AND success
+    ORDER BY created_at, trace_id LIMIT 1"""
+
+
+def scope_token(scope_id: int) -> str:
+    """Return the word that stands for a scope in the full-text index: no query reads past it."""
+    return f"scope{scope_id}x"
+
+
+def trace_values(trace: Trace, scope_id: int) -> tuple[Any, ...]:
+    """Return a trace's values in the order of INSERT_TRACE, less the key hash."""
+    return (
+        scope_id, trace.trace_id, trace.episode_id, trace.created_at, trace.model, trace.approach, trace.action,
+        int(trace.held_out), trace.propensity, trace.task, trace.frame, trace.messages, trace.answer,
+        trace.finish_reason, trace.error, trace.skipped, trace.prompt_tokens, trace.completion_tokens,
+        trace.latency_ms, trace.recall_ms, json.dumps(dict(trace.tags)),
+    )  # fmt: skip
+
+
+def trace_of(row: tuple[Any, ...]) -> Trace:
+    """Read a row of SELECT_TRACE."""
+    (trace_id, episode_id, created_at, model, approach, action, held_out, propensity, task, frame, messages, answer,
+     finish_reason, error, skipped, prompt_tokens, completion_tokens, latency_ms, recall_ms, tags) = row[4:]  # fmt: skip
+    return Trace(
+        trace_id=trace_id, scope=Scope(*row[:4]), episode_id=episode_id, created_at=created_at, model=model,
+        approach=approach, action=action, held_out=bool(held_out), propensity=propensity, task=task, frame=frame,
+        messages=messages, answer=answer, finish_reason=finish_reason, error=error, skipped=skipped,
+        prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, latency_ms=latency_ms,
+        recall_ms=recall_ms, tags=json.loads(tags),
+    )  # fmt: skip
+
+
+def feedback_of(row: tuple[Any, ...]) -> Feedback:
+    """Read a row of SELECT_FEEDBACK."""
+    feedback_id, retracts, trace_id, episode_id, metric, value, source, evidence, occurred_at = row
+    return Feedback(
+        feedback_id, metric, None if retracts else json.loads(value), source, trace_id, episode_id,
+        json.loads(evidence) if evidence else None, occurred_at,
+    )  # fmt: skip
+
+
+def memory_of(row: tuple[Any, ...]) -> MemoryRecord:
+    """Read a row of SELECT_MEMORY."""
+    _, memory_id, kind, status, tenant, namespace, user_id, agent_id, task, answer, frame, right, wrong, at = row
+    scope = Scope(tenant, namespace, user_id, agent_id)
+    return MemoryRecord(memory_id, kind, status, scope, task, answer, frame, right, wrong, at)

@@ -1,0 +1,288 @@
+"""The store on SQLite: one writer, many readers, one file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from optillm_memory.conversation.parse import key_of
+from optillm_memory.recall.rank import coverage
+from optillm_memory.recall.recaller import Change
+from optillm_memory.records import Injected, MemoryRecord, Placement, Scope, Trace
+from optillm_memory.store import rows
+from optillm_memory.store.connection import Connection, Readers
+from optillm_memory.store.transaction import Transaction
+from optillm_memory.store.writer import Writer
+
+T = TypeVar("T")
+QUERY_WORDS = 8
+_MATCHES = 2_000  # postings that one lexical query may read: what is more common tells nothing
+
+
+class SqliteStore:
+    """Reads on any thread, writes through one; satisfies `recall.recaller.Source`."""
+
+    def __init__(self, path: Path, *, queue_size: int = 10_000) -> None:
+        """Open the file, making it where it is missing. Raises StoreTooNew."""
+        self.path = path
+        self._writer = Writer(path, queue_size=queue_size)
+        self._readers = Readers(path)
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def write(self, operation: Callable[[Transaction], T]) -> Future[T]:
+        """Run an operation in the next commit; the future is set once it is on disk."""
+        return self._writer.submit(lambda connection: operation(Transaction(connection)))
+
+    def post(self, operation: Callable[[Transaction], Any]) -> None:
+        """Run an operation behind the caller, who does not wait for it."""
+        self._writer.post(lambda connection: operation(Transaction(connection)))
+
+    def flush(self) -> None:
+        """Wait until everything queued before is on disk."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is queued and close."""
+        self._writer.close()
+        self._readers.close()
+
+    @property
+    def lost(self) -> int:
+        """Records that could not be written."""
+        return self._writer.lost
+
+    @property
+    def fault(self) -> str:
+        """What keeps the store from writing now; empty when all is well."""
+        return self._writer.fault
+
+    # -- recall: every call is bound to one scope --------------------------------------------------
+
+    def revision(self) -> tuple[int, int]:
+        """Return (generation, revision)."""
+        with self._readers.borrow() as db:
+            counters = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('generation', 'revision')"))
+        return int(counters["generation"]), int(counters["revision"])
+
+    def changes(self, scope: Scope, since: int, fingerprint: str, limit: int) -> list[Change]:
+        """Return memories of the scope changed after a revision; a revision's changes come together."""
+        with self._readers.borrow() as db:
+            scope_id = self._scope_id(db, scope)
+            found = db.execute(
+                "SELECT number, CASE WHEN status = 'verified' THEN vector END, revision FROM memories "
+                "LEFT JOIN vectors ON vectors.key_hash = memories.key_hash AND fingerprint = ? "
+                "WHERE scope_id = ? AND revision > ? AND revision <= coalesce((SELECT revision FROM memories "
+                "WHERE scope_id = ? AND revision > ? ORDER BY revision LIMIT 1 OFFSET ?), 1 << 62) ORDER BY revision",
+                (fingerprint, scope_id, since, scope_id, since, limit - 1),
+            ).fetchall()
+        return [Change(*row) for row in found]
+
+    def lexical(self, scope: Scope, query: Sequence[str], limit: int) -> list[tuple[int, float]]:
+        """Return (number, coverage) of memories that share the rarest of the query's words, best first (BM25)."""
+        if not query:
+            return []
+        with self._readers.borrow() as db:
+            scope_id = self._scope_id(db, scope)
+            frequency = {word: row[0] if (row := db.execute(_FREQUENCY, (word,)).fetchone()) else 0 for word in query}
+            rare: list[str] = []
+            matches = 0
+            for word in sorted(query, key=lambda w: frequency[w]):
+                if frequency[word] == 0:
+                    continue
+                matches += frequency[word]
+                if len(rare) == QUERY_WORDS or matches > _MATCHES:
+                    break
+                rare.append(word)
+            if not rare:
+                return []
+            match = f'scope : "{rows.scope_token(scope_id)}" AND task : ({" OR ".join(_quoted(w) for w in rare)})'
+            found = db.execute(
+                "SELECT rowid, task FROM memories_fts WHERE memories_fts MATCH ? "
+                "ORDER BY bm25(memories_fts, 0.0, 1.0) LIMIT ?",
+                (match, limit),
+            ).fetchall()
+        total = 1 + max(frequency.values())
+        weights = {word: math.log(1 + total / (1 + count)) for word, count in frequency.items()}
+        return [(int(number), coverage(query, task, weights)) for number, task in found]
+
+    def memories(self, scope: Scope, numbers: Iterable[int]) -> Mapping[int, MemoryRecord]:
+        """Return the verified memories of the scope that have these numbers."""
+        wanted = list(numbers)
+        with self._readers.borrow() as db:
+            found = db.execute(
+                f"{rows.SELECT_MEMORY} WHERE scope_id = ? AND status = 'verified' AND number IN ({_marks(wanted)})",
+                (self._scope_id(db, scope), *wanted),
+            ).fetchall()
+        return {row[0]: rows.memory_of(row) for row in found}
+
+    def from_other_episodes(self, scope: Scope, memory_ids: Sequence[str], episode_id: str) -> set[str]:
+        """Return those of the memories that rest on more than this episode."""
+        with self._readers.borrow() as db:
+            found = db.execute(
+                "SELECT DISTINCT memory_id FROM contributions JOIN traces USING (trace_id) WHERE role = 'evidence' "
+                f"AND success AND scope_id = ? AND episode_id <> ? AND memory_id IN ({_marks(memory_ids)})",
+                (self._scope_id(db, scope), episode_id, *memory_ids),
+            ).fetchall()
+        return {row[0] for row in found}
+
+    # -- a request's episode -----------------------------------------------------------------------
+
+    def salt(self) -> bytes:
+        """Return the database's secret for the holdout."""
+        with self._readers.borrow() as db:
+            return bytes(db.execute("SELECT value FROM meta WHERE key = 'salt'").fetchone()[0])
+
+    def episode_of(self, scope: Scope, prefixes: Sequence[str]) -> str | None:
+        """Return the episode that a conversation continues: the one with the longest of these prefixes."""
+        with self._readers.borrow() as db:
+            scope_id = self._scope_id(db, scope)
+            for prefix in prefixes:
+                row = db.execute(
+                    "SELECT episode_id FROM prefixes WHERE scope_id = ? AND hash = ?", (scope_id, prefix)
+                ).fetchone()
+                if row:
+                    return str(row[0])
+        return None
+
+    def ledger(self, scope: Scope, episode_id: str) -> list[Placement]:
+        """Return what was injected in an episode before, in order."""
+        with self._readers.borrow() as db:
+            found = db.execute(
+                "SELECT anchor, position, form, payload, items FROM ledger "
+                "WHERE scope_id = ? AND episode_id = ? ORDER BY position",
+                (self._scope_id(db, scope), episode_id),
+            ).fetchall()
+        return [
+            Placement(anchor, position, form, json.loads(payload), tuple(Injected(**i) for i in json.loads(items)))
+            for anchor, position, form, payload, items in found
+        ]
+
+    # -- looking at it -----------------------------------------------------------------------------
+
+    def trace(self, trace_id: str, tenant: str | None) -> dict[str, Any] | None:
+        """Return a trace with its steps, injections and feedback; `tenant` None is the operator."""
+        with self._readers.borrow() as db:
+            row = db.execute(
+                f"{rows.SELECT_TRACE} WHERE trace_id = ? AND (? IS NULL OR tenant = ?)", (trace_id, tenant, tenant)
+            ).fetchone()
+            if row is None:
+                return None
+            trace = rows.trace_of(row)
+            shown = self._described(db, trace)
+            scope_id = self._scope_id(db, trace.scope)
+            shown["messages"] = json.loads(trace.messages)
+            shown["steps"] = _objects(
+                db,
+                "SELECT call_id, ordinal, tool, arguments, observation FROM steps "
+                "WHERE scope_id = ? AND episode_id = ? ORDER BY ordinal",
+                (scope_id, trace.episode_id),
+            )
+            feedback = db.execute(
+                f"{rows.SELECT_FEEDBACK} WHERE (trace_id = ? OR (scope_id = ? AND episode_id = ?)) "
+                "AND tenant IN ('', ?) ORDER BY occurred_at, feedback_id",
+                (trace_id, scope_id, trace.episode_id, trace.scope.tenant),
+            ).fetchall()
+            shown["feedback"] = [asdict(rows.feedback_of(f)) for f in feedback]
+        return shown
+
+    def traces(self, tenant: str | None, *, limit: int = 50, text: str = "") -> list[dict[str, Any]]:
+        """Return the latest traces, newest first, whose task or answer holds a text."""
+        like = f"%{text.replace('%', '').replace('_', '')}%"
+        with self._readers.borrow() as db:
+            found = db.execute(
+                f"{rows.SELECT_TRACE} WHERE (? IS NULL OR tenant = ?) AND (task LIKE ? OR answer LIKE ?) "
+                "ORDER BY created_at DESC, trace_id DESC LIMIT ?",
+                (tenant, tenant, like, like, limit),
+            ).fetchall()
+            return [self._described(db, rows.trace_of(row)) for row in found]
+
+    def list_memories(self, tenant: str | None, *, limit: int = 50, memory_id: str | None = None) -> list[MemoryRecord]:
+        """Return a tenant's memories of every status, newest first; `tenant` None is the operator."""
+        with self._readers.borrow() as db:
+            found = db.execute(
+                f"{rows.SELECT_MEMORY} WHERE (? IS NULL OR tenant = ?) AND (? IS NULL OR memory_id = ?) "
+                "ORDER BY created_at DESC, memory_id LIMIT ?",
+                (tenant, tenant, memory_id, memory_id, limit),
+            ).fetchall()
+        return [rows.memory_of(row) for row in found]
+
+    def tenants(self, namespace: str) -> list[str]:
+        """Return the tenants that have a namespace of this name."""
+        with self._readers.borrow() as db:
+            found = db.execute("SELECT DISTINCT tenant FROM scopes WHERE namespace = ?", (namespace,)).fetchall()
+        return sorted(row[0] for row in found)
+
+    def stats(self) -> dict[str, Any]:
+        """Return counts of the whole store: no text of anyone's."""
+        with self._readers.borrow() as db:
+            counts = {
+                name: int(db.execute(f"SELECT count(*) FROM {name}").fetchone()[0])  # noqa: S608
+                for name in ("traces", "steps", "feedback", "memories", "scopes")
+            }
+            actions = dict(db.execute("SELECT action, count(*) FROM traces GROUP BY action"))
+            outcomes = dict(db.execute("SELECT verdict, count(*) FROM outcomes GROUP BY verdict"))
+            statuses = dict(db.execute("SELECT status, count(*) FROM memories GROUP BY status"))
+        size = self.path.stat().st_size if self.path.exists() else 0
+        return {
+            **counts, "memories_by_status": statuses, "traces_by_action": actions, "traces_by_outcome": outcomes,
+            "bytes": size, "lost": self.lost, "fault": self.fault,
+        }  # fmt: skip
+
+    def derived(self) -> list[tuple[Any, ...]]:
+        """Return the derived state in a form to compare: what `rebuild` must bring back."""
+        with self._readers.borrow() as db:
+            memories = db.execute(
+                "SELECT memory_id, scope_id, status, task, answer, frame, successes, failures, created_at "
+                "FROM memories WHERE status <> 'withdrawn' ORDER BY memory_id"
+            ).fetchall()
+            outcomes = db.execute("SELECT * FROM outcomes ORDER BY trace_id").fetchall()
+        return [*memories, *outcomes]
+
+    def without_vectors(self, fingerprint: str, after: int, limit: int) -> list[tuple[int, str, str]]:
+        """Return (number, key, key hash) of memories that this encoder has not seen: upkeep, not recall."""
+        with self._readers.borrow() as db:
+            found = db.execute(
+                "SELECT number, task, key_hash FROM memories WHERE number > ? AND NOT EXISTS (SELECT 1 FROM vectors "
+                "WHERE vectors.key_hash = memories.key_hash AND fingerprint = ?) ORDER BY number LIMIT ?",
+                (after, fingerprint, limit),
+            ).fetchall()
+        return [(int(number), key_of(task), key) for number, task, key in found]
+
+    def _described(self, db: Connection, trace: Trace) -> dict[str, Any]:
+        shown = asdict(trace)
+        verdict = db.execute("SELECT verdict, verified FROM outcomes WHERE trace_id = ?", (trace.trace_id,)).fetchone()
+        shown["outcome"] = {"verdict": verdict[0] if verdict else "unknown", "verified": bool(verdict and verdict[1])}
+        shown["skipped"] = json.loads(trace.skipped)
+        shown["injected"] = _objects(
+            db, "SELECT memory_id, kind, score, tokens FROM injections WHERE trace_id = ?", (trace.trace_id,)
+        )
+        del shown["messages"]
+        return shown
+
+    def _scope_id(self, db: Connection, scope: Scope) -> int:
+        # 0 is no scope's number: a scope that was never written has nothing to read.
+        row = db.execute(rows.SCOPE_ID, (scope.tenant, scope.namespace, scope.user_id, scope.agent_id)).fetchone()
+        return int(row[0]) if row else 0
+
+
+_FREQUENCY = "SELECT doc FROM memories_vocab WHERE term = ? AND col = 'task'"
+
+
+def _quoted(word: str) -> str:
+    return '"' + word.replace('"', '""').replace("\x00", "") + '"'
+
+
+def _marks(values: Sequence[Any]) -> str:
+    return ", ".join("?" * len(values))
+
+
+def _objects(db: Connection, sql: str, values: tuple[Any, ...]) -> list[dict[str, Any]]:
+    cursor = db.execute(sql, values)
+    names = [column[0] for column in cursor.description]
+    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]

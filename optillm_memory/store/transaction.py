@@ -1,0 +1,290 @@
+"""The write side: what is done to the log and to the derived tables inside one operation of the writer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from optillm_memory.conversation.parse import key_of
+from optillm_memory.errors import InvalidField
+from optillm_memory.learn import exemplars
+from optillm_memory.learn.exemplars import Learned
+from optillm_memory.records import Feedback, FeedbackStatus, Injected, Placement, Scope, Step, Trace
+from optillm_memory.store import rows
+from optillm_memory.store.connection import Connection
+
+PENDING_S = 7 * 86_400.0
+
+
+def key_hash(task: str) -> str:
+    """Return the id under which the vector of a task's key is kept."""
+    return hashlib.blake2b(key_of(task).encode("utf-8", "replace"), digest_size=16).hexdigest()
+
+
+class Transaction:
+    """One operation on the writing connection; satisfies `learn.fold.Log`."""
+
+    def __init__(self, connection: Connection) -> None:
+        """Wrap the connection; the writer commits."""
+        self._db = connection
+
+    # -- the log -----------------------------------------------------------------------------------
+
+    def scope_id(self, scope: Scope) -> int:
+        """Return the scope's number, made at first use."""
+        key = (scope.tenant, scope.namespace, scope.user_id, scope.agent_id)
+        found = self._db.execute(rows.SCOPE_ID, key).fetchone()
+        if found:
+            return int(found[0])
+        cursor = self._db.execute("INSERT INTO scopes(tenant, namespace, user_id, agent_id) VALUES (?, ?, ?, ?)", key)
+        return int(cursor.lastrowid or 0)
+
+    def add_trace(
+        self,
+        trace: Trace,
+        *,
+        steps: Sequence[Step] = (),
+        prefixes: Sequence[str] = (),
+        placements: Sequence[Placement] = (),
+        injected: Sequence[Injected] = (),
+    ) -> bool:
+        """Append a trace with its steps, prefixes, ledger entries and injections; False if it was there."""
+        scope_id = self.scope_id(trace.scope)
+        inserted = self._db.execute(
+            rows.INSERT_TRACE, (*rows.trace_values(trace, scope_id), key_hash(trace.task))
+        ).rowcount
+        if not inserted:
+            return False
+        self._db.executemany(
+            "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+            "observation = coalesce(steps.observation, excluded.observation)",
+            [
+                (scope_id, trace.episode_id, s.call_id, s.ordinal, s.tool, s.arguments, s.observation, trace.trace_id)
+                for s in steps
+            ],
+        )
+        self._db.executemany(
+            "INSERT INTO prefixes VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET episode_id = excluded.episode_id",
+            [(scope_id, prefix, trace.episode_id) for prefix in prefixes],
+        )
+        self._db.executemany(
+            "INSERT INTO ledger VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            [
+                (
+                    scope_id, trace.episode_id, p.anchor, p.position, p.form, json.dumps(p.payload),
+                    json.dumps([i.as_dict() for i in p.items]),
+                )
+                for p in placements
+            ],
+        )  # fmt: skip
+        self._db.executemany(
+            "INSERT INTO injections VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            [(trace.trace_id, i.memory_id, i.kind, i.score, i.tokens) for i in injected],
+        )
+        return True
+
+    def add_feedback(
+        self, tenant: str, scope_id: int | None, feedback: Feedback, received_at: float
+    ) -> FeedbackStatus | None:
+        """Append feedback; return `duplicate` or `retracted` where that settles it, None where it is new.
+
+        Raises InvalidField where the id was used before for something else.
+        """
+        retracts = feedback.value is None
+        before = self._db.execute(
+            "SELECT retracts, trace_id, episode_id, metric, value, source FROM feedback "
+            "WHERE tenant = ? AND feedback_id = ?",
+            (tenant, feedback.feedback_id),
+        ).fetchall()
+        for row in before:
+            if bool(row[0]) != retracts:
+                continue
+            said = (
+                feedback.trace_id,
+                feedback.episode_id,
+                feedback.metric,
+                json.dumps(feedback.value),
+                feedback.source,
+            )
+            if not retracts and tuple(row[1:]) != said:
+                raise InvalidField(
+                    "feedback.feedback_id",
+                    f"{feedback.feedback_id!r} was used before with other content; retract it (value null) "
+                    "and send a new id",
+                )
+            return "retracted" if retracts else "duplicate"
+        self._db.execute(
+            rows.INSERT_FEEDBACK,
+            (
+                tenant, feedback.feedback_id, int(retracts), scope_id, feedback.trace_id, feedback.episode_id,
+                feedback.metric, json.dumps(feedback.value), feedback.source,
+                json.dumps(feedback.evidence) if feedback.evidence else None, feedback.occurred_at, received_at,
+            ),
+        )  # fmt: skip
+        return "retracted" if retracts or any(row[0] for row in before) else None
+
+    def feedback_targets(self, tenant: str, feedback: Feedback) -> list[str]:
+        """Return the traces that a feedback speaks of; a retraction speaks of what it retracts."""
+        targets: list[str] = []
+        for trace_id, episode_id, scope_id in self._db.execute(
+            "SELECT trace_id, episode_id, scope_id FROM feedback WHERE tenant = ? AND feedback_id = ?",
+            (tenant, feedback.feedback_id),
+        ).fetchall():
+            if trace_id:
+                sql, values = "SELECT trace_id FROM traces WHERE trace_id = ?", [trace_id]
+            else:
+                sql = "SELECT trace_id FROM traces WHERE scope_id = ? AND episode_id = ?"
+                values = [scope_id, episode_id]
+            targets += [row[0] for row in self._db.execute(sql, values).fetchall()]
+        return [t for t in dict.fromkeys(targets) if self.visible(t, tenant)]
+
+    def tenant_of_feedback(self, feedback_id: str) -> str | None:
+        """Return whose feedback this is, where only one tenant has such an id."""
+        found = self._db.execute(
+            "SELECT DISTINCT tenant FROM feedback WHERE feedback_id = ?", (feedback_id,)
+        ).fetchall()
+        return str(found[0][0]) if len(found) == 1 else None
+
+    def visible(self, trace_id: str, tenant: str) -> bool:
+        """Whether a tenant may speak of a trace; the empty tenant is the operator at the machine."""
+        if not tenant:
+            return True
+        row = self._db.execute(
+            "SELECT 1 FROM traces JOIN scopes ON scopes.id = scope_id WHERE trace_id = ? AND tenant = ?",
+            (trace_id, tenant),
+        ).fetchone()
+        return row is not None
+
+    def episode_scopes(self, tenant: str, episode_id: str) -> list[int]:
+        """Return the scopes of a tenant (all, for the operator) that have an episode of this name."""
+        found = self._db.execute(
+            "SELECT DISTINCT scope_id FROM traces JOIN scopes ON scopes.id = scope_id "
+            "WHERE episode_id = ? AND (? = '' OR tenant = ?)",
+            (episode_id, tenant, tenant),
+        ).fetchall()
+        return [int(row[0]) for row in found]
+
+    # -- what the fold reads -----------------------------------------------------------------------
+
+    def trace(self, trace_id: str) -> Trace | None:
+        """Return a trace."""
+        row = self._db.execute(f"{rows.SELECT_TRACE} WHERE trace_id = ?", (trace_id,)).fetchone()
+        return rows.trace_of(row) if row else None
+
+    def feedback_on(self, trace: Trace) -> tuple[list[Feedback], list[Feedback]]:
+        """Return feedback on the trace and on its episode; what waited longer than 7 days for it has expired."""
+        oldest = trace.created_at - PENDING_S
+        own = self._db.execute(
+            f"{rows.SELECT_FEEDBACK} WHERE {rows.STANDING} AND trace_id = ?",
+            (trace.scope.tenant, oldest, trace.trace_id),
+        ).fetchall()
+        shared = self._db.execute(
+            f"{rows.SELECT_FEEDBACK} WHERE {rows.STANDING} AND scope_id = ? AND episode_id = ?",
+            (trace.scope.tenant, oldest, self.scope_id(trace.scope), trace.episode_id),
+        ).fetchall()
+        return [rows.feedback_of(r) for r in own], [rows.feedback_of(r) for r in shared]
+
+    def closing_trace(self, scope: Scope, episode_id: str) -> str | None:
+        """Return the latest trace of the episode that has an answer in words."""
+        row = self._db.execute(
+            "SELECT trace_id FROM traces WHERE scope_id = ? AND episode_id = ? AND answer > '' "
+            "ORDER BY created_at DESC, trace_id DESC LIMIT 1",
+            (self.scope_id(scope), episode_id),
+        ).fetchone()
+        return str(row[0]) if row else None
+
+    def episode_traces(self, scope: Scope, episode_id: str) -> list[str]:
+        """Return the ids of an episode's traces, oldest first."""
+        found = self._db.execute(
+            "SELECT trace_id FROM traces WHERE scope_id = ? AND episode_id = ? ORDER BY created_at, trace_id",
+            (self.scope_id(scope), episode_id),
+        ).fetchall()
+        return [str(row[0]) for row in found]
+
+    # -- what the fold writes ----------------------------------------------------------------------
+
+    def put_learned(self, trace: Trace, learned: Learned) -> None:
+        """Replace what this trace taught before, and bring every memory it touches up to date."""
+        touched = {
+            row[0]
+            for row in self._db.execute("SELECT memory_id FROM contributions WHERE trace_id = ?", (trace.trace_id,))
+        }
+        self._db.execute("DELETE FROM contributions WHERE trace_id = ?", (trace.trace_id,))
+        contributions: list[tuple[Any, ...]] = [
+            (e.memory_id, trace.trace_id, "evidence", int(e.success), int(e.verified), e.answer)
+            for e in learned.evidence
+        ]
+        result = learned.outcome
+        self._db.execute("DELETE FROM outcomes WHERE trace_id = ?", (trace.trace_id,))
+        if result.verdict != "unknown":
+            self._db.execute(
+                "INSERT INTO outcomes VALUES (?, ?, ?)", (trace.trace_id, result.verdict, int(result.verified))
+            )
+            used = self._db.execute("SELECT memory_id FROM injections WHERE trace_id = ?", (trace.trace_id,))
+            success, verified = int(result.verdict == "success"), int(result.verified)
+            contributions += [(row[0], trace.trace_id, "use", success, verified, None) for row in used.fetchall()]
+        self._db.executemany("INSERT INTO contributions VALUES (?, ?, ?, ?, ?, ?)", contributions)
+        touched |= {c[0] for c in contributions}
+        if touched:
+            revision = self._next("revision")
+            for memory_id in sorted(touched):
+                self._refresh_memory(memory_id, revision)
+
+    def _refresh_memory(self, memory_id: str, revision: int) -> None:
+        right, wrong, any_right, successes, failures = self._db.execute(rows.TALLY, (memory_id,)).fetchone()
+        known = self._db.execute("SELECT number, status FROM memories WHERE memory_id = ?", (memory_id,)).fetchone()
+        state = exemplars.status(right or 0, wrong or 0, any_right or 0)
+        first = self._db.execute(rows.FIRST_EVIDENCE, (memory_id,)).fetchone()
+        if first is None:  # nothing (any more) says that it is right
+            if known is not None:
+                self._db.execute(
+                    "UPDATE memories SET status = 'withdrawn', revision = ? WHERE number = ?", (revision, known[0])
+                )
+                self._db.execute("DELETE FROM memories_fts WHERE rowid = ?", (known[0],))
+            return
+        scope_id, task, frame, task_key, created_at, answer = first
+        values = (scope_id, state, task, answer, frame, task_key, successes or 0, failures or 0, created_at, revision)
+        if known is None:
+            number = self._db.execute(rows.INSERT_MEMORY, (memory_id, *values)).lastrowid
+        else:
+            number = known[0]
+            self._db.execute(rows.UPDATE_MEMORY, (*values, number))
+        searchable = state == "verified"
+        if searchable and (known is None or known[1] != "verified"):
+            self._db.execute(
+                "INSERT INTO memories_fts(rowid, scope, task) VALUES (?, ?, ?)",
+                (number, rows.scope_token(scope_id), key_of(task)),
+            )
+        elif not searchable and known is not None and known[1] == "verified":
+            self._db.execute("DELETE FROM memories_fts WHERE rowid = ?", (number,))
+
+    # -- caches and upkeep -------------------------------------------------------------------------
+
+    def put_vectors(self, vectors: Iterable[tuple[str, bytes]], fingerprint: str) -> None:
+        """Keep vectors by key hash; a memory that had none becomes searchable with the next revision."""
+        self._db.executemany(
+            "INSERT INTO vectors VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+            [(key, fingerprint, vector) for key, vector in vectors],
+        )
+
+    def touch(self, numbers: Iterable[int]) -> None:
+        """Give memories a new revision, so that every process loads them again."""
+        revision = self._next("revision")
+        self._db.executemany("UPDATE memories SET revision = ? WHERE number = ?", [(revision, n) for n in numbers])
+
+    def probe(self) -> None:
+        """Write one value: whether writing works at all."""
+        self._db.execute("INSERT INTO meta VALUES ('probe', 1) ON CONFLICT DO UPDATE SET value = value + 1")
+
+    def clear_derived(self) -> list[str]:
+        """Empty what is derived from the log; return all trace ids in order, to be folded again."""
+        for table in ("memories", "memories_fts", "contributions", "outcomes"):
+            self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - names from this line
+        self._next("generation")
+        return [row[0] for row in self._db.execute("SELECT trace_id FROM traces ORDER BY created_at, trace_id")]
+
+    def _next(self, counter: str) -> int:
+        row = self._db.execute("UPDATE meta SET value = value + 1 WHERE key = ? RETURNING value", (counter,)).fetchone()
+        return int(row[0])

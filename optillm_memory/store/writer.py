@@ -1,0 +1,192 @@
+"""The writer: one thread, one connection, a bounded queue, and a commit for as many records as are waiting."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+from optillm_memory.errors import AgentMemoryError, StoreTooNew, StoreUnavailable
+from optillm_memory.store.connection import (
+    Connection,
+    DatabaseError,
+    IntegrityError,
+    identity,
+    is_corruption,
+    open_writer,
+    set_aside,
+)
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Operation = Callable[[Connection], Any]
+GROUP = 256
+_RETRIES = 5
+
+
+class Writer:
+    """Runs operations on the writing connection; each is a savepoint of its own in a shared, durable commit.
+
+    The outcome of an operation is set only after the commit that holds it (`synchronous=FULL`).
+    """
+
+    def __init__(self, path: Path, *, queue_size: int) -> None:
+        """Open the database; where that fails for now, each later operation tries again."""
+        self.path = path
+        self.lost = 0
+        self.fault = ""
+        self._queue: queue.Queue[tuple[Operation, Future[Any] | None] | None] = queue.Queue(queue_size)
+        self._connection: Connection | None = None
+        self._identity: tuple[int, int] | None = None
+        self._closed = False
+        self._retry_at = 0.0
+        try:
+            self._connect()
+        except StoreTooNew:
+            raise
+        except StoreUnavailable as error:
+            self._note(error)
+        self._thread = threading.Thread(target=self._run, name="agent-memory-writer", daemon=True)
+        self._thread.start()
+
+    def submit(self, operation: Callable[[Connection], T]) -> Future[T]:
+        """Queue an operation whose result is awaited; raises StoreUnavailable when the queue is full or closed."""
+        future: Future[T] = Future()
+        self._put((operation, future))
+        return future
+
+    def post(self, operation: Operation) -> None:
+        """Queue an operation that nobody waits for; one that finds no room is dropped and counted in `lost`."""
+        try:
+            self._put((operation, None))
+        except StoreUnavailable:
+            self.lost += 1
+
+    def flush(self, timeout_s: float = 10.0) -> None:
+        """Wait until what was queued before is on disk."""
+        self.submit(lambda _connection: None).result(timeout_s)
+
+    def close(self) -> None:
+        """Write what is queued, then close; nothing is taken after this."""
+        if self._closed:
+            return
+        self._closed = True
+        self._queue.put(None)
+        self._thread.join(30)
+
+    def _put(self, item: tuple[Operation, Future[Any] | None]) -> None:
+        if self._closed:
+            raise StoreUnavailable("the memory is closed")
+        try:
+            self._queue.put_nowait(item)
+        except queue.Full:
+            raise StoreUnavailable("too many records are waiting to be written; try again") from None
+
+    def _run(self) -> None:
+        while (first := self._queue.get()) is not None:
+            batch, stop = [first], False
+            while len(batch) < GROUP:
+                try:
+                    item = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+                if item is None:
+                    stop = True
+                    break
+                batch.append(item)
+            self._write(batch)
+            if stop:
+                break
+        if self._connection is not None:
+            self._connection.close()
+
+    def _write(self, batch: list[tuple[Operation, Future[Any] | None]]) -> None:
+        for attempt in range(_RETRIES):
+            try:
+                results = self._commit(batch)
+            except (DatabaseError, StoreUnavailable) as error:
+                self._recover(error)
+                # What is awaited is refused at once, so that the caller can try again; what nobody waits for
+                # gets a few more chances, for a disk that is full now may have room in a moment.
+                fault = StoreUnavailable(f"cannot write {self.path}: {error}")
+                for _, future in batch:
+                    if future is not None:
+                        future.set_exception(fault)
+                batch = [item for item in batch if item[1] is None]
+                if not batch or attempt == _RETRIES - 1 or self._closed:
+                    break
+                time.sleep(0.05 * 2**attempt)
+            else:
+                self.fault = ""
+                for (_, future), result in zip(batch, results, strict=True):
+                    _settle(future, result)
+                return
+        self.lost += len(batch)
+
+    def _commit(self, batch: list[tuple[Operation, Future[Any] | None]]) -> list[Any]:
+        if self._connection is not None and identity(self.path) != self._identity:
+            self._connection.close()  # the file was removed or replaced: what goes there now would be lost
+            self._connection = None
+        if self._connection is None:
+            self._connect()
+        connection = self._connection
+        assert connection is not None
+        results: list[Any] = []
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for operation, _ in batch:
+                connection.execute("SAVEPOINT operation")
+                try:
+                    results.append(operation(connection))
+                except Exception as error:  # one bad record must not take the others with it
+                    if isinstance(error, DatabaseError) and not isinstance(error, IntegrityError):
+                        raise
+                    connection.execute("ROLLBACK TO operation")
+                    results.append(error)
+                    if not isinstance(error, AgentMemoryError):
+                        logger.exception("agent_memory: a record could not be written")
+                connection.execute("RELEASE operation")
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        return results
+
+    def _connect(self) -> None:
+        if time.monotonic() < self._retry_at:
+            raise StoreUnavailable(self.fault)
+        try:
+            self._connection = open_writer(self.path)
+            self._identity = identity(self.path)
+        except StoreUnavailable:
+            self._retry_at = time.monotonic() + 1.0
+            raise
+
+    def _recover(self, error: Exception) -> None:
+        self._note(error)
+        if is_corruption(error):
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+            logger.error("agent_memory: kept the corrupt file as %s", set_aside(self.path).name)
+
+    def _note(self, error: Exception) -> None:
+        if str(error) != self.fault:
+            logger.error("agent_memory: %s", error)
+        self.fault = str(error)
+
+
+def _settle(future: Future[Any] | None, result: Any) -> None:
+    if future is None:
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)

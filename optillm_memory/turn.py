@@ -1,0 +1,108 @@
+"""Turn: one request on its way through memory, from begin to finish."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from optillm_memory.conversation.options import Options
+from optillm_memory.conversation.parse import Conversation, calls_of, text_of
+from optillm_memory.records import Action, Injected, Message, Placement, Scope, new_trace_id, uuid7_hex
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A request with what was decided for it; `messages` is what goes upstream.
+
+    `placements` are all insertions in the prompt, `fresh` those that this request made. `conversation` is None
+    where memory was not consulted. `started` is on the monotonic clock, `created_at` in Unix seconds.
+    """
+
+    trace_id: str
+    episode_id: str
+    scope: Scope
+    options: Options
+    body: Mapping[str, Any]
+    messages: list[Message]
+    model: str
+    approach: str
+    created_at: float
+    started: float
+    conversation: Conversation | None = None
+    continues: bool = False
+    action: Action = "plain"
+    held_out: bool = False
+    propensity: float = 1.0
+    placements: tuple[Placement, ...] = ()
+    fresh: tuple[Placement, ...] = ()
+    injected: tuple[Injected, ...] = ()
+    skipped: tuple[Mapping[str, str], ...] = ()
+    recall_ms: float = 0.0
+
+    @classmethod
+    def plain(cls, body: Mapping[str, Any], *, tenant: str, options: Options, approach: str, now: float) -> Turn:
+        """Return the turn of a request as it came, with a fresh trace id and an episode of its own."""
+        raw = body.get("messages")
+        return cls(
+            trace_id=new_trace_id(),
+            episode_id=options.episode_id or f"ep-{uuid7_hex()}",
+            scope=Scope(tenant, options.namespace, options.user_id, options.agent_id),
+            options=options,
+            body=body,
+            messages=list(raw) if isinstance(raw, list) else [],
+            model=str(body.get("model") or ""),
+            approach=approach,
+            created_at=now,
+            started=time.perf_counter(),
+        )
+
+    def skip(self, reason: str, **details: str) -> Turn:
+        """Return the turn with one more reason why something was left out."""
+        return replace(self, skipped=(*self.skipped, {"reason": reason, **details}))
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the response's field `agent_memory`."""
+        return {
+            "trace_id": self.trace_id,
+            "episode_id": self.episode_id,
+            "action": self.action,
+            "approach": self.approach,
+            "model": self.model,
+            "injected": [{**item.as_dict(), "score": round(item.score, 4)} for item in self.injected],
+            "skipped": [dict(item) for item in self.skipped],
+            "recall_ms": round(self.recall_ms, 3),
+        }
+
+
+def answer_of(choices: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the answer in words, or None for tool calls, an empty answer, and choices that differ."""
+    messages = [choice.get("message") or {} for choice in choices]
+    texts = {text_of(message) for message in messages}
+    if len(texts) != 1 or any(calls_of(message, 0) for message in messages):
+        return None
+    return texts.pop() or None
+
+
+def recorded_messages(
+    conversation: Conversation, choices: Sequence[Mapping[str, Any]], stored: Callable[[str], str], *, since: bool
+) -> list[dict[str, Any]]:
+    """Return what this request added to its conversation, and every choice of the response, as it is stored.
+
+    An agent repeats the whole conversation with each request; with `since`, what stands before the last answer
+    is left out, for earlier traces of the episode hold it.
+    """
+    answered = [i for i, m in enumerate(conversation.messages) if m.get("role") == "assistant"]
+    first = answered[-1] + 1 if since and answered else 0
+    messages = [*conversation.messages[first:], *(choice.get("message") or {} for choice in choices)]
+    return [_recorded(message, stored) for message in messages]
+
+
+def _recorded(message: Mapping[str, Any], stored: Callable[[str], str]) -> dict[str, Any]:
+    recorded: dict[str, Any] = {"role": str(message.get("role")), "content": stored(text_of(message))}
+    if calls := calls_of(message, 0):
+        recorded["tool_calls"] = [{"id": i, "name": name, "arguments": stored(args)} for i, name, args in calls]
+    if message.get("tool_call_id"):
+        recorded["tool_call_id"] = str(message["tool_call_id"])
+    return recorded
