@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import Self
+
 from optillm_memory.conversation import parse as conversations
 from optillm_memory.conversation.feedback import parse_feedback
 from optillm_memory.conversation.options import FIELD, Options, parse_options
@@ -72,7 +74,7 @@ class Memory:
         self.encoder.close()
         self.store.close()
 
-    def __enter__(self) -> Memory:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

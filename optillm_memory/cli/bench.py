@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
     command = click.option("--json", "out", type=out, help="Write the figures to this file.")(command)
     data = click.Path(exists=True, dir_okay=False, path_type=Path)
     return click.option(
-        "--data", type=data, help="Tasks, one JSON object with `input` and `output` a line [default: the support tasks]."
+        "--data", type=data, help="Tasks, with `input` and `output` a line [default: the support tasks]."
     )(command)  # fmt: skip
 
 
@@ -63,9 +64,7 @@ def stream(
         else:
             env = {"OPTILLM_AGENT_MEMORY_HOLDOUT": str(holdout)}
             server = stack.enter_context(own_server(upstream, tasks, seed=seed, env=env, say=_say))
-        bar = stack.enter_context(
-            click.progressbar(length=len(tasks), label="tasks", file=click.get_text_stream("stderr"))
-        )
+        bar = stack.enter_context(_bar(len(tasks), "tasks"))
         result = run(
             server,
             tasks,
@@ -102,12 +101,16 @@ def latency(sizes: str, repeats: int, seed: int, out: Path | None, data: Path | 
     except ValueError:
         raise click.BadParameter("give whole numbers with commas between", param_hint="--sizes") from None
     length = len(numbers) * (repeats + 10)
-    with click.progressbar(length=length, label="round trips", file=click.get_text_stream("stderr")) as bar:
+    with _bar(length, "round trips") as bar:
         figures = run(load_tasks(data), sizes=numbers, repeats=repeats, seed=seed, say=_say, tick=lambda: bar.update(1))
     whole = report.report(figures, {"repeats": repeats, "seed": seed, "data": data.name if data else "support_tasks"})
     report.write(whole, out)
     for size, values in figures.items():
         click.echo(f"{size} traces  {json.dumps(values)}")
+
+
+def _bar(length: int, label: str) -> Any:
+    return click.progressbar(length=length, label=label, file=sys.stderr)
 
 
 def _say(text: str) -> None:

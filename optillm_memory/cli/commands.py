@@ -36,7 +36,7 @@ def _settings_help() -> str:
 @click.group(cls=_Cli, epilog="Settings are environment variables; `optillm-memory settings` lists them.")
 @click.version_option(package_name="optillm-memory")
 def main() -> None:
-    """Persistent agent memory for the optillm proxy."""
+    """Give the optillm proxy persistent agent memory."""
 
 
 def _database(command: Callable[..., None]) -> Callable[..., None]:
@@ -136,10 +136,7 @@ def traces(limit: int, query: str, db: str | None, *, as_json: bool) -> None:
 def show(identifier: str, db: str | None, *, as_json: bool) -> None:
     """Show one trace or one memory, by its id."""
     with _open(db) as memory:
-        if identifier.startswith("mem-"):
-            found = asdict(memory.memory(identifier))
-        else:
-            found = memory.trace(identifier)
+        found = asdict(memory.memory(identifier)) if identifier.startswith("mem-") else memory.trace(identifier)
     _print(found, as_json=as_json, text=lambda: render.mapping(found))
 
 

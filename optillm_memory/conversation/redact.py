@@ -9,7 +9,8 @@ _SECRETS: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
         "private-key",
         re.compile(
-            r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----[A-Za-z0-9+/=\s\\]{0,20000}(?:-----END [A-Z ]{0,30}PRIVATE KEY-----)?"
+            r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----[A-Za-z0-9+/=\s\\]{0,20000}"
+            r"(?:-----END [A-Z ]{0,30}PRIVATE KEY-----)?"
         ),
     ),
     ("api-key", re.compile(r"\b(?:sk|pk|rk)-[A-Za-z0-9_-]{16,400}")),

@@ -147,12 +147,7 @@ def _plugin_sees_messages(server: Any) -> bool:
     seen: dict[str, Any] = {}
 
     def probe(
-        system_prompt: str,
-        initial_query: str,
-        client: Any,
-        model: str,
-        request_config: Any = None,
-        messages: Any = None,
+        _system: str, _query: str, _client: Any, _model: str, request_config: Any = None, messages: Any = None
     ) -> tuple[str, int]:
         seen.update(messages=messages, request_config=request_config)
         return "", 0
@@ -234,7 +229,7 @@ def _plugin_file(directory: Path) -> Finding:
     if not path.exists():
         return Finding(
             "plugin file", "ok",
-            "none in this directory: start with `optillm-memory serve`, or run `optillm-memory install` for plain optillm",
+            "none here: start with `optillm-memory serve`, or run `optillm-memory install` for plain optillm",
         )  # fmt: skip
     # In a process of its own, as the host would: an import that fails there is only logged by optillm.
     code = (

@@ -76,5 +76,5 @@ def _fit(
 
 def _quoted(text: str) -> str:
     # A quoted text cannot close the block or open another.
-    safe = _DELIMITER.sub(lambda m: m.group(0).replace("<", "‹"), text)
+    safe = _DELIMITER.sub(lambda m: m.group(0).replace("<", "&lt;"), text)
     return "\n".join(MARK + line for line in safe.splitlines())

@@ -78,14 +78,18 @@ def _open_writer(path: Path) -> Connection:
         # Where an affected SQLite is all there is, a rollback journal keeps several processes safe.
         connection.execute("PRAGMA journal_mode=WAL" if wal_is_safe() else "PRAGMA journal_mode=DELETE").fetchall()
         if path.stat().st_size <= _CHECKED_BYTES:
-            first = connection.execute("PRAGMA quick_check(1)").fetchone()
-            if first != ("ok",):
-                raise sqlite3.DatabaseError(f"database disk image is malformed: {first}")
+            _check(connection)
         _migrate(connection, path)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _check(connection: Connection) -> None:
+    found = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if found != ("ok",):
+        raise sqlite3.DatabaseError(f"database disk image is malformed: {found}")
 
 
 def _migrate(connection: Connection, path: Path) -> None:

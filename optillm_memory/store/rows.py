@@ -74,8 +74,10 @@ def trace_values(trace: Trace, scope_id: int) -> tuple[Any, ...]:
 
 def trace_of(row: tuple[Any, ...]) -> Trace:
     """Read a row of SELECT_TRACE."""
-    (trace_id, episode_id, created_at, model, approach, action, held_out, propensity, task, frame, messages, answer,
-     finish_reason, error, skipped, prompt_tokens, completion_tokens, latency_ms, recall_ms, tags) = row[4:]  # fmt: skip
+    (
+        trace_id, episode_id, created_at, model, approach, action, held_out, propensity, task, frame, messages,
+        answer, finish_reason, error, skipped, prompt_tokens, completion_tokens, latency_ms, recall_ms, tags,
+    ) = row[4:]  # fmt: skip
     return Trace(
         trace_id=trace_id, scope=Scope(*row[:4]), episode_id=episode_id, created_at=created_at, model=model,
         approach=approach, action=action, held_out=bool(held_out), propensity=propensity, task=task, frame=frame,

@@ -124,7 +124,7 @@ class SqliteStore:
     def from_other_episodes(self, scope: Scope, memory_ids: Sequence[str], episode_id: str) -> set[str]:
         """Return those of the memories that rest on more than this episode."""
         with self._readers.borrow() as db:
-            found = db.execute(
+            found = db.execute(  # noqa: S608 - only question marks are put in
                 "SELECT DISTINCT memory_id FROM contributions JOIN traces USING (trace_id) WHERE role = 'evidence' "
                 f"AND success AND scope_id = ? AND episode_id <> ? AND memory_id IN ({_marks(memory_ids)})",
                 (self._scope_id(db, scope), episode_id, *memory_ids),
