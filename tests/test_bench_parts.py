@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import struct
 import sys
 import tempfile
 import threading
@@ -142,12 +144,6 @@ def test_refuses_streams_bad_bodies_and_other_paths(upstream: RecordingUpstream)
     assert [request.body[:3] for request in upstream.requests[1:]] == [b"[1]"]
 
 
-def test_lists_models(upstream: RecordingUpstream) -> None:
-    """The client can list the models."""
-    with openai.OpenAI(base_url=upstream.base_url, api_key="sk-test") as client:
-        assert [model.id for model in client.models.list()] == ["upstream-model"]
-
-
 def test_serves_many_clients_at_once() -> None:
     """Forty-eight clients are inside the reply at the same moment, and none is lost or mixed up."""
     together = threading.Barrier(48)
@@ -188,11 +184,24 @@ def test_delays_and_lets_go_of_hanging_requests_on_close() -> None:
     assert time.perf_counter() - closed < 5
 
 
+def test_a_client_that_breaks_off_makes_no_noise(capsys: pytest.CaptureFixture[str]) -> None:
+    """A connection reset by a client, as by one that was killed, leaves no traceback in the test's output."""
+    with RecordingUpstream(lambda _request: Reply(delay_s=0.2)) as server:
+        with socket.create_connection(("127.0.0.1", httpx.URL(server.base_url).port or 0)) as client:
+            client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}")
+            while not server.requests:
+                time.sleep(0.01)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        time.sleep(0.5)
+    assert capsys.readouterr().err == ""
+
+
 def test_closing_drops_kept_connections() -> None:
     """After the close a client with a connection from before gets no answer either."""
     server = RecordingUpstream()
     with httpx.Client() as client:
-        assert client.get(f"{server.base_url}/models").status_code == 200
+        models = client.get(f"{server.base_url}/models").json()
+        assert [model["id"] for model in models["data"]] == ["upstream-model"]
         server.close()
         server.close()
         with pytest.raises(httpx.TransportError):
@@ -410,8 +419,7 @@ def test_the_converted_model_keeps_its_template_and_its_end(smollm2: Path) -> No
     assert prompt.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert prompt.endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert (tokenizer.eos_token, tokenizer.model_max_length) == ("<|im_end|>", 8192)
-    text = "Order   3456\n  99 ▁ ünï"
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer.tokenize("a   12") == ["a", "ĠĠĠ", "1", "2"]
     inputs = tokenizer(prompt, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=60, do_sample=False)[0]
     assert output[-1] == tokenizer.eos_token_id

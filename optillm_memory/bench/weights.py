@@ -88,7 +88,7 @@ def _convert(source: Path, directory: Path) -> None:
     model.generation_config.pad_token_id = end
     model.save_pretrained(str(directory))
     tokenizer.save_pretrained(str(directory))
-    _mend_splitting(directory / "tokenizer.json")
+    _split_digits(directory / "tokenizer.json")
     missing = [name for name in _FILES if not (directory / name).is_file()]
     if missing:
         raise AgentMemoryError(f"The installed transformers saved no {', '.join(missing)} for SmolLM2")
@@ -111,11 +111,10 @@ def _tokenizer(source: Path) -> Any:
     return tokenizer
 
 
-def _mend_splitting(file: Path) -> None:
-    """Split text as SmolLM2 was trained to: single digits, and plain bytes back into text."""
+def _split_digits(file: Path) -> None:
+    """Split numbers into single digits, as SmolLM2 was trained; the GGUF says so in a field that is not read."""
     tokenizer = json.loads(file.read_text(encoding="utf-8"))
     as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     digits = {"type": "Digits", "individual_digits": True}
     tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, as_bytes]}
-    tokenizer["decoder"] = as_bytes
     file.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")

@@ -14,16 +14,16 @@ _TRACE_COLUMNS = (
     "finish_reason, error, skipped, prompt_tokens, completion_tokens, latency_ms, recall_ms, tags"
 )
 SELECT_TRACE = (
-    f"SELECT tenant, namespace, user_id, agent_id, {_TRACE_COLUMNS} "  # noqa: S608 - columns from above
+    f"SELECT tenant, namespace, user_id, agent_id, {_TRACE_COLUMNS} "
     "FROM traces JOIN scopes ON scopes.id = scope_id"
 )
 INSERT_TRACE = (
-    f"INSERT INTO traces(scope_id, {_TRACE_COLUMNS}, key_hash) "  # noqa: S608 - columns from above
+    f"INSERT INTO traces(scope_id, {_TRACE_COLUMNS}, key_hash) "
     f"VALUES ({', '.join('?' * 22)}) ON CONFLICT(trace_id) DO NOTHING"
 )
 
 _FEEDBACK_COLUMNS = "feedback_id, retracts, trace_id, episode_id, metric, value, source, evidence, occurred_at"
-SELECT_FEEDBACK = f"SELECT {_FEEDBACK_COLUMNS} FROM feedback"  # noqa: S608 - columns from above
+SELECT_FEEDBACK = f"SELECT {_FEEDBACK_COLUMNS} FROM feedback"
 # The trace's own tenant and the operator (the empty tenant) may speak of it.
 STANDING = """NOT retracts AND tenant IN ('', ?) AND received_at >= ? AND NOT EXISTS (
     SELECT 1 FROM feedback AS r WHERE r.tenant = feedback.tenant AND r.feedback_id = feedback.feedback_id
@@ -41,7 +41,7 @@ INSERT_MEMORY = (
     "INSERT INTO memories(memory_id, kind, scope_id, status, task, answer, frame, key_hash, successes, failures, "
     "created_at, revision) VALUES (?, 'exemplar', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
-UPDATE_MEMORY = f"UPDATE memories SET {_MEMORY_VALUES} WHERE number = ?"  # noqa: S608 - columns from above
+UPDATE_MEMORY = f"UPDATE memories SET {_MEMORY_VALUES} WHERE number = ?"
 SELECT_MEMORY = (
     "SELECT number, memory_id, kind, status, tenant, namespace, user_id, agent_id, task, answer, frame, successes, "
     "failures, created_at FROM memories JOIN scopes ON scopes.id = scope_id"

@@ -124,7 +124,7 @@ class SqliteStore:
     def from_other_episodes(self, scope: Scope, memory_ids: Sequence[str], episode_id: str) -> set[str]:
         """Return those of the memories that rest on more than this episode."""
         with self._readers.borrow() as db:
-            found = db.execute(  # noqa: S608 - only question marks are put in
+            found = db.execute(
                 "SELECT DISTINCT memory_id FROM contributions JOIN traces USING (trace_id) WHERE role = 'evidence' "
                 f"AND success AND scope_id = ? AND episode_id <> ? AND memory_id IN ({_marks(memory_ids)})",
                 (self._scope_id(db, scope), episode_id, *memory_ids),
@@ -222,7 +222,7 @@ class SqliteStore:
         """Return counts of the whole store: no text of anyone's."""
         with self._readers.borrow() as db:
             counts = {
-                name: int(db.execute(f"SELECT count(*) FROM {name}").fetchone()[0])  # noqa: S608
+                name: int(db.execute(f"SELECT count(*) FROM {name}").fetchone()[0])
                 for name in ("traces", "steps", "feedback", "memories", "scopes")
             }
             actions = dict(db.execute("SELECT action, count(*) FROM traces GROUP BY action"))

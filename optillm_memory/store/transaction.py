@@ -281,7 +281,7 @@ class Transaction:
     def clear_derived(self) -> list[str]:
         """Empty what is derived from the log; return all trace ids in order, to be folded again."""
         for table in ("memories", "memories_fts", "contributions", "outcomes"):
-            self._db.execute(f"DELETE FROM {table}")  # noqa: S608 - names from this line
+            self._db.execute(f"DELETE FROM {table}")
         self._next("generation")
         return [row[0] for row in self._db.execute("SELECT trace_id FROM traces ORDER BY created_at, trace_id")]
 
