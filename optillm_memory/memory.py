@@ -173,7 +173,10 @@ class Memory:
         key = conversations.key_of(query)
         vector = self.encoder.vector(key, timeout_s)
         scope = scope or Scope("local")
-        return self._recaller.recall(scope, key, vector, fingerprint=self.encoder.fingerprint, limit=limit)
+        encoder = self.encoder
+        return self._recaller.recall(
+            scope, key, vector, fingerprint=encoder.fingerprint, unrelated=encoder.unrelated, limit=limit
+        )
 
     def trace(self, trace_id: str, *, tenant: str | None = None) -> dict[str, Any]:
         """Return a trace with its steps, injections and feedback. Raises NotFound."""
@@ -256,6 +259,7 @@ class Memory:
             key,
             vector,
             fingerprint=self.encoder.fingerprint,
+            unrelated=self.encoder.unrelated,
             episode_id=turn.episode_id,
             frame=conversation.frame,
         )

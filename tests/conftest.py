@@ -1,0 +1,46 @@
+"""Fixtures that the tests share: an upstream, and a real optillm in front of it for each module."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hosting import Host, served
+
+from optillm_memory.bench.upstream import RecordingUpstream, echo
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[RecordingUpstream]:
+    """Give an upstream that echoes and records."""
+    with RecordingUpstream() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def module_host(upstream: RecordingUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """Start `optillm-memory serve` once for a module."""
+    with served(upstream, tmp_path_factory.mktemp("host") / "memory.db") as host:
+        yield host
+
+
+@pytest.fixture
+def host(module_host: Host) -> Host:
+    """Give the module's host with an upstream that echoes and has received nothing."""
+    module_host.upstream.reply = echo
+    module_host.upstream.clear()
+    return module_host
+
+
+@pytest.fixture
+def namespace() -> dict[str, str]:
+    """Give an `agent_memory` field with a namespace of the test's own: nothing is in memory there."""
+    return {"namespace": f"ns-{uuid.uuid4().hex}"}
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Path:
+    """Give the path of a database that is not there yet."""
+    return tmp_path / "memory.db"

@@ -1,0 +1,168 @@
+"""What the host tests share: a real optillm with its recording upstream, asked over real HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from openai import OpenAI
+
+from optillm_memory.bench.process import HostProcess
+from optillm_memory.bench.upstream import RecordingUpstream
+
+KEY = "alice"  # no sk- in front: the server's own client answers, which spares each request a new one
+MODEL = "agent_memory-m"
+TIMEOUT_S = 60.0
+# The holdout would leave a random share of the tests without memory; trigrams need no weights and no time to load.
+QUIET = {"OPTILLM_AGENT_MEMORY_HOLDOUT": "0", "OPTILLM_AGENT_MEMORY_ENCODER": "hashing"}
+
+JSON = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Host:
+    """A running optillm, its upstream and its database; the key given is the caller, none the operator."""
+
+    process: HostProcess
+    upstream: RecordingUpstream
+    db: Path
+    http: httpx.Client
+
+    def post(
+        self,
+        body: Any,
+        *,
+        key: str | None = KEY,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = TIMEOUT_S,
+    ) -> httpx.Response:
+        """Send a chat request's body as it is (text and bytes too) and return the raw response."""
+        content = body if isinstance(body, (str, bytes)) else json.dumps(body)
+        given = {"Content-Type": "application/json", **authorization(key), **(headers or {})}
+        return self.http.post(
+            f"{self.process.base_url}/chat/completions", content=content, headers=given, timeout=timeout_s
+        )
+
+    def chat(
+        self,
+        asked: str | Sequence[Mapping[str, Any]],
+        *,
+        model: str = MODEL,
+        memory: Mapping[str, Any] | None = None,
+        key: str | None = KEY,
+        **fields: Any,
+    ) -> JSON:
+        """Ask with one text or with messages; return the answered body."""
+        messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
+        body = {"model": model, "messages": messages, **fields}
+        if memory is not None:
+            body["agent_memory"] = dict(memory)
+        response = self.post(body, key=key)
+        assert response.status_code == 200, response.text
+        answered: JSON = response.json()
+        return answered
+
+    def route(
+        self, method: str, path: str, *, key: str | None = KEY, headers: Mapping[str, str] | None = None, **given: Any
+    ) -> httpx.Response:
+        """Ask one of our own routes."""
+        url = f"{self.process.base_url}/agent_memory/{path}"
+        return self.http.request(method, url, headers={**authorization(key), **(headers or {})}, **given)
+
+    def get(self, path: str, *, key: str | None = KEY, **params: Any) -> JSON:
+        """Return what a route answers with 200."""
+        response = self.route("GET", path, key=key, params=params)
+        assert response.status_code == 200, response.text
+        found: JSON = response.json()
+        return found
+
+    def tell(self, payload: Any, *, key: str | None = KEY) -> Any:
+        """Post feedback that must be acknowledged; return the receipt or receipts."""
+        response = self.route("POST", "feedback", key=key, json=payload)
+        assert response.status_code == 202, response.text
+        return response.json()
+
+    def teach(self, task: str, answer: str, *, memory: Mapping[str, Any] | None = None, key: str | None = KEY) -> str:
+        """Ask for a task, have it answered so, say that it was right; return the trace id."""
+        before, self.upstream.reply = self.upstream.reply, lambda _request: answer
+        try:
+            trace_id: str = self.chat(task, memory=memory, key=key)["id"]
+        finally:
+            self.upstream.reply = before
+        told = self.tell({"trace_id": trace_id, "metric": "success", "value": True, "source": "code"}, key=key)
+        assert told["status"] == "applied"
+        return trace_id
+
+    def settle(self) -> None:
+        """Wait until what was queued for writing is on disk."""
+        assert self.route("GET", "ready", key=KEY).status_code == 200
+
+    @property
+    def sent(self) -> list[JSON]:
+        """The bodies that the upstream has received."""
+        return [request.json for request in self.upstream.requests]
+
+    @property
+    def prompt(self) -> list[JSON]:
+        """The messages that the upstream received last."""
+        messages: list[JSON] = self.sent[-1]["messages"]
+        return messages
+
+    @contextlib.contextmanager
+    def openai(self, key: str = "sk-test", **options: Any) -> Iterator[OpenAI]:
+        """Give the real OpenAI client."""
+        with OpenAI(base_url=self.process.base_url, api_key=key, max_retries=0, **options) as client:
+            yield client
+
+
+def authorization(key: str | None) -> dict[str, str]:
+    """Return the header of a caller's key."""
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
+@contextlib.contextmanager
+def running(process: HostProcess, upstream: RecordingUpstream, db: Path) -> Iterator[Host]:
+    """Start the process (unless it runs), give it as a Host, and stop it at the end."""
+    with httpx.Client(timeout=TIMEOUT_S, trust_env=False) as http:
+        if process.pid is None:
+            process.start()
+        try:
+            yield Host(process, upstream, db, http)
+        finally:
+            process.stop()
+
+
+@contextlib.contextmanager
+def served(
+    upstream: RecordingUpstream, db: Path, *extra_args: str, env: Mapping[str, str] | None = None
+) -> Iterator[Host]:
+    """Run `optillm-memory serve` in the database's directory."""
+    process = HostProcess.serve(
+        upstream.base_url, db=db, extra_args=extra_args, env={**QUIET, **(env or {})}, log=db.with_suffix(".log")
+    )
+    with running(process, upstream, db) as host:
+        yield host
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool:
+    """Wait until the condition holds; return whether it did in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def chunks_of(response: httpx.Response) -> list[JSON]:
+    """Return the chunks of a streamed answer, which must end with [DONE]."""
+    events = [line[len("data: ") :] for line in response.text.splitlines() if line.startswith("data: ")]
+    assert events, response.text
+    assert events[-1] == "[DONE]"
+    return [json.loads(event) for event in events[:-1]]
