@@ -36,6 +36,7 @@ from optillm_memory.turn import Turn, answer_of, recorded_messages
 logger = logging.getLogger(__name__)
 OPERATOR = ""  # the tenant of whoever works at the machine: may speak of, and look at, every scope
 ACKNOWLEDGE_S = 15.0
+ENCODER_SHARE = 0.7  # of the deadline; a busy encoder leaves time to recall by words alone
 
 
 class Memory:
@@ -154,7 +155,8 @@ class Memory:
     ) -> Callable[[float], list[FeedbackReceipt]]:
         """Queue feedback; return a function that waits so many seconds for its receipts."""
         now = self._clock()
-        given = payload if isinstance(payload, Mapping) else list(payload)
+        several = isinstance(payload, Iterable) and not isinstance(payload, (Mapping, str, bytes))
+        given = list(payload) if several else payload
         if isinstance(given, list) and given and all(isinstance(f, Feedback) for f in given):
             items = given
         else:
@@ -251,9 +253,12 @@ class Memory:
             return [], turn  # the very same request again: it gets what it got before
         key = conversations.key_of(conversation.task)
         left_s = self.settings.deadline_ms / 1000 - (time.perf_counter() - turn.started)
-        vector = self.encoder.vector(key, left_s)
+        try:
+            vector, state = self.encoder.vector(key, left_s * ENCODER_SHARE), self.encoder.state
+        except TimeoutError:
+            vector, state = None, "slow"
         if vector is None:
-            turn = turn.skip(f"encoder_{self.encoder.state}_recall_is_lexical")
+            turn = turn.skip(f"encoder_{state}_recall_is_lexical")
         hits = self._recaller.recall(
             turn.scope,
             key,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, cast
@@ -134,8 +133,10 @@ def _time(value: Any, now: float, param: str) -> float:
         except ValueError:
             raise InvalidField(f"{param}.occurred_at", "must be a Unix time in seconds or ISO 8601") from None
         value = (parsed if parsed.tzinfo else parsed.replace(tzinfo=timezone.utc)).timestamp()
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidField(f"{param}.occurred_at", "must be a Unix time in seconds or ISO 8601")
     if not 0 <= value <= now + 86_400:
-        raise InvalidField(f"{param}.occurred_at", "lies in the future; send Unix seconds, not milliseconds")
+        raise InvalidField(
+            f"{param}.occurred_at", "lies before 1970 or in the future; send Unix seconds, not milliseconds"
+        )
     return float(value)

@@ -12,6 +12,7 @@ from typing import Any
 from optillm_memory.records import Message, Step
 
 BLOCK_OPEN, BLOCK_CLOSE = "<agent_memory>", "</agent_memory>"
+_BLOCK = re.compile(f"{BLOCK_OPEN}.*?(?:{BLOCK_CLOSE}|\\Z)", re.DOTALL)
 _DIGITS = re.compile(r"\d+")
 
 
@@ -80,16 +81,14 @@ def text_of(message: Mapping[str, Any]) -> str:
 
 def without_blocks(text: str) -> str:
     """Return the text without any memory block, so that what was injected is never learned from."""
-    while (start := text.find(BLOCK_OPEN)) >= 0:
-        end = text.find(BLOCK_CLOSE, start)
-        text = text[:start] + (text[end + len(BLOCK_CLOSE) :] if end >= 0 else "")
-    return text.strip()
+    # One pass, so that no text costs more than its length; what only looks like a block after it goes to the end.
+    return _BLOCK.sub("", text).partition(BLOCK_OPEN)[0].strip()
 
 
 def key_of(task: str) -> str:
-    """Return the short key that stands for a task in recall: its ends, in one line."""
+    """Return the short key that stands for a task in recall: its ends, in one line of valid Unicode."""
     head, tail = task[:1000], task[1000:][-400:]
-    return " ".join(f"{head} {tail}".split())
+    return " ".join(f"{head} {tail}".encode("utf-8", "replace").decode("utf-8").split())
 
 
 def steps_of(messages: Sequence[Mapping[str, Any]]) -> tuple[Step, ...]:

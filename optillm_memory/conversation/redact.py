@@ -9,8 +9,8 @@ _SECRETS: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
         "private-key",
         re.compile(
-            r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----[A-Za-z0-9+/=\s\\]{0,20000}"
-            r"(?:-----END [A-Z ]{0,30}PRIVATE KEY-----)?"
+            r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY(?: BLOCK)?-----(?:\s{0,4}[A-Z][A-Za-z-]{1,20}: [^\n]{0,200}\n){0,5}"
+            r"[A-Za-z0-9+/=\s\\]{0,20000}(?:-----END [A-Z ]{0,30}PRIVATE KEY(?: BLOCK)?-----)?"
         ),
     ),
     ("api-key", re.compile(r"\b(?:sk|pk|rk)-[A-Za-z0-9_-]{16,400}")),
@@ -21,10 +21,12 @@ _SECRETS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ),
     ("token", re.compile(r"\bxox[abeoprs]-[A-Za-z0-9-]{10,400}|\bhf_[A-Za-z0-9]{20,200}|\bAIza[A-Za-z0-9_-]{30,60}")),
     ("access-key", re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b")),
-    ("jwt", re.compile(r"\beyJ[A-Za-z0-9_-]{10,4000}\.[A-Za-z0-9_-]{10,8000}\.[A-Za-z0-9_-]{10,4000}")),
+    ("jwt", re.compile(r"\beyJ[A-Za-z0-9_-]{10,1000}\.[A-Za-z0-9_-]{10,8000}\.[A-Za-z0-9_-]{10,4000}")),
     ("token", re.compile(r"(?<=[Bb]earer )[A-Za-z0-9._~+/-]{20,4000}=*")),
     ("password", re.compile(r"(?<=://)[^\s:/@]{1,100}:[^\s/@]{1,200}(?=@)")),
 )
+_LONGEST = 22_000  # characters of the longest secret
+_NOTE = 48  # characters of the note about what was left out
 
 
 def redact(text: str) -> str:
@@ -35,13 +37,19 @@ def redact(text: str) -> str:
 
 
 def storable(text: str, limit: int, *, secrets: bool = True) -> str:
-    """Return the text as it may be stored: shortened to `limit` characters, valid Unicode, secrets out.
+    """Return the text as it may be stored: valid Unicode, secrets out, then shortened to `limit` characters.
 
     The middle is left out of a longer text, since what is asked stands at its ends. Lone surrogates, which
     SQLite and JSON cannot carry, become U+FFFD.
     """
+    margin = limit + _LONGEST  # enough of both ends that no secret is cut in two before it is seen
+    left_out = max(len(text) - 2 * margin, 0)
+    if left_out:
+        text = text[:margin] + text[-margin:]
+    text = text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+    text = redact(text) if secrets else text
     if len(text) > limit:
-        head, tail = text[: limit * 2 // 3], text[len(text) - limit // 3 :]
-        text = f"{head}\n[… {len(text) - len(head) - len(tail)} characters left out …]\n{tail}"
-    text = text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
-    return redact(text) if secrets else text
+        room = limit - _NOTE
+        head, tail = text[: room * 2 // 3], text[len(text) - room // 3 :]
+        text = f"{head}\n[… {left_out + len(text) - len(head) - len(tail)} characters left out …]\n{tail}"
+    return text

@@ -51,11 +51,17 @@ class Incoming:
 
 
 def read_incoming(host: Any) -> Incoming | None:
-    """Read the chat request that Flask holds; None where memory was not asked for.
+    """Read the chat request that Flask holds, once; None where memory was not asked for.
 
     Raises InvalidField for a bad `agent_memory` field or header.
     """
-    request = flask.request
+    if "agent_memory_incoming" not in flask.g:
+        flask.g.agent_memory_incoming = _read(host, flask.request)
+    incoming: Incoming | None = flask.g.agent_memory_incoming
+    return incoming
+
+
+def _read(host: Any, request: flask.Request) -> Incoming | None:
     body = request.get_json(silent=True)
     if not isinstance(body, dict):
         return None
@@ -74,7 +80,7 @@ def _approaches(host: Any, body: Mapping[str, Any]) -> tuple[str, tuple[str, ...
     model = body.get("model", host.server_config["model"])
     approach = body.get("optillm_approach", host.server_config["approach"])
     messages = body.get("messages")
-    if isinstance(messages, list) and "<optillm_approach>" in str(messages):
+    if isinstance(messages, list) and b"<optillm_approach>" in flask.request.get_data():
         approach = host.parse_conversation(messages)[2] or approach
     if approach != "auto":
         model = f"{approach}-{model}"

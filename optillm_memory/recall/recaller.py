@@ -19,6 +19,7 @@ BREADTH = 50
 # Another system prompt, tool set or response format: the answer may not suit, so the same frame goes first.
 OTHER_FRAME = 0.8
 _INLINE_ROWS = 5_000
+_OWN = 3  # hits that may turn out to rest on the episode itself
 _SCOPES_KEPT = 256
 
 
@@ -95,7 +96,7 @@ class Recaller:
             index, floor = self._index(scope, fingerprint, len(vector), unrelated)
             dense = index.search(vector, BREADTH)
             cosines = index.cosines(vector, [n for n, _ in lexical])
-        ranked = rank(dense, lexical, cosines, floor)[: limit + 10]
+        ranked = rank(dense, lexical, cosines, floor)[: 2 * limit + _OWN]
         if not ranked:
             return []
         found = self._source.memories(scope, [r.candidate.number for r in ranked])
@@ -105,10 +106,11 @@ class Recaller:
             if memory is not None:
                 weight = memory.value * (1.0 if memory.frame == frame or not frame else OTHER_FRAME)
                 hits.append(Hit(memory, item.relevance * weight, item.candidate.cosine, item.candidate.lexical))
+        hits = sorted(hits, key=lambda h: (-h.score, h.memory.memory_id))[: limit + _OWN]
         if episode_id and hits:
             known = self._source.from_other_episodes(scope, [h.memory.memory_id for h in hits], episode_id)
             hits = [h for h in hits if h.memory.memory_id in known]
-        return sorted(hits, key=lambda h: (-h.score, h.memory.memory_id))[:limit]
+        return hits[:limit]
 
     def _index(
         self, scope: Scope, fingerprint: str, dimension: int, unrelated: tuple[float, float]

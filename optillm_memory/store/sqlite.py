@@ -125,9 +125,10 @@ class SqliteStore:
         """Return those of the memories that rest on more than this episode."""
         with self._readers.borrow() as db:
             found = db.execute(
-                "SELECT DISTINCT memory_id FROM contributions JOIN traces USING (trace_id) WHERE role = 'evidence' "
-                f"AND success AND scope_id = ? AND episode_id <> ? AND memory_id IN ({_marks(memory_ids)})",
-                (self._scope_id(db, scope), episode_id, *memory_ids),
+                f"SELECT memory_id FROM memories WHERE memory_id IN ({_marks(memory_ids)}) AND scope_id = ? AND EXISTS "
+                "(SELECT 1 FROM contributions CROSS JOIN traces USING (trace_id) WHERE role = 'evidence' AND success "
+                "AND contributions.memory_id = memories.memory_id AND episode_id <> ?)",
+                (*memory_ids, self._scope_id(db, scope), episode_id),
             ).fetchall()
         return {row[0] for row in found}
 
@@ -228,7 +229,8 @@ class SqliteStore:
             actions = dict(db.execute("SELECT action, count(*) FROM traces GROUP BY action"))
             outcomes = dict(db.execute("SELECT verdict, count(*) FROM outcomes GROUP BY verdict"))
             statuses = dict(db.execute("SELECT status, count(*) FROM memories GROUP BY status"))
-        size = self.path.stat().st_size if self.path.exists() else 0
+        files = (self.path.with_name(self.path.name + suffix) for suffix in ("", "-wal"))
+        size = sum(file.stat().st_size for file in files if file.exists())
         return {
             **counts, "memories_by_status": statuses, "traces_by_action": actions, "traces_by_outcome": outcomes,
             "bytes": size, "lost": self.lost, "fault": self.fault,
