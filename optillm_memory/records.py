@@ -19,6 +19,7 @@ FeedbackStatus = Literal["applied", "pending", "duplicate", "retracted"]
 
 METRICS: tuple[Metric, ...] = ("success", "score", "comment", "demonstration", "error")
 SOURCES: tuple[Source, ...] = ("code", "human", "llm", "inferred")
+_USE_WEIGHT = 0.05
 VERIFYING: frozenset[Source] = frozenset(("code", "human"))
 
 
@@ -112,7 +113,8 @@ class Outcome:
 class MemoryRecord:
     """Something that recall can return; an exemplar is a task and its verified answer.
 
-    `successes` and `failures` count verified outcomes: of the answer itself and of requests it was injected in.
+    `successes` and `failures` count verified outcomes of the answer itself, `used_successes` and `used_failures`
+    those of the requests that it was injected in.
     """
 
     memory_id: str
@@ -124,12 +126,20 @@ class MemoryRecord:
     frame: str
     successes: int
     failures: int
+    used_successes: int
+    used_failures: int
     created_at: float
 
     @property
     def value(self) -> float:
-        """Posterior mean of success under a Beta(4, 1) prior: a verified memory starts trusted, failures cost."""
-        return (self.successes + 4) / (self.successes + self.failures + 5)
+        """Posterior mean of success under a Beta(4, 1) prior: a verified memory starts trusted, failures cost.
+
+        A request that it was injected in weighs a twentieth of a verdict on its own answer: such a request fails for
+        many reasons, and the injected memories share in all of them (co-occurrence is no proof).
+        """
+        good = 4 + self.successes + _USE_WEIGHT * self.used_successes
+        bad = 1 + self.failures + _USE_WEIGHT * self.used_failures
+        return good / (good + bad)
 
 
 @dataclass(frozen=True, slots=True)

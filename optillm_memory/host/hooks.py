@@ -8,7 +8,7 @@ import flask
 
 from optillm_memory.conversation.options import FIELD
 from optillm_memory.errors import InvalidField
-from optillm_memory.host.incoming import read_incoming
+from optillm_memory.host.incoming import SENT_N, Incoming, read_incoming
 from optillm_memory.host.routes import blueprint, error_response
 from optillm_memory.host.runtime import runtime
 from optillm_memory.host.server import host
@@ -32,9 +32,18 @@ def check_field() -> tuple[flask.Response, int] | None:
     if flask.request.path != CHAT_PATH or flask.request.method != "POST":
         return None
     try:
-        read_incoming(host())
+        if incoming := read_incoming(host()):
+            _make_countable(incoming)
     except InvalidField as error:
         return error_response(str(error), 400, param=error.param)
     except Exception:
         logger.exception("agent_memory: the request could not be read; left to the host")
     return None
+
+
+def _make_countable(incoming: Incoming) -> None:
+    # The host counts to `n` for a plugin, but passes whatever it is on for `none`; the plugin puts it back.
+    n = incoming.body.get("n", 1)
+    if not isinstance(n, int) or n < 1:
+        flask.g.setdefault(SENT_N, n)
+        flask.request.get_json()["n"] = 1

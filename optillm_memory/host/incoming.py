@@ -18,6 +18,7 @@ from optillm_memory.records import Scope
 
 SLUG = "agent_memory"
 ANONYMOUS = "anonymous"
+SENT_N = "agent_memory_sent_n"  # on flask.g: the client's `n` where it is no number that the host can count to
 
 
 @dataclass(frozen=True, slots=True)

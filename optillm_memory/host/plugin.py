@@ -10,7 +10,7 @@ import flask
 from optillm_memory.conversation.options import FIELD, parse_options
 from optillm_memory.host.exchange import Exchange
 from optillm_memory.host.hooks import attach
-from optillm_memory.host.incoming import SLUG, Incoming, read_incoming
+from optillm_memory.host.incoming import SENT_N, SLUG, Incoming, read_incoming
 from optillm_memory.host.runtime import runtime
 from optillm_memory.host.server import host
 
@@ -33,6 +33,7 @@ def run(
     server = host()
     config = dict(request_config or {})
     field = config.pop(FIELD, None)
+    config.pop("optillm_approach", None)  # the host's own, which it leaves in: no upstream knows it
     if not flask.has_request_context():
         return _batched(server, system_prompt, initial_query, client, model, config, field)
     exchange: Exchange | None = flask.g.get(FIELD)
@@ -50,6 +51,8 @@ def run(
     if exchange.incoming.adds_to_query:
         return exchange.query_with_memory(initial_query), 0
     if exchange.incoming.operation == "SINGLE" and config.get("n", 1) == 1:
+        if SENT_N in flask.g:
+            config["n"] = flask.g.get(SENT_N)
         exchange.completion = exchange.ask(client, model, config)
         return exchange.labelled(exchange.completion), 0
     if exchange.incoming.operation == "SINGLE" and exchange.incoming.inner == "none":

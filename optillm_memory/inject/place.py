@@ -64,7 +64,7 @@ def _with_text(message: Message, blocks: list[str]) -> Message:
         if isinstance(content, list):
             content = [*content, {"type": "text", "text": block}]
         else:
-            content = append_text(content or "", block)
+            content = block if content is None else append_text(content, block)
     return {**message, "content": content}
 
 
@@ -73,5 +73,6 @@ def _without_text(message: Message, blocks: list[str]) -> Message:
     if isinstance(content, list):
         return {**message, "content": content[: len(content) - len(blocks)]}
     for block in reversed(blocks):
-        content = content.removesuffix(block).removesuffix(SEPARATOR)
+        # A text, even an empty one, has the separator after it; null had nothing.
+        content = None if content == block else content.removesuffix(SEPARATOR + block)
     return {**message, "content": content}

@@ -29,18 +29,18 @@ class Learned:
     evidence: tuple[Evidence, ...]
 
 
-def learn(trace: Trace, own: Sequence[Feedback], of_episode: Sequence[Feedback], *, closes_episode: bool) -> Learned:
+def learn(trace: Trace, own: Sequence[Feedback], of_episode: Sequence[Feedback], *, closing: Trace | None) -> Learned:
     """Fold the feedback on a trace and on its episode into what the trace teaches.
 
     Feedback on the trace itself outranks its episode's. An episode's feedback speaks for the answer of the trace
-    that closed it; for the others it only says how they went. Answers that came from reuse teach nothing.
+    that closed it (`closing`); the others share its outcome. Answers that came from reuse teach nothing.
     """
     standing = effective(own)
     result = outcome(standing, trace.answer)
     if result.verdict == "unknown":
         shared = effective(of_episode)
-        result = outcome(shared, trace.answer)
-        standing = [*standing, *shared] if closes_episode else []
+        result = outcome(shared, closing.answer if closing else None)
+        standing = [*standing, *shared] if closing and closing.trace_id == trace.trace_id else []
     if trace.action == "reuse" or not trace.task:
         return Learned(result, ())
     evidence: dict[str, Evidence] = {}

@@ -53,8 +53,9 @@ def relearn(log: Log, trace_ids: Iterable[str]) -> None:
         if trace is None:
             continue
         own, of_episode = log.feedback_on(trace)
-        closes = bool(of_episode) and log.closing_trace(trace.scope, trace.episode_id) == trace_id
-        log.put_learned(trace, learn(trace, own, of_episode, closes_episode=closes))
+        closing_id = log.closing_trace(trace.scope, trace.episode_id) if of_episode else None
+        closing = trace if closing_id == trace_id else log.trace(closing_id) if closing_id else None
+        log.put_learned(trace, learn(trace, own, of_episode, closing=closing))
 
 
 def trace_arrived(log: Log, trace: Trace) -> None:

@@ -65,7 +65,8 @@ _M001 = (
     """CREATE TABLE memories(
         number INTEGER PRIMARY KEY, memory_id TEXT NOT NULL UNIQUE, scope_id INTEGER NOT NULL, kind TEXT NOT NULL,
         status TEXT NOT NULL, task TEXT NOT NULL, answer TEXT NOT NULL, frame TEXT NOT NULL, key_hash TEXT NOT NULL,
-        successes INTEGER NOT NULL, failures INTEGER NOT NULL, created_at REAL NOT NULL, revision INTEGER NOT NULL)""",
+        successes INTEGER NOT NULL, failures INTEGER NOT NULL, used_successes INTEGER NOT NULL,
+        used_failures INTEGER NOT NULL, created_at REAL NOT NULL, revision INTEGER NOT NULL)""",
     "CREATE INDEX memories_scope ON memories(scope_id, revision)",
     """CREATE TABLE outcomes(
         trace_id TEXT PRIMARY KEY, verdict TEXT NOT NULL, verified INTEGER NOT NULL) WITHOUT ROWID""",

@@ -34,21 +34,23 @@ INSERT_FEEDBACK = (
 
 _MEMORY_VALUES = (
     "scope_id = ?, status = ?, task = ?, answer = ?, frame = ?, key_hash = ?, successes = ?, failures = ?, "
-    "created_at = ?, revision = ?"
+    "used_successes = ?, used_failures = ?, created_at = ?, revision = ?"
 )
 INSERT_MEMORY = (
     "INSERT INTO memories(memory_id, kind, scope_id, status, task, answer, frame, key_hash, successes, failures, "
-    "created_at, revision) VALUES (?, 'exemplar', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "used_successes, used_failures, created_at, revision) "
+    "VALUES (?, 'exemplar', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 UPDATE_MEMORY = f"UPDATE memories SET {_MEMORY_VALUES} WHERE number = ?"
 SELECT_MEMORY = (
     "SELECT number, memory_id, kind, status, tenant, namespace, user_id, agent_id, task, answer, frame, successes, "
-    "failures, created_at FROM memories JOIN scopes ON scopes.id = scope_id"
+    "failures, used_successes, used_failures, created_at FROM memories JOIN scopes ON scopes.id = scope_id"
 )
-# Verified right and wrong answers, any right answer, and verified successes and failures of every role.
+# Verified right and wrong answers, any right answer, and verified outcomes of the requests it was injected in.
 TALLY = """
     SELECT sum(role = 'evidence' AND verified AND success), sum(role = 'evidence' AND verified AND NOT success),
-           sum(role = 'evidence' AND success), sum(verified AND success), sum(verified AND NOT success)
+           sum(role = 'evidence' AND success), sum(role = 'use' AND verified AND success),
+           sum(role = 'use' AND verified AND NOT success)
     FROM contributions WHERE memory_id = ?"""
 FIRST_EVIDENCE = """
     SELECT scope_id, task, frame, key_hash, created_at, contributions.answer
@@ -97,6 +99,7 @@ def feedback_of(row: tuple[Any, ...]) -> Feedback:
 
 def memory_of(row: tuple[Any, ...]) -> MemoryRecord:
     """Read a row of SELECT_MEMORY."""
-    _, memory_id, kind, status, tenant, namespace, user_id, agent_id, task, answer, frame, right, wrong, at = row
-    scope = Scope(tenant, namespace, user_id, agent_id)
-    return MemoryRecord(memory_id, kind, status, scope, task, answer, frame, right, wrong, at)
+    memory_id, kind, status, tenant, namespace, user_id, agent_id, task, answer, frame = row[1:11]
+    return MemoryRecord(
+        memory_id, kind, status, Scope(tenant, namespace, user_id, agent_id), task, answer, frame, *row[11:]
+    )

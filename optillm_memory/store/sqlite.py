@@ -185,9 +185,9 @@ class SqliteStore:
                 (scope_id, trace.episode_id),
             )
             feedback = db.execute(
-                f"{rows.SELECT_FEEDBACK} WHERE (trace_id = ? OR (scope_id = ? AND episode_id = ?)) "
+                f"{rows.SELECT_FEEDBACK} WHERE (trace_id = ? OR (coalesce(scope_id, ?) = ? AND episode_id = ?)) "
                 "AND tenant IN ('', ?) ORDER BY occurred_at, feedback_id",
-                (trace_id, scope_id, trace.episode_id, trace.scope.tenant),
+                (trace_id, scope_id, scope_id, trace.episode_id, trace.scope.tenant),
             ).fetchall()
             shown["feedback"] = [asdict(rows.feedback_of(f)) for f in feedback]
         return shown
@@ -240,8 +240,8 @@ class SqliteStore:
         """Return the derived state in a form to compare: what `rebuild` must bring back."""
         with self._readers.borrow() as db:
             memories = db.execute(
-                "SELECT memory_id, scope_id, status, task, answer, frame, successes, failures, created_at "
-                "FROM memories WHERE status <> 'withdrawn' ORDER BY memory_id"
+                "SELECT memory_id, scope_id, status, task, answer, frame, successes, failures, "
+                "used_successes, used_failures, created_at FROM memories WHERE status <> 'withdrawn' ORDER BY memory_id"
             ).fetchall()
             outcomes = db.execute("SELECT * FROM outcomes ORDER BY trace_id").fetchall()
         return [*memories, *outcomes]

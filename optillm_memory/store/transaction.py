@@ -135,7 +135,7 @@ class Transaction:
             if trace_id:
                 sql, values = "SELECT trace_id FROM traces WHERE trace_id = ?", [trace_id]
             else:
-                sql = "SELECT trace_id FROM traces WHERE scope_id = ? AND episode_id = ?"
+                sql = "SELECT trace_id FROM traces WHERE scope_id = coalesce(?, scope_id) AND episode_id = ?"
                 values = [scope_id, episode_id]
             targets += [row[0] for row in self._db.execute(sql, values).fetchall()]
         return [t for t in dict.fromkeys(targets) if self.visible(t, tenant)]
@@ -181,7 +181,8 @@ class Transaction:
             (trace.scope.tenant, oldest, trace.trace_id),
         ).fetchall()
         shared = self._db.execute(
-            f"{rows.SELECT_FEEDBACK} WHERE {rows.STANDING} AND scope_id = ? AND episode_id = ?",
+            # No scope: it came before any trace of its episode, and the sender named none.
+            f"{rows.SELECT_FEEDBACK} WHERE {rows.STANDING} AND (scope_id = ? OR scope_id IS NULL) AND episode_id = ?",
             (trace.scope.tenant, oldest, self.scope_id(trace.scope), trace.episode_id),
         ).fetchall()
         return [rows.feedback_of(r) for r in own], [rows.feedback_of(r) for r in shared]
@@ -233,7 +234,7 @@ class Transaction:
                 self._refresh_memory(memory_id, revision)
 
     def _refresh_memory(self, memory_id: str, revision: int) -> None:
-        right, wrong, any_right, successes, failures = self._db.execute(rows.TALLY, (memory_id,)).fetchone()
+        right, wrong, any_right, used_right, used_wrong = self._db.execute(rows.TALLY, (memory_id,)).fetchone()
         known = self._db.execute("SELECT number, status FROM memories WHERE memory_id = ?", (memory_id,)).fetchone()
         state = exemplars.status(right or 0, wrong or 0, any_right or 0)
         first = self._db.execute(rows.FIRST_EVIDENCE, (memory_id,)).fetchone()
@@ -245,7 +246,10 @@ class Transaction:
                 self._db.execute("DELETE FROM memories_fts WHERE rowid = ?", (known[0],))
             return
         scope_id, task, frame, task_key, created_at, answer = first
-        values = (scope_id, state, task, answer, frame, task_key, successes or 0, failures or 0, created_at, revision)
+        values = (
+            scope_id, state, task, answer, frame, task_key, right or 0, wrong or 0, used_right or 0, used_wrong or 0,
+            created_at, revision,
+        )  # fmt: skip
         if known is None:
             number = self._db.execute(rows.INSERT_MEMORY, (memory_id, *values)).lastrowid
         else:
