@@ -140,12 +140,14 @@ def running(process: HostProcess, upstream: RecordingUpstream, db: Path) -> Iter
 
 @contextlib.contextmanager
 def served(
-    upstream: RecordingUpstream, db: Path, *extra_args: str, env: Mapping[str, str] | None = None
+    upstream: RecordingUpstream,
+    db: Path,
+    *extra_args: str,
+    env: Mapping[str, str] | None = None,
+    log: Path | None = None,
 ) -> Iterator[Host]:
-    """Run `optillm-memory serve` in the database's directory."""
-    process = HostProcess.serve(
-        upstream.base_url, db=db, extra_args=extra_args, env={**QUIET, **(env or {})}, log=db.with_suffix(".log")
-    )
+    """Run `optillm-memory serve` on a database."""
+    process = HostProcess.serve(upstream.base_url, db=db, extra_args=extra_args, env={**QUIET, **(env or {})}, log=log)
     with running(process, upstream, db) as host:
         yield host
 

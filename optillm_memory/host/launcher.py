@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ def serve(arguments: Sequence[str]) -> None:
                 (path.parent / other.name).symlink_to(other)
         server.server_config["plugins_dir"] = folder
         sys.argv = ["optillm", *arguments]
+        # What a service manager sends; as an orderly exit it lets the writer put down what is queued.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         server.main()
 
 

@@ -91,17 +91,16 @@ class EncoderService:
     def _run(self, load: Callable[[], Encoder | None]) -> None:
         try:
             encoder = load()
-        except Exception as error:  # noqa: BLE001 - whatever a model loader raises: recall is lexical then
-            self.reason, self.state = str(error), "failed"
-            logger.warning("agent_memory: recall is lexical: %s", error)
-            encoder = None
-        else:
             if encoder is None:
                 self.state = "none"
             else:
                 self.unrelated = spread_of(encoder.encode(REFERENCE))  # the first call also warms it up
                 self.fingerprint, self.state = encoder.fingerprint, "ready"
                 logger.info("agent_memory: the encoder %s is ready", encoder.fingerprint)
+        except Exception as error:  # noqa: BLE001 - whatever a model raises: recall is lexical then
+            self.reason, self.state = str(error), "failed"
+            logger.warning("agent_memory: recall is lexical: %s", error)
+            encoder = None
         self.settled.set()
         while (first := self._queue.get()) is not _STOP:
             batch, stop = self._drain(first)

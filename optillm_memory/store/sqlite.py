@@ -21,7 +21,7 @@ from optillm_memory.store.writer import Writer
 
 T = TypeVar("T")
 QUERY_WORDS = 8
-_MATCHES = 2_000  # postings that one lexical query may read: what is more common tells nothing
+_MATCHES = 800  # postings that one lexical query may read: what is more common tells little
 
 
 class SqliteStore:
@@ -63,6 +63,7 @@ class SqliteStore:
         return self._writer.fault
 
     # -- recall: every call is bound to one scope --------------------------------------------------
+    # `+scope_id` keeps the planner from walking the whole scope where a few rows are named.
 
     def revision(self) -> tuple[int, int]:
         """Return (generation, revision)."""
@@ -96,7 +97,7 @@ class SqliteStore:
                 if frequency[word] == 0:
                     continue
                 matches += frequency[word]
-                if len(rare) == QUERY_WORDS or matches > _MATCHES:
+                if len(rare) == QUERY_WORDS or (rare and matches > _MATCHES):
                     break
                 rare.append(word)
             if not rare:
@@ -116,7 +117,7 @@ class SqliteStore:
         wanted = list(numbers)
         with self._readers.borrow() as db:
             found = db.execute(
-                f"{rows.SELECT_MEMORY} WHERE scope_id = ? AND status = 'verified' AND number IN ({_marks(wanted)})",
+                f"{rows.SELECT_MEMORY} WHERE +scope_id = ? AND status = 'verified' AND number IN ({_marks(wanted)})",
                 (self._scope_id(db, scope), *wanted),
             ).fetchall()
         return {row[0]: rows.memory_of(row) for row in found}
@@ -125,8 +126,8 @@ class SqliteStore:
         """Return those of the memories that rest on more than this episode."""
         with self._readers.borrow() as db:
             found = db.execute(
-                f"SELECT memory_id FROM memories WHERE memory_id IN ({_marks(memory_ids)}) AND scope_id = ? AND EXISTS "
-                "(SELECT 1 FROM contributions CROSS JOIN traces USING (trace_id) WHERE role = 'evidence' AND success "
+                f"SELECT memory_id FROM memories WHERE memory_id IN ({_marks(memory_ids)}) AND +scope_id = ? "
+                "AND EXISTS (SELECT 1 FROM contributions CROSS JOIN traces USING (trace_id) WHERE role = 'evidence' AND success "
                 "AND contributions.memory_id = memories.memory_id AND episode_id <> ?)",
                 (*memory_ids, self._scope_id(db, scope), episode_id),
             ).fetchall()
