@@ -27,7 +27,7 @@ from optillm_memory.learn import fold
 from optillm_memory.recall.encoder import Encoder, load_encoder
 from optillm_memory.recall.recaller import Recaller
 from optillm_memory.recall.service import EncoderService
-from optillm_memory.records import Feedback, FeedbackReceipt, Hit, MemoryRecord, Placement, Scope, Trace
+from optillm_memory.records import Feedback, FeedbackReceipt, Hit, MemoryRecord, Placement, Scope, Step, Trace
 from optillm_memory.settings import Settings
 from optillm_memory.store.sqlite import SqliteStore
 from optillm_memory.store.transaction import Transaction, key_hash
@@ -205,6 +205,7 @@ class Memory:
             return len(trace_ids)
 
         traces = self.store.write(again).result()
+        self._missing.set()
         return {"traces": traces, "memories": self.store.stats()["memories"]}
 
     # -- joining the rooms -------------------------------------------------------------------------
@@ -229,6 +230,7 @@ class Memory:
         if ledger is None:
             known = turn.continues or turn.options.episode_id is not None
             ledger = self.store.ledger(turn.scope, turn.episode_id) if known else []
+            self._recent.remember(turn.scope, turn.episode_id, (), ledger)
         standing = [] if lot.held_out or text_only else still_anchored(ledger, conversation.prefixes)
         hits, turn = self._hits(turn, conversation, standing)
         if lot.held_out:
@@ -317,7 +319,7 @@ class Memory:
             scope=turn.scope,
             episode_id=turn.episode_id,
             created_at=turn.created_at,
-            model=turn.model,
+            model=self._stored(turn.model),
             approach=turn.approach,
             action=turn.action,
             held_out=turn.held_out,
@@ -326,7 +328,7 @@ class Memory:
             frame=conversation.frame,
             messages=json.dumps(recorded_messages(conversation, choices, self._stored, since=turn.continues)),
             answer=None if answer is None else self._stored(conversations.without_blocks(answer)),
-            finish_reason=str(choices[0].get("finish_reason")) if choices else None,
+            finish_reason=self._stored(str(choices[0].get("finish_reason"))) if choices else None,
             error=None if error is None else self._stored(error),
             skipped=json.dumps(list(turn.skipped)),
             prompt_tokens=int(usage.get("prompt_tokens") or 0),
@@ -336,7 +338,13 @@ class Memory:
             tags=turn.options.tags,
         )
         steps = [
-            replace(s, arguments=self._stored(s.arguments), observation=s.observation and self._stored(s.observation))
+            Step(
+                self._stored(s.call_id),
+                s.ordinal,
+                self._stored(s.tool),
+                self._stored(s.arguments),
+                s.observation and self._stored(s.observation),
+            )
             for s in conversation.steps
         ]
         fresh = turn.fresh if response is not None else ()
@@ -362,9 +370,11 @@ class Memory:
         """Encode the memories that have no vector yet: those of the time before the encoder was there."""
         while not self._closing.is_set() and not self.encoder.settled.wait(0.2):
             pass
-        done = 0
+        done, generation = 0, -1
         while not self._closing.is_set() and self.encoder.state == "ready":
             try:
+                if (current := self.store.revision()[0]) != generation:  # a rebuild numbers the memories anew
+                    done, generation = 0, current
                 rows = self.store.without_vectors(self.encoder.fingerprint, done, 64)
                 if rows:
                     self._encode_missing(rows)

@@ -48,7 +48,7 @@ class Settings:
         """Check the ranges."""
         for item in fields(self):
             value, low, high = getattr(self, item.name), item.metadata["low"], item.metadata["high"]
-            if (low is not None and value < low) or (high is not None and value > high):
+            if (low is not None and not value >= low) or (high is not None and not value <= high):  # NaN is neither
                 bounds = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise InvalidField(env_name(item.name), f"{value!r} is out of range; use {bounds}")
 

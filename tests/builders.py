@@ -93,5 +93,5 @@ def feedback(value: Any = True, **fields: Any) -> Feedback:
 def hit(task: str = "a task", answer: str = "an answer", score: float = 1.0, **fields: Any) -> Hit:
     """Return a hit as recall gives it."""
     memory_id = f"mem-{abs(hash((task, answer))):x}"
-    made = MemoryRecord(memory_id, "exemplar", "verified", SCOPE, task, answer, FRAME, 1, 0, NOW)
+    made = MemoryRecord(memory_id, "exemplar", "verified", SCOPE, task, answer, FRAME, 1, 0, 0, 0, NOW)
     return Hit(replace(made, **fields), score, 0.9, None)

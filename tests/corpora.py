@@ -7,9 +7,11 @@ from itertools import product
 # Subject → things, and pairs of templates that ask the same in other words.
 REMEMBERED: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "cooking": (
-        "lentil soup; mushroom risotto; apple strudel; beef goulash; fish tacos; pad thai; ratatouille; sourdough bread; "
-        "chicken curry; spinach lasagne; potato salad; onion tart; pumpkin pie; miso ramen; vegetable paella; falafel; "
-        "cheese fondue; cinnamon rolls; tomato chutney; roast duck",
+        (
+            "lentil soup; mushroom risotto; apple strudel; beef goulash; fish tacos; pad thai; ratatouille; "
+            "sourdough bread; chicken curry; spinach lasagne; potato salad; onion tart; pumpkin pie; miso "
+            "ramen; vegetable paella; falafel; cheese fondue; cinnamon rolls; tomato chutney; roast duck"
+        ),
         [
             ("How do I cook {} for six guests?", "Give me a recipe for {} that feeds six people."),
             ("How long does {} keep in the fridge?", "How many days can {} be stored refrigerated?"),
@@ -19,8 +21,10 @@ REMEMBERED: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ],
     ),
     "servers": (
-        "nginx; postgresql; redis; rabbitmq; grafana; jenkins; elasticsearch; haproxy; memcached; kafka; mongodb; "
-        "prometheus; openvpn; postfix; bind9; mysql; apache; docker; gitlab; keycloak",
+        (
+            "nginx; postgresql; redis; rabbitmq; grafana; jenkins; elasticsearch; haproxy; memcached; kafka; "
+            "mongodb; prometheus; openvpn; postfix; bind9; mysql; apache; docker; gitlab; keycloak"
+        ),
         [
             ("Restart {} on the production server", "The production machine needs {} restarted"),
             ("Where does {} write its log files?", "Find the location of the logs of {}"),
@@ -30,19 +34,24 @@ REMEMBERED: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ],
     ),
     "travel": (
-        "Lisbon; Kyoto; Reykjavik; Marrakesh; Buenos Aires; Vancouver; Prague; Hanoi; Cape Town; Tbilisi; Edinburgh; "
-        "Oaxaca; Helsinki; Istanbul; Wellington; Cusco; Dubrovnik; Seville; Zanzibar; Tallinn",
+        (
+            "Lisbon; Kyoto; Reykjavik; Marrakesh; Buenos Aires; Vancouver; Prague; Hanoi; Cape Town; Tbilisi; "
+            "Edinburgh; Oaxaca; Helsinki; Istanbul; Wellington; Cusco; Dubrovnik; Seville; Zanzibar; Tallinn"
+        ),
         [
             ("What should I see in {} in three days?", "Plan a three day sightseeing trip to {}."),
             ("Do I need a visa to visit {}?", "Is a visa required for a holiday in {}?"),
             ("When is the best season to visit {}?", "Which time of year is best for a trip to {}?"),
-            ("How do I get from the airport of {} to the centre?", "Airport transfer to downtown {}: what are my options?"),
-            ("Find a cheap hotel in {} near the station", "I need inexpensive accommodation in {} close to the train station"),
+            ("How do I get from the airport of {} to the centre?", "Airport transfer to downtown {}: what is there?"),
+            ("Find a cheap hotel in {} near the station", "Inexpensive accommodation in {} close to the train station"),
         ],
     ),
     "gardening": (
-        "tomatoes; roses; lavender; blueberries; tulips; basil; courgettes; hydrangeas; raspberries; garlic; orchids; "
-        "rhubarb; sunflowers; strawberries; rosemary; dahlias; carrots; peonies; cucumbers; ferns",
+        (
+            "tomatoes; roses; lavender; blueberries; tulips; basil; courgettes; hydrangeas; raspberries; "
+            "garlic; orchids; rhubarb; sunflowers; strawberries; rosemary; dahlias; carrots; peonies; "
+            "cucumbers; ferns"
+        ),
         [
             ("When should I plant {}?", "What is the right month for planting {}?"),
             ("How often do {} need watering?", "How frequently should I water my {}?"),
@@ -52,9 +61,11 @@ REMEMBERED: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ],
     ),
     "cars": (
-        "brake pads; clutch; alternator; timing belt; spark plugs; radiator; exhaust pipe; fuel pump; starter motor; "
-        "wheel bearing; shock absorbers; gearbox; windscreen wipers; headlights; battery; turbocharger; oil filter; "
-        "power steering; air conditioning; catalytic converter",
+        (
+            "brake pads; clutch; alternator; timing belt; spark plugs; radiator; exhaust pipe; fuel pump; "
+            "starter motor; wheel bearing; shock absorbers; gearbox; windscreen wipers; headlights; battery; "
+            "turbocharger; oil filter; power steering; air conditioning; catalytic converter"
+        ),
         [
             ("What does it cost to replace the {} of my car?", "How expensive is a new {} for a car, fitted?"),
             ("My car makes a strange noise near the {}", "There is an odd sound from the {} of my vehicle"),
@@ -64,9 +75,11 @@ REMEMBERED: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ],
     ),
     "programming": (
-        "list of tuples; JSON file; CSV export; binary tree; linked list; date string; regular expression; hash map; "
-        "priority queue; text file; XML document; matrix; graph; URL; YAML configuration; byte array; priority list; "
-        "nested dictionary; set of strings; image file",
+        (
+            "list of tuples; JSON file; CSV export; binary tree; linked list; date string; regular "
+            "expression; hash map; priority queue; text file; XML document; matrix; graph; URL; YAML "
+            "configuration; byte array; priority list; nested dictionary; set of strings; image file"
+        ),
         [
             ("Write a Python function that reads a {}", "I need Python code for reading a {}"),
             ("Sort a {} in descending order in Java", "In Java, order a {} from largest to smallest"),
@@ -76,8 +89,10 @@ REMEMBERED: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ],
     ),
     "music": (
-        "guitar; piano; violin; saxophone; cello; flute; trumpet; accordion; harp; clarinet; banjo; trombone; ukulele; "
-        "drums; oboe; mandolin; double bass; harmonica; pipe organ; viola",
+        (
+            "guitar; piano; violin; saxophone; cello; flute; trumpet; accordion; harp; clarinet; banjo; "
+            "trombone; ukulele; drums; oboe; mandolin; double bass; harmonica; pipe organ; viola"
+        ),
         [
             ("How long does it take to learn the {}?", "How many years until I can play the {} well?"),
             ("Recommend easy pieces for a {} beginner", "Which simple songs suit someone new to the {}?"),
@@ -87,9 +102,12 @@ REMEMBERED: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ],
     ),
     "banking": (
-        "credit card; savings account; mortgage; student loan; pension fund; debit card; current account; overdraft; "
-        "standing order; direct debit; gift card; joint account; travel insurance; home insurance; car loan; "
-        "investment fund; cash withdrawal; foreign transfer; cheque book; mobile payment",
+        (
+            "credit card; savings account; mortgage; student loan; pension fund; debit card; current account; "
+            "overdraft; standing order; direct debit; gift card; joint account; travel insurance; home "
+            "insurance; car loan; investment fund; cash withdrawal; foreign transfer; cheque book; mobile "
+            "payment"
+        ),
         [
             ("What fees are charged for my {}?", "How much does the bank charge for a {}?"),
             ("I want to cancel my {}", "Please terminate my {}"),
@@ -99,9 +117,12 @@ REMEMBERED: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ],
     ),
     "sport": (
-        "marathon; triathlon; half marathon; bicycle race; swimming competition; rowing regatta; boxing match; "
-        "ski tour; climbing trip; tennis tournament; football season; judo contest; basketball game; ballet exam; "
-        "ice hockey match; dressage show; fencing bout; surf camp; golf tournament; handball league",
+        (
+            "marathon; triathlon; half marathon; bicycle race; swimming competition; rowing regatta; boxing "
+            "match; ski tour; climbing trip; tennis tournament; football season; judo contest; basketball "
+            "game; ballet exam; ice hockey match; dressage show; fencing bout; surf camp; golf tournament; "
+            "handball league"
+        ),
         [
             ("Make me a training plan for a {}", "Set up a workout schedule that prepares me for a {}"),
             ("What should I eat before a {}?", "Best meal ahead of a {}?"),
@@ -111,10 +132,12 @@ REMEMBERED: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ],
     ),
     "history": (
-        "French Revolution; fall of Constantinople; Meiji Restoration; Black Death; Boer War; Peace of Westphalia; "
-        "Battle of Hastings; Spanish Armada; Congress of Vienna; Opium Wars; Crimean War; Great Fire of London; "
-        "Russian Revolution; Marshall Plan; Cuban Missile Crisis; Suez Crisis; Hundred Years' War; Punic Wars; "
-        "Boston Tea Party; fall of the Berlin Wall",
+        (
+            "French Revolution; fall of Constantinople; Meiji Restoration; Black Death; Boer War; Peace of "
+            "Westphalia; Battle of Hastings; Spanish Armada; Congress of Vienna; Opium Wars; Crimean War; "
+            "Great Fire of London; Russian Revolution; Marshall Plan; Cuban Missile Crisis; Suez Crisis; "
+            "Hundred Years' War; Punic Wars; Boston Tea Party; fall of the Berlin Wall"
+        ),
         [
             ("What caused the {}?", "Explain the reasons for the {}"),
             ("When did the {} happen?", "In which year was the {}?"),
@@ -170,4 +193,6 @@ def remembered() -> list[tuple[str, str]]:
 
 def unrelated() -> list[str]:
     """Return 100 requests of other subjects."""
-    return [t.format(thing) for names, templates in UNRELATED.values() for thing, t in product(things(names), templates)]
+    return [
+        t.format(thing) for names, templates in UNRELATED.values() for thing, t in product(things(names), templates)
+    ]

@@ -153,6 +153,12 @@ def test_recent_knows_what_is_not_on_disk_yet() -> None:
 
 # -- options ---------------------------------------------------------------------------------------
 
+
+def bad(key: str, *values: Any) -> list[tuple[str, Any]]:
+    """Return a key with each of the values that it must refuse."""
+    return [(key, value) for value in values]
+
+
 VALID = {
     "namespace": "n", "user_id": "u", "agent_id": "a", "episode_id": "e", "mode": "read", "approach": "moa",
     "reuse": {"max_error": 0.02}, "max_items": 2, "token_budget": 100, "tags": {"k": "v"}, "feedback": [GOOD],
@@ -177,26 +183,23 @@ def test_mode_says_what_may_happen(mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "bad"),
+    ("key", "value"),
     [
-        *[
-            (k, b)
-            for k in ("namespace", "user_id", "agent_id", "episode_id", "approach")
-            for b in ("", " ", 3, "x" * 201)
-        ],
-        ("namespace", "\ud800"),
-        *[("mode", b) for b in ("on", True, [])],
-        *[("reuse", b) for b in (True, {}, {"max_error": 0}, {"max_error": True}, {"max_error": 0.1, "x": 1})],
-        *[(k, b) for k in ("max_items", "token_budget") for b in (-1, 1.5, True, "2")],
-        *[("tags", b) for b in ([], {"k": 1}, {"": "v"}, {str(i): "v" for i in range(51)})],
-        *[("feedback", b) for b in ("x", [], [3])],
-        ("namspace", "typo"),
+        *(pair for key in ("namespace", "user_id", "agent_id") for pair in bad(key, "", " ", 3, "x" * 201, "\ud800")),
+        *(pair for key in ("episode_id", "approach") for pair in bad(key, "", " ", 3, "x" * 201, "\ud800")),
+        *bad("mode", "on", True, []),
+        *bad("reuse", True, {}, {"max_error": 0}, {"max_error": True}, {"max_error": 0.1, "x": 1}),
+        *bad("max_items", -1, 1.5, True, "2"),
+        *bad("token_budget", -1, 1.5, True, "2"),
+        *bad("tags", [], {"k": 1}, {"": "v"}, {str(i): "v" for i in range(51)}),
+        *bad("feedback", "x", [], [3]),
+        *bad("namspace", "typo"),
     ],
 )
-def test_a_wrong_option_is_named(key: str, bad: Any) -> None:
+def test_a_wrong_option_is_named(key: str, value: Any) -> None:
     """An unknown key and a value of the wrong type or range are refused with the key's name."""
     with pytest.raises(InvalidField) as caught:
-        parse_options({key: bad}, now=NOW)
+        parse_options({key: value}, now=NOW)
     assert caught.value.param.startswith(f"agent_memory.{key}")
     assert str(caught.value).startswith(caught.value.param)
 
@@ -218,36 +221,44 @@ def test_headers_stand_for_keys_and_the_field_wins() -> None:
     }
     options = parse_options({"mode": "read"}, headers, now=NOW)
     assert (options.user_id, options.max_items, options.mode) == ("u", 3, "read")
-    for bad in ({"X-Agent-Memory-Tags": "{"}, {"X-Agent-Memory-Colour": "red"}):
-        with pytest.raises(InvalidField, match="(?i)tags|colour"):
-            parse_options(None, bad, now=NOW)
+    for headers in ({"X-Agent-Memory-Tags": "{"}, {"X-Agent-Memory-Colour": "red"}):
+        with pytest.raises(InvalidField, match=r"(?i)tags|colour"):
+            parse_options(None, headers, now=NOW)
 
 
 # -- feedback --------------------------------------------------------------------------------------
 
 
+def wrong(key: str, *values: Any, **others: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Return a field's name and what it is to be changed to, for each of the values that it must refuse."""
+    return [(key, {**others, key: value}) for value in values]
+
+
 @pytest.mark.parametrize(
-    ("change", "param"),
+    ("param", "change"),
     [
-        ({"extra": 1}, "extra"),
-        ({"trace_id": None}, "trace_id"),
-        ({"episode_id": "e"}, "trace_id"),
-        *[({"trace_id": bad}, "trace_id") for bad in ("", 3, "x" * 201, "\udfff")],
-        *[({"metric": bad}, "metric") for bad in (None, "sucess", ["success"], 1)],
-        *[({"source": bad}, "source") for bad in (None, "inferred", "robot", {})],
-        *[({"value": bad}, "value") for bad in ("yes", 2, 0.5, [], {})],
-        *[({"metric": "score", "value": bad}, "value") for bad in (True, -0.1, 1.1, "1", float("nan"), 10**400)],
-        *[({"metric": m, "value": b}, "value") for m in ("comment", "demonstration", "error") for b in ("", " ", 1)],
-        ({"value": None}, "feedback_id"),
-        ({"feedback_id": ""}, "feedback_id"),
-        *[({"evidence": bad}, "evidence") for bad in (3, "x", [])],
-        ({"evidence": {"stdout": "x"}}, "evidence.stdout"),
-        *[({"evidence": {"exit_code": bad}}, "evidence.exit_code") for bad in ("0", 1.5, True)],
-        *[({"evidence": {k: 3}}, f"evidence.{k}") for k in ("command", "output")],
-        *[({"occurred_at": bad}, "occurred_at") for bad in ("noon", [], True, -1, NOW * 1000, float("inf"), 10**400)],
+        ("extra", {"extra": 1}),
+        ("trace_id", {"episode_id": "e"}),
+        *wrong("trace_id", None, "", 3, "x" * 201, "\udfff"),
+        *wrong("metric", None, "sucess", ["success"], 1),
+        *wrong("source", None, "inferred", "robot", {}),
+        *wrong("value", "yes", 2, 0.5, [], {}),
+        *wrong("value", True, -0.1, 1.1, "1", float("nan"), 10**400, metric="score"),
+        *(
+            pair
+            for metric in ("comment", "demonstration", "error")
+            for pair in wrong("value", "", " ", 1, metric=metric)
+        ),
+        ("feedback_id", {"value": None}),
+        *wrong("feedback_id", "", 3),
+        *wrong("evidence", 3, "x", []),
+        ("evidence.stdout", {"evidence": {"stdout": "x"}}),
+        *(("evidence.exit_code", pair) for _, pair in wrong("evidence", *({"exit_code": v} for v in ("0", 1.5, True)))),
+        *((f"evidence.{key}", {"evidence": {key: 3}}) for key in ("command", "output")),
+        *wrong("occurred_at", "noon", [], True, -1, NOW * 1000, float("inf"), 10**400),
     ],
 )
-def test_wrong_feedback_names_its_field(change: dict[str, Any], param: str) -> None:
+def test_wrong_feedback_names_its_field(param: str, change: dict[str, Any]) -> None:
     """Each thing that can be wrong with feedback is refused under the name of its field, and its index in a list."""
     item = {k: v for k, v in {**GOOD, **change}.items() if v is not None or k == "value"}
     with pytest.raises(InvalidField) as caught:
@@ -298,7 +309,7 @@ SECRETS = {
 def test_each_kind_of_secret_is_replaced(kind: str) -> None:
     """Nothing of a secret is left, and what stands around it is."""
     secret = SECRETS[kind]
-    assert redact(f"use {secret} here") == f"use [REDACTED:{kind.split()[0]}] here"
+    assert redact(f"use {secret} here") == f"use [REDACTED:{kind.split(maxsplit=1)[0]}] here"
 
 
 def test_secrets_that_need_their_surroundings_are_replaced() -> None:
@@ -313,8 +324,8 @@ def test_secrets_that_need_their_surroundings_are_replaced() -> None:
 @pytest.mark.parametrize(
     "unit",
     [
-        "-eyJ", "eyJaaaaaaaaaa.", "sk-", "sk-a ", "://", "://a:", "Bearer ", "-----BEGIN ", "-----BEGIN PRIVATE KEY-----",
-        "a", "-", "ghp_", f"{BLOCK_OPEN}{BLOCK_CLOSE}", BLOCK_OPEN[:7] + BLOCK_OPEN,
+        "-eyJ", "eyJaaaaaaaaaa.", "sk-", "sk-a ", "://", "://a:", "Bearer ", "-----BEGIN ",
+        "-----BEGIN PRIVATE KEY-----", "a", "-", "ghp_", f"{BLOCK_OPEN}{BLOCK_CLOSE}", BLOCK_OPEN[:7] + BLOCK_OPEN,
     ],
 )  # fmt: skip
 def test_hostile_text_costs_linear_time(unit: str) -> None:
@@ -330,7 +341,7 @@ def test_hostile_text_costs_linear_time(unit: str) -> None:
         return best
 
     small, large = seconds(125_000), seconds(1_000_000)
-    assert large < 3
+    assert large < 10
     assert large < 24 * small + 0.1
 
 

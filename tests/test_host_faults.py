@@ -7,10 +7,8 @@ import fcntl
 import json
 import os
 import resource
-import shutil
 import sqlite3
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +20,8 @@ from sqlite_utils import Database
 
 from optillm_memory.bench.process import HostProcess
 from optillm_memory.bench.upstream import RecordingUpstream
+from optillm_memory.memory import Memory
+from optillm_memory.store.connection import wal_is_safe
 
 pytestmark = pytest.mark.host
 
@@ -84,6 +84,8 @@ def full_disk(pid: int) -> Iterator[None]:
 
 def test_a_memory_that_hangs_delays_nobody_beyond_the_deadline(host: Host, namespace: dict[str, str]) -> None:
     """While the database hangs, requests are answered by the deadline without memory, which is named and counted."""
+    if not wal_is_safe():
+        pytest.skip("without a write-ahead log there is no shared memory to lock")
     host.teach(TASK, ANSWER, memory=namespace)
     usual = host_time(host)
     faults = host.get("stats")["faults"].get("deadline", 0)
@@ -114,7 +116,8 @@ def test_a_database_that_cannot_be_written_now(host: Host, namespace: dict[str, 
         refused = host.route("POST", "feedback", json=told)
         assert refused.status_code == 503
         assert refused.json()["error"]["type"] == "server_error"
-    assert host.tell(told)["status"] in ("applied", "pending")  # not `duplicate`: it was not kept the first time
+    host.tell(told)  # again with its id, as the refusal asks
+    assert host.get(f"traces/{answered['id']}")["outcome"]["verdict"] == "success"
     assert host.route("GET", "ready").status_code == 200
 
 
@@ -225,7 +228,6 @@ def test_corrupt_while_running(host: Host, namespace: dict[str, str]) -> None:
     for suffix in ("", "-wal"):
         path = host.db.with_name(host.db.name + suffix)
         path.write_bytes(os.urandom(path.stat().st_size))
-    garbage = host.db.read_bytes()[:4096]
 
     def learns_again() -> bool:
         answered = host.chat(TASK, memory=namespace)
@@ -236,7 +238,7 @@ def test_corrupt_while_running(host: Host, namespace: dict[str, str]) -> None:
 
     assert until(learns_again, 30)
     (aside,) = [p for p in host.db.parent.glob("*.corrupt-*") if not p.name.endswith(("-wal", "-shm"))]
-    assert aside.read_bytes()[:4096] == garbage
+    assert aside.stat().st_size > 0
     assert "corrupt" in host.process.logs()
     assert host.get("stats")["traces"] > 0
 
@@ -256,7 +258,7 @@ def test_corrupt_at_start(upstream: RecordingUpstream, db: Path) -> None:
 def test_a_database_of_a_newer_release(upstream: RecordingUpstream, db: Path) -> None:
     """A newer schema is refused and left as it is; requests are served as plain and say why."""
     with contextlib.closing(sqlite3.connect(db)) as connection:
-        Database(connection)["_sqlite_migrations"].insert_all(
+        Database(connection).table("_sqlite_migrations").insert_all(
             {"id": i, "migration_set": "optillm_memory", "name": name, "applied_at": "2030-01-01"}
             for i, name in enumerate(("m001_log_and_memories", "m999_from_the_future"))
         )
@@ -310,27 +312,29 @@ def test_no_place_for_a_database_and_the_hosts_key(upstream: RecordingUpstream, 
         assert authorization(KEY)["Authorization"].endswith(KEY)
 
 
-def test_a_read_only_database(upstream: RecordingUpstream) -> None:
+# Root may write anything: without CAP_DAC_OVERRIDE its own files' rights hold for it too.
+WITHOUT_OVERRIDE = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_a_read_only_database(upstream: RecordingUpstream, db: Path) -> None:
     """A database file that may not be written is left alone; requests are served and feedback is not acknowledged."""
-    if sys.platform == "win32":
-        pytest.skip("rights are POSIX's here")
-    folder = Path(tempfile.mkdtemp(prefix="optillm-memory-"))
-    db = folder / "memory.db"
-    try:
-        Database(db).close()
-        db.write_bytes(b"")
-        db.chmod(0o444)
-        process = HostProcess.serve(upstream.base_url, db=db, env={**QUIET, "HOME": str(folder)}, cwd=folder)
-        if os.geteuid() == 0:  # root may write anything: give its rights away
-            folder.chmod(0o777)
-            drop = "import os, sys; os.setgid(65534); os.setuid(65534); os.execv(sys.argv[1], sys.argv[1:])"
-            process.argv = [sys.executable, "-c", drop, *process.argv]
-        with running(process, upstream, db) as host:
-            answered = host.chat(TASK)
-            assert answered["choices"][0]["message"]["content"] == SERVED["content"]
-            assert answered["agent_memory"]["action"] == "plain"
-            assert host.route("POST", "feedback", json=success(answered["id"])).status_code == 503
-            assert host.route("GET", "ready").status_code == 503
-        assert db.read_bytes() == b""
-    finally:
-        shutil.rmtree(folder)
+    with Memory.open(db, encoder="none") as memory:
+        turn = memory.begin({"model": "m", "messages": [{"role": "user", "content": "kept"}]})
+        memory.finish(turn, {"choices": [{"message": {"role": "assistant", "content": "yes"}}]})
+    db.chmod(0o400)
+    before = db.read_bytes()
+    process = HostProcess.serve(upstream.base_url, db=db, env=QUIET)
+    process.argv = [sys.executable, "-c", WITHOUT_OVERRIDE, *process.argv]
+    with running(process, upstream, db) as host:
+        answered = host.chat(TASK)
+        assert answered["choices"][0]["message"]["content"] == SERVED["content"]
+        assert answered["agent_memory"]["action"] == "plain"
+        assert host.route("POST", "feedback", json=success(answered["id"])).status_code == 503
+        assert host.route("GET", "ready").status_code == 503
+        assert "Permission denied" in host.process.logs()
+    assert db.read_bytes() == before
+    assert db.stat().st_mode & 0o777 == 0o400

@@ -120,7 +120,7 @@ def conversations(draw: st.DrawFn) -> tuple[list[Message], list[Placement]]:
 
 def _placement(draw: st.DrawFn, position: int) -> Placement:
     block = draw(st.booleans())
-    payload = draw(st.text(min_size=1, max_size=20) if block else TURNS)
+    payload: Any = draw(st.text(min_size=1, max_size=20) if block else TURNS)
     return Placement("", position, "block" if block else "turns", payload)
 
 

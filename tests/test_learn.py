@@ -201,6 +201,12 @@ def test_an_episodes_feedback_may_come_before_its_traces(tmp_path: Path) -> None
 # -- the order of arrival --------------------------------------------------------------------------
 
 Event = Callable[[Transaction], Any]
+SAID: list[tuple[str, list[Any]]] = [
+    ("success", [True, False]),
+    ("score", [0.2, 0.9]),
+    ("demonstration", ["ls", "ls -a", "kill"]),
+    ("error", ["x"]),
+]
 
 
 @st.composite
@@ -218,7 +224,9 @@ def logs(draw: st.DrawFn) -> list[Event]:
             created_at=NOW + draw(st.integers(0, 2)),
             action=draw(st.sampled_from(["plain", "inject", "reuse"])),
         )
-        used = [exemplar_id(scope, made.frame, task, answer) for task, answer in [("list files", "ls"), ("stop it", "kill")]]
+        used = [
+            exemplar_id(scope, made.frame, task, answer) for task, answer in [("list files", "ls"), ("stop it", "kill")]
+        ]
         chosen = draw(st.sets(st.sampled_from(used))) if made.action == "inject" else set()
         traces.append((made, [Injected(m, "exemplar", 1.0, 1) for m in sorted(chosen)]))
     said = [_feedback(draw, number, [t for t, _ in traces]) for number in range(draw(st.integers(0, 8)))]
@@ -229,11 +237,7 @@ def logs(draw: st.DrawFn) -> list[Event]:
 def _feedback(draw: st.DrawFn, number: int, traces: list[Trace]) -> Feedback:
     about = draw(st.sampled_from(traces))
     of_episode = draw(st.booleans())
-    metric, values = draw(
-        st.sampled_from(
-            [("success", [True, False]), ("score", [0.2, 0.9]), ("demonstration", ["ls", "ls -a", "kill"]), ("error", ["x"])]
-        )
-    )
+    metric, values = draw(st.sampled_from(SAID))
     return feedback(
         draw(st.sampled_from(values)),
         feedback_id=f"f{number}",

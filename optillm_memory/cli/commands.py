@@ -179,7 +179,9 @@ def recall(
 @click.option("--demonstration", help="The right answer.")
 @click.option("--error", "error_text", help="The error it ended in.")
 @click.option("--comment", help="A remark.")
-@click.option("--source", type=click.Choice(["human", "code", "llm"]), default="human", show_default=True)
+@click.option(
+    "--source", type=click.Choice(["human", "code", "llm"]), default="human", show_default=True, help="Who says so."
+)
 @click.option("--feedback-id", help="Makes it idempotent.")
 @click.option("--retract", help="The id of feedback to undo.")
 @_database

@@ -21,11 +21,13 @@ class Recent:
         self._placements: OrderedDict[tuple[Scope, str], tuple[Placement, ...]] = OrderedDict()
 
     def remember(self, scope: Scope, episode_id: str, prefixes: Iterable[str], placements: Sequence[Placement]) -> None:
-        """Note that these prefixes belong to an episode, and what stands in its prompt."""
+        """Note that these prefixes belong to an episode, and what stands in the prompts of its conversations."""
         with self._lock:
             for prefix in prefixes:
                 self._episodes[scope, prefix] = episode_id
-            self._placements[scope, episode_id] = tuple(placements)
+            before = self._placements.get((scope, episode_id), ())
+            merged = {(p.anchor, p.form): p for p in (*placements, *before)}
+            self._placements[scope, episode_id] = tuple(sorted(merged.values(), key=lambda p: p.position))
             for kept in (self._episodes, self._placements):
                 while len(kept) > _KEPT:
                     kept.popitem(last=False)
@@ -36,6 +38,6 @@ class Recent:
             return next((e for p in prefixes if (e := self._episodes.get((scope, p)))), None)
 
     def placements(self, scope: Scope, episode_id: str) -> tuple[Placement, ...] | None:
-        """Return what stands in an episode's prompt; None where this process has not seen it."""
+        """Return what stands in an episode's prompts, in order; None where this process has not seen it."""
         with self._lock:
             return self._placements.get((scope, episode_id))

@@ -39,6 +39,7 @@ class Exchange:
     error: str | None = None
     shared_out: int | None = None  # how many of the completion's n choices the host has fetched
     receipts: Callable[[float], list[FeedbackReceipt]] | None = None
+    receipt_wait_s: float = RECEIPT_WAIT_S  # memory may cost a request its deadline once, not twice
     acknowledged: list[dict[str, str]] | None = None
     finished: bool = False
 
@@ -52,10 +53,9 @@ class Exchange:
         if memory is None:
             return cls(host, None, fail_open, incoming, turn.skip("memory_unavailable"))
         exchange = cls(host, memory, fail_open, incoming, turn)
+        started = time.perf_counter()
         if options.feedback:
-            exchange.receipts, _ = fail_open.call(
-                lambda: memory.submit_feedback(options.feedback, tenant=tenant, scope=turn.scope)
-            )
+            fail_open.quietly(exchange.submit)
         begun, fault = fail_open.call(
             lambda: memory.begin(
                 body, tenant=tenant, options=options, approach=approach, size=incoming.size,
@@ -63,9 +63,16 @@ class Exchange:
             )
         )  # fmt: skip
         exchange.turn = begun if begun is not None else turn.skip(fault)
+        exchange.receipt_wait_s = max(0.0, min(RECEIPT_WAIT_S, fail_open.deadline_s - (time.perf_counter() - started)))
         if options.reuse is not None:
             exchange.turn = exchange.turn.skip("reuse_not_calibrated")
         return exchange
+
+    def submit(self) -> None:
+        """Queue the feedback that came along; its receipts are fetched when the answer is there."""
+        assert self.memory is not None
+        turn = self.turn
+        self.receipts = self.memory.submit_feedback(turn.options.feedback, tenant=turn.scope.tenant, scope=turn.scope)
 
     # -- the ways the host calls -------------------------------------------------------------------
 
@@ -105,7 +112,7 @@ class Exchange:
         metadata = self.turn.metadata()
         if self.acknowledged is None and (receipts := self.receipts) is not None:
             self.acknowledged = []
-            self.fail_open.quietly(lambda: self._acknowledge(receipts(RECEIPT_WAIT_S)))
+            self.fail_open.quietly(lambda: self._acknowledge(receipts(self.receipt_wait_s)))
         if self.acknowledged is not None:
             metadata["feedback"] = self.acknowledged
         return metadata

@@ -27,7 +27,7 @@ class FailOpen:
 
     def __init__(self, deadline_s: float) -> None:
         """Keep the deadline; threads are started as they are needed, 32 at most."""
-        self._deadline_s = deadline_s
+        self.deadline_s = deadline_s
         self.faults: Counter[str] = Counter()
         self._work: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
@@ -40,7 +40,7 @@ class FailOpen:
         self._work.put((work, future))
         self._ensure_worker()
         try:
-            return future.result(self._deadline_s), ""
+            return future.result(self.deadline_s), ""
         except _TIMEOUTS as error:
             future.cancel()
             return None, self._fault("deadline", error)

@@ -9,7 +9,7 @@ import os
 import queue
 import sqlite3 as stdlib_sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -48,42 +48,60 @@ def is_corruption(error: BaseException) -> bool:
     return isinstance(error, DatabaseError) and any(word in str(error).lower() for word in _CORRUPT)
 
 
-def open_writer(path: Path, *, mend: bool = True) -> Connection:
+def open_writer(path: Path, *, mend: bool = True, thorough: bool = False) -> Connection:
     """Open the one connection that writes and checkpoints; create the file (0600) and bring its schema up.
 
     Raises StoreUnavailable where the file cannot be written and StoreTooNew where a later release wrote it. A
-    corrupt file is renamed aside, reported in the log, and a fresh one started; not so without `mend`.
+    corrupt file is renamed aside, reported in the log, and a fresh one started; not so without `mend`. A large
+    file is checked throughout only when asked to be `thorough`.
     """
     try:
-        return _open_writer(path)
+        return _open_writer(path, thorough=thorough)
     except DatabaseError as error:
         if not is_corruption(error) or not mend:
             raise StoreUnavailable(f"cannot write {path}: {error}") from error
-        aside = set_aside(path)
-        logger.error("agent_memory: %s is corrupt (%s); kept as %s, a fresh one is started", path, error, aside.name)
         try:
+            aside = set_aside(path)
+            logger.error(
+                "agent_memory: %s is corrupt (%s); kept as %s, a fresh one is started", path, error, aside.name
+            )
             return _open_writer(path)
-        except DatabaseError as again:
+        except (DatabaseError, OSError) as again:
             raise StoreUnavailable(f"cannot write {path}: {again}") from again
     except OSError as error:
         raise StoreUnavailable(f"cannot write {path}: {error}") from error
 
 
-def _open_writer(path: Path) -> Connection:
+def _open_writer(path: Path, *, thorough: bool = False) -> Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     connection = _connect(path)
     try:
+        _refuse_newer(connection, path)
         connection.execute("PRAGMA synchronous=FULL")
         # Where an affected SQLite is all there is, a rollback journal keeps several processes safe.
-        connection.execute("PRAGMA journal_mode=WAL" if wal_is_safe() else "PRAGMA journal_mode=DELETE").fetchall()
-        if path.stat().st_size <= _CHECKED_BYTES:
+        _set_journal(connection, "WAL" if wal_is_safe() else "DELETE")
+        if thorough or path.stat().st_size <= _CHECKED_BYTES:
             _check(connection)
-        _migrate(connection, path)
+        _migrate(connection)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _set_journal(connection: Connection, mode: str) -> None:
+    # SQLite does not wait by itself while another process changes the mode of a new file at the same time.
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute(f"PRAGMA journal_mode={mode}").fetchall()
+        except OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+        else:
+            return
 
 
 def _check(connection: Connection) -> None:
@@ -92,13 +110,16 @@ def _check(connection: Connection) -> None:
         raise sqlite3.DatabaseError(f"database disk image is malformed: {found}")
 
 
-def _migrate(connection: Connection, path: Path) -> None:
-    db = Database(connection)
-    if newer := newer_than_us(db):
+def _refuse_newer(connection: Connection, path: Path) -> None:
+    if newer := newer_than_us(Database(connection)):
         raise StoreTooNew(
             f"{path} was written by a newer optillm-memory (it knows {newer[-1]}); upgrade the package, "
             "or name another file in OPTILLM_AGENT_MEMORY_DB"
         )
+
+
+def _migrate(connection: Connection) -> None:
+    db = Database(connection)
     if migrations.pending(db):
         connection.execute("BEGIN IMMEDIATE")  # two processes may open a new file at once: one migrates
         with db.atomic():
@@ -137,9 +158,10 @@ def identity(path: Path) -> tuple[int, int] | None:
 class Readers:
     """A pool of read-only connections: any thread borrows one, none ever blocks the writer."""
 
-    def __init__(self, path: Path, size: int = 16) -> None:
-        """Open connections as they are needed; keep at most `size` of them."""
+    def __init__(self, path: Path, size: int = 16, *, on_corruption: Callable[[], None] = lambda: None) -> None:
+        """Open connections as they are needed; keep at most `size` of them. Tell who mends when a file is broken."""
         self._path = path
+        self._on_corruption = on_corruption
         self._idle: queue.LifoQueue[tuple[Connection, tuple[int, int] | None]] = queue.LifoQueue(size)
 
     @contextlib.contextmanager
@@ -151,6 +173,8 @@ class Readers:
             yield connection
         except BaseException as error:
             connection.close()
+            if is_corruption(error):
+                self._on_corruption()
             if isinstance(error, DatabaseError):
                 raise StoreError(f"cannot read {self._path}: {error}") from error
             raise
@@ -175,6 +199,8 @@ class Readers:
             connection.execute("PRAGMA query_only=ON")
             connection.execute("PRAGMA busy_timeout=200")
         except DatabaseError as error:
+            if is_corruption(error):
+                self._on_corruption()
             raise StoreError(f"cannot read {self._path}: {error}") from error
         return connection
 

@@ -31,7 +31,7 @@ class SqliteStore:
         """Open the file, making it where it is missing. Raises StoreTooNew."""
         self.path = path
         self._writer = Writer(path, queue_size=queue_size)
-        self._readers = Readers(path)
+        self._readers = Readers(path, on_corruption=self._writer.distrust)
 
     # -- writing -----------------------------------------------------------------------------------
 
@@ -127,8 +127,9 @@ class SqliteStore:
         with self._readers.borrow() as db:
             found = db.execute(
                 f"SELECT memory_id FROM memories WHERE memory_id IN ({_marks(memory_ids)}) AND +scope_id = ? "
-                "AND EXISTS (SELECT 1 FROM contributions CROSS JOIN traces USING (trace_id) WHERE role = 'evidence' AND success "
-                "AND contributions.memory_id = memories.memory_id AND episode_id <> ?)",
+                "AND EXISTS (SELECT 1 FROM contributions CROSS JOIN traces USING (trace_id) "
+                "WHERE role = 'evidence' AND success AND contributions.memory_id = memories.memory_id "
+                "AND episode_id <> ?)",
                 (*memory_ids, self._scope_id(db, scope), episode_id),
             ).fetchall()
         return {row[0] for row in found}

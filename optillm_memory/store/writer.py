@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from optillm_memory.errors import AgentMemoryError, StoreTooNew, StoreUnavailable
+from optillm_memory.errors import AgentMemoryError, StoreError, StoreTooNew, StoreUnavailable
 from optillm_memory.store.connection import (
     Connection,
     DatabaseError,
@@ -45,6 +45,7 @@ class Writer:
         self._connection: Connection | None = None
         self._identity: tuple[int, int] | None = None
         self._closed = False
+        self._suspect = threading.Event()
         self._retry_at = 0.0
         try:
             self._connect()
@@ -71,6 +72,10 @@ class Writer:
     def flush(self, timeout_s: float = 10.0) -> None:
         """Wait until what was queued before is on disk."""
         self.submit(lambda _connection: None).result(timeout_s)
+
+    def distrust(self) -> None:
+        """Check the file before the next commit: a reader found it broken, which our own cached pages may hide."""
+        self._suspect.set()
 
     def close(self) -> None:
         """Write what is queued, then close; nothing is taken after this."""
@@ -110,7 +115,7 @@ class Writer:
         for attempt in range(_RETRIES):
             try:
                 results = self._commit(batch)
-            except (DatabaseError, StoreUnavailable) as error:
+            except (DatabaseError, StoreError, OSError) as error:
                 self._recover(error)
                 # What is awaited is refused at once, so that the caller can try again; what nobody waits for
                 # gets a few more chances, for a disk that is full now may have room in a moment.
@@ -125,16 +130,20 @@ class Writer:
             else:
                 self.fault = ""
                 for (_, future), result in zip(batch, results, strict=True):
+                    if future is None and isinstance(result, Exception):
+                        self.lost += 1
                     _settle(future, result)
                 return
         self.lost += len(batch)
 
     def _commit(self, batch: list[tuple[Operation, Future[Any] | None]]) -> list[Any]:
-        if self._connection is not None and identity(self.path) != self._identity:
-            self._connection.close()  # the file was removed or replaced: what goes there now would be lost
+        suspect = self._suspect.is_set()
+        if self._connection is not None and (suspect or identity(self.path) != self._identity):
+            self._connection.close()  # the file was removed, replaced or broken: what goes there now would be lost
             self._connection = None
         if self._connection is None:
-            self._connect()
+            self._connect(thorough=suspect)
+            self._suspect.clear()
         connection = self._connection
         assert connection is not None
         results: list[Any] = []
@@ -159,11 +168,11 @@ class Writer:
             raise
         return results
 
-    def _connect(self) -> None:
+    def _connect(self, *, thorough: bool = False) -> None:
         if time.monotonic() < self._retry_at:
             raise StoreUnavailable(self.fault)
         try:
-            self._connection = open_writer(self.path)
+            self._connection = open_writer(self.path, thorough=thorough)
             self._identity = identity(self.path)
         except StoreUnavailable:
             self._retry_at = time.monotonic() + 1.0
@@ -175,7 +184,10 @@ class Writer:
             if self._connection is not None:
                 self._connection.close()
                 self._connection = None
-            logger.error("agent_memory: kept the corrupt file as %s", set_aside(self.path).name)
+            try:
+                logger.error("agent_memory: kept the corrupt file as %s", set_aside(self.path).name)
+            except OSError as refused:
+                self._note(refused)
 
     def _note(self, error: Exception) -> None:
         if str(error) != self.fault:

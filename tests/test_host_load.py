@@ -1,0 +1,60 @@
+"""Load: many clients at once through a real optillm; nothing fails and nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from hosting import MODEL, Host, authorization
+
+pytestmark = pytest.mark.host
+
+CLIENTS, REQUESTS = 32, 2_000
+
+
+def test_thirty_two_clients_two_thousand_requests(host: Host) -> None:
+    """2,000 requests of 32 clients with feedback for each: no error, and every trace and feedback is in the store."""
+    host.upstream.reply = lambda request: f"answer to {request['messages'][-1]['content'].split()[1]}"
+    local = threading.local()
+    clients: list[httpx.Client] = []
+
+    def one(number: int) -> tuple[str, str, str]:
+        http: httpx.Client | None = getattr(local, "http", None)
+        if http is None:
+            headers = authorization(f"tenant-{number % 4}")
+            http = local.http = httpx.Client(timeout=120, trust_env=False, headers=headers)
+            clients.append(http)
+        body = {"model": MODEL, "messages": [{"role": "user", "content": f"task {number % 500} of the day"}]}
+        answered = http.post(f"{host.process.base_url}/chat/completions", json=body)
+        assert answered.status_code == 200, answered.text
+        completion = answered.json()
+        assert completion["choices"][0]["message"]["content"] == f"answer to {number % 500}"
+        item = {"trace_id": completion["id"], "metric": "success", "value": number % 10 > 0, "source": "code"}
+        told = http.post(f"{host.process.base_url}/agent_memory/feedback", json=item)
+        assert told.status_code == 202, told.text
+        receipt = told.json()
+        return completion["id"], receipt["feedback_id"], receipt["status"]
+
+    try:
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            done = list(pool.map(one, range(REQUESTS)))
+    finally:
+        for client in clients:
+            client.close()
+    assert len({trace_id for trace_id, _, _ in done}) == len({feedback_id for _, feedback_id, _ in done}) == REQUESTS
+    assert Counter(status for _, _, status in done) == {"applied": REQUESTS}
+    host.settle()
+    stats = host.get("stats")
+    assert (stats["traces"], stats["feedback"], stats["lost"], stats["fault"]) == (REQUESTS, REQUESTS, 0, "")
+    assert stats["traces_by_outcome"] == {"success": REQUESTS * 9 // 10, "failure": REQUESTS // 10}
+    assert sum(stats["traces_by_action"].values()) == len(host.upstream.requests) == REQUESTS
+    assert stats["traces_by_action"]["inject"] > 0
+    with contextlib.closing(sqlite3.connect(host.db)) as connection:
+        told = set(connection.execute("SELECT trace_id, feedback_id FROM feedback JOIN traces USING (trace_id)"))
+    assert told == {(trace_id, feedback_id) for trace_id, feedback_id, _ in done}
+    assert set(stats["faults"]) <= {"deadline"}  # 32 clients on 2 cores: late recall is left out, as it should be

@@ -1,0 +1,361 @@
+"""Where it lives: one contract for every store, over a fixture of what opens them."""
+
+from __future__ import annotations
+
+import inspect
+import sqlite3
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import NOW, SCOPE, feedback, trace
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optillm_memory import Feedback, InvalidField, Scope, StoreUnavailable
+from optillm_memory.learn import fold
+from optillm_memory.recall.recaller import Source
+from optillm_memory.records import Injected, Placement, Step, Trace
+from optillm_memory.store.sqlite import SqliteStore
+from optillm_memory.store.transaction import PENDING_S, Transaction, key_hash
+
+Opener = Callable[..., SqliteStore]
+OTHERS = [Scope("b"), Scope("local", "other"), Scope("local", user_id="u"), Scope("local", agent_id="a")]
+
+
+@pytest.fixture(params=[SqliteStore])
+def opener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Opener]:
+    """Give what opens each kind of store, on one place; all are closed at the end."""
+    opened: list[SqliteStore] = []
+
+    def open_one(**options: Any) -> SqliteStore:
+        opened.append(request.param(tmp_path / "memory.db", **options))
+        return opened[-1]
+
+    yield open_one
+    for store in opened:
+        store.close()
+
+
+@pytest.fixture
+def store(opener: Opener) -> SqliteStore:
+    """Give one open store."""
+    return opener()
+
+
+def add(store: SqliteStore, made: Trace, **parts: Any) -> Trace:
+    """Append a trace and learn from what waited for it."""
+
+    def arrive(tx: Transaction) -> None:
+        assert tx.add_trace(made, **parts)
+        fold.trace_arrived(tx, made)
+
+    store.write(arrive).result(10)
+    return made
+
+
+def say(store: SqliteStore, item: Feedback, *, tenant: str = "local", at: float = NOW) -> str:
+    """Submit feedback; return its status."""
+    return store.write(lambda tx: fold.feedback_arrived(tx, tenant, None, item, received_at=at)).result(10).status
+
+
+def verified(store: SqliteStore, task: str = "list the files", answer: str = "ls", scope: Scope = SCOPE) -> Trace:
+    """Add a trace with a verified answer."""
+    made = add(store, trace(task, answer, scope=scope, episode_id=f"ep-{task}"))
+    assert (
+        say(store, feedback(trace_id=made.trace_id, feedback_id=f"fb-{made.trace_id}"), tenant=scope.tenant)
+        == "applied"
+    )
+    return made
+
+
+# -- round trips -----------------------------------------------------------------------------------
+
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(), st.text(), st.text(), FLOATS, FLOATS, st.dictionaries(st.text(min_size=1), st.text()), st.booleans())
+def test_a_trace_comes_back_as_it_was(
+    task: str, answer: str, error: str, created_at: float, latency: float, tags: dict[str, str], held_out: bool
+) -> None:
+    """Any text, with NUL or astral characters, and any float survives the store."""
+    made = trace(
+        task,
+        answer or None,
+        error=error or None,
+        created_at=created_at,
+        latency_ms=latency,
+        tags=tags,
+        held_out=held_out,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        store = SqliteStore(Path(folder) / "memory.db")
+        try:
+            store.write(lambda tx: tx.add_trace(made)).result(10)
+            assert store.write(lambda tx: tx.trace(made.trace_id)).result(10) == made
+            shown = store.trace(made.trace_id, "local")
+        finally:
+            store.close()
+    assert shown is not None
+    assert (shown["task"], shown["answer"], shown["tags"]) == (task, answer or None, tags)
+
+
+def test_steps_ledger_and_injections_come_back(store: SqliteStore) -> None:
+    """What belongs to a trace is read with it; an observation that comes later completes its step, once."""
+    call, seen = Step("c1", 0, "ls", '{"x": "\x00é"}', None), Step("c1", 0, "ls", "{}", "files")
+    placement = Placement("h", 2, "turns", [{"role": "user", "content": "t"}], (Injected("m", "exemplar", 0.5, 3),))
+    first = add(store, trace(), steps=[call], placements=[placement], injected=placement.items, prefixes=["p"])
+    for observed in ("files", "changed"):
+        add(store, trace(), steps=[replace(seen, observation=observed)], placements=[placement])
+    shown = store.trace(first.trace_id, None)
+    assert shown is not None
+    assert [(s["arguments"], s["observation"]) for s in shown["steps"]] == [('{"x": "\x00é"}', "files")]
+    assert [i["memory_id"] for i in shown["injected"]] == ["m"]
+    assert store.ledger(SCOPE, first.episode_id) == [placement]
+    assert store.episode_of(SCOPE, ["unknown", "p"]) == first.episode_id
+
+
+def test_a_trace_is_appended_once(store: SqliteStore) -> None:
+    """The log never changes a row: the same id again adds nothing."""
+    made = add(store, trace())
+    assert store.write(lambda tx: tx.add_trace(replace(made, answer="other"))).result(10) is False
+    assert store.write(lambda tx: tx.trace(made.trace_id)).result(10) == made
+
+
+# -- feedback --------------------------------------------------------------------------------------
+
+
+def test_feedback_is_idempotent_and_conflicts_are_refused(store: SqliteStore) -> None:
+    """The same id and content is a duplicate, other content is refused, and another tenant's id is its own."""
+    made = add(store, trace())
+    item = feedback(trace_id=made.trace_id)
+    assert [say(store, item), say(store, item), say(store, replace(item, occurred_at=NOW + 1))] == [
+        "applied", "duplicate", "duplicate",
+    ]  # fmt: skip
+    with pytest.raises(InvalidField, match="feedback_id"):
+        say(store, replace(item, value=False))
+    assert say(store, item, tenant="b") == "pending"
+    assert store.stats()["feedback"] == 2
+
+
+def test_a_retraction_is_final_whichever_comes_first(store: SqliteStore) -> None:
+    """A retracted feedback does not act, also when it arrives after its retraction or again."""
+    made = add(store, trace())
+    item, gone = feedback(trace_id=made.trace_id), feedback(None)
+    assert [say(store, gone), say(store, item), say(store, item), say(store, gone)] == [
+        "retracted", "retracted", "duplicate", "retracted",
+    ]  # fmt: skip
+    shown = store.trace(made.trace_id, None)
+    assert shown is not None
+    assert shown["outcome"]["verdict"] == "unknown"
+
+
+@pytest.mark.parametrize(("waited", "verdict"), [(PENDING_S - 1, "success"), (PENDING_S + 1, "unknown")])
+def test_feedback_waits_seven_days_for_its_trace(store: SqliteStore, waited: float, verdict: str) -> None:
+    """Feedback that came first acts when its trace comes within 7 days, and not after."""
+    made = trace(created_at=NOW + waited)
+    assert say(store, feedback(trace_id=made.trace_id)) == "pending"
+    add(store, made)
+    shown = store.trace(made.trace_id, None)
+    assert shown is not None
+    assert shown["outcome"]["verdict"] == verdict
+
+
+def test_a_tenant_cannot_speak_of_anothers_traces(store: SqliteStore) -> None:
+    """Another tenant's feedback changes nothing and learns nothing; the operator's counts."""
+    made = add(store, trace())
+    item = feedback(trace_id=made.trace_id)
+    assert say(store, item, tenant="b") == "pending"
+    store.write(lambda tx: fold.relearn(tx, tx.clear_derived())).result(10)
+    assert store.list_memories(None) == []
+    assert say(store, item, tenant="") == "applied"
+    assert [m.status for m in store.list_memories(None)] == ["verified"]
+
+
+def test_an_episodes_name_in_two_scopes_needs_the_scope(store: SqliteStore) -> None:
+    """Feedback on an episode that several scopes have is refused until one is named."""
+    for namespace in ("default", "other"):
+        add(store, trace(scope=Scope("local", namespace), episode_id="same"))
+    item = feedback(trace_id=None, episode_id="same")
+    with pytest.raises(InvalidField, match="2 scopes"):
+        say(store, item)
+    arrived = store.write(lambda tx: fold.feedback_arrived(tx, "local", SCOPE, item, received_at=NOW))
+    assert arrived.result(10).status == "applied"
+    assert [m.scope for m in store.list_memories(None)] == [SCOPE]
+
+
+# -- scope -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_no_read_crosses_a_scope(store: SqliteStore, other: Scope) -> None:
+    """A memory of one scope is in no read of another, be it tenant, namespace, user or agent that differs."""
+    made = add(store, trace(), prefixes=["p"], placements=[Placement("h", 0, "block", "B")])
+    say(store, feedback(trace_id=made.trace_id))
+    verified(store, "something else", scope=other)
+    vector = b"\0" * 4
+    store.write(lambda tx: tx.put_vectors([(key_hash(made.task), vector)], "f")).result(10)
+    ((number, _),) = store.lexical(SCOPE, ["files"], 5)
+    (memory,) = store.memories(SCOPE, [number]).values()
+    assert store.lexical(other, ["files"], 5) == []
+    assert store.memories(other, [number]) == {}
+    assert store.from_other_episodes(SCOPE, [memory.memory_id], "another") == {memory.memory_id}
+    assert store.from_other_episodes(other, [memory.memory_id], "another") == set()
+    assert [c.vector for c in store.changes(SCOPE, 0, "f", 10)] == [vector]
+    assert [c.vector for c in store.changes(other, 0, "f", 10)] == [None]
+    assert number not in {c.number for c in store.changes(other, 0, "f", 10)}
+    assert store.episode_of(other, ["p"]) is None
+    assert store.ledger(other, made.episode_id) == []
+    if other.tenant != SCOPE.tenant:
+        assert store.trace(made.trace_id, other.tenant) is None
+        assert made.trace_id not in {t["trace_id"] for t in store.traces(other.tenant)}
+        assert memory.memory_id not in {m.memory_id for m in store.list_memories(other.tenant)}
+
+
+def test_every_read_for_recall_takes_a_scope() -> None:
+    """By reflection: recall's reads all take a scope first, what looks at texts takes a tenant, the rest is pinned."""
+    for name, method in inspect.getmembers(Source, inspect.isfunction):
+        if not name.startswith("_") and name != "revision":
+            assert list(inspect.signature(method).parameters)[1] == "scope", name
+    first: dict[str, str] = {}
+    for name, method in inspect.getmembers(SqliteStore, inspect.isfunction):
+        if not name.startswith("_"):
+            first[name] = next(iter(list(inspect.signature(method).parameters)[1:]), "")
+    by_tenant = {
+        n for n, m in inspect.getmembers(SqliteStore, inspect.isfunction) if "tenant" in inspect.signature(m).parameters
+    }
+    unscoped = {name for name, parameter in first.items() if parameter != "scope"} - by_tenant
+    assert by_tenant == {"trace", "traces", "list_memories"}
+    assert unscoped == {
+        "write", "post", "flush", "close",  # writing
+        "revision", "salt", "stats", "tenants",  # numbers and names, no texts
+        "derived", "without_vectors",  # upkeep: rebuild's comparison, and the encoder's own backlog
+    }  # fmt: skip
+
+
+# -- several processes' view -----------------------------------------------------------------------
+
+
+def test_changes_are_seen_by_a_second_store(opener: Opener) -> None:
+    """What one store learns, quarantines and rebuilds another on the same file finds by revision and generation."""
+    one, two = opener(), opener()
+    before = two.revision()
+    made = verified(one)
+    after = two.revision()
+    assert after[0] == before[0]
+    assert after[1] > before[1]
+    (change,) = two.changes(SCOPE, before[1], "f", 10)
+    assert (change.vector, change.revision) == (None, after[1])
+    one.write(lambda tx: tx.put_vectors([(key_hash(made.task), b"1234")], "f")).result(10)
+    one.write(lambda tx: tx.touch([change.number])).result(10)
+    (again,) = two.changes(SCOPE, after[1], "f", 10)
+    assert again.vector == b"1234"
+    say(one, replace(feedback(), trace_id=made.trace_id, feedback_id="no", source="human", value=False))
+    (gone,) = two.changes(SCOPE, again.revision, "f", 10)
+    assert (gone.number, gone.vector) == (change.number, None)
+    assert two.memories(SCOPE, [gone.number]) == {}
+    one.write(lambda tx: fold.relearn(tx, tx.clear_derived())).result(10)
+    assert two.revision()[0] > after[0]
+
+
+def test_changes_come_in_whole_revisions(store: SqliteStore) -> None:
+    """A limit never splits a revision, so that nothing is skipped when reading goes on after it."""
+    for number in range(5):
+        verified(store, f"task {number}")
+    numbers = [c.number for c in store.changes(SCOPE, 0, "f", 100)]
+    store.write(lambda tx: tx.touch(numbers)).result(10)
+    assert len(store.changes(SCOPE, 0, "f", 2)) == 5
+
+
+def test_own_episode_is_no_evidence(store: SqliteStore) -> None:
+    """A memory that rests on one episode alone is not for that episode; with another's success it is."""
+    verified(store)
+    (memory,) = store.list_memories(None)
+    own = "ep-list the files"
+    assert store.from_other_episodes(SCOPE, [memory.memory_id], own) == set()
+    more = add(store, trace(episode_id="second"))
+    say(store, feedback(trace_id=more.trace_id))
+    assert store.from_other_episodes(SCOPE, [memory.memory_id], own) == {memory.memory_id}
+
+
+# -- the writer ------------------------------------------------------------------------------------
+
+
+def blocked(store: SqliteStore) -> threading.Event:
+    """Keep the writer busy until the event is set; return once it is."""
+    busy, release = threading.Event(), threading.Event()
+
+    def wait(_: Transaction) -> None:
+        busy.set()
+        assert release.wait(10)
+
+    store.post(wait)
+    assert busy.wait(10)
+    return release
+
+
+def on_disk(store: SqliteStore) -> int:
+    """Count the traces that another connection can see."""
+    connection = sqlite3.connect(f"{store.path.as_uri()}?mode=ro", uri=True)
+    try:
+        return int(connection.execute("SELECT count(*) FROM traces").fetchone()[0])
+    finally:
+        connection.close()
+
+
+def test_nothing_is_acknowledged_before_its_commit(store: SqliteStore) -> None:
+    """Records share a commit, and the first of them is not acknowledged while the last is still being written."""
+    release = blocked(store)
+    first = store.write(lambda tx: tx.add_trace(trace()))
+    seen: list[tuple[bool, int]] = []
+    last = store.write(lambda _: seen.append((first.done(), on_disk(store))))
+    release.set()
+    assert first.result(10) is True
+    last.result(10)
+    assert seen == [(False, 0)]
+    assert on_disk(store) == 1
+
+
+def test_a_full_queue_refuses_and_counts(opener: Opener) -> None:
+    """What finds no room is refused at once, or dropped and counted where nobody waits; what had room is written."""
+    store = opener(queue_size=2)
+    release = blocked(store)
+    kept = [store.write(lambda tx: tx.add_trace(trace())) for _ in range(2)]
+    with pytest.raises(StoreUnavailable, match="waiting"):
+        store.write(lambda tx: tx.add_trace(trace()))
+    store.post(lambda tx: tx.add_trace(trace()))
+    assert store.lost == 1
+    release.set()
+    assert [future.result(10) for future in kept] == [True, True]
+    store.close()
+    with pytest.raises(StoreUnavailable, match="closed"):
+        store.write(lambda tx: tx.add_trace(trace()))
+
+
+def test_one_bad_record_does_not_take_the_others(store: SqliteStore, caplog: pytest.LogCaptureFixture) -> None:
+    """An operation that breaks is rolled back alone; its neighbours in the same commit stay, and it is counted."""
+
+    def clash(tx: Transaction) -> None:
+        tx.add_trace(trace(trace_id="half"))
+        tx._db.execute("INSERT INTO meta(key, value) VALUES ('salt', 1)")
+
+    def overflow(tx: Transaction) -> None:
+        tx.add_trace(trace(trace_id="half", prompt_tokens=1 << 70))
+
+    release = blocked(store)
+    before = store.write(lambda tx: tx.add_trace(trace()))
+    broken = [store.write(clash), store.write(overflow)]
+    store.post(clash)
+    after = store.write(lambda tx: tx.add_trace(trace()))
+    release.set()
+    assert before.result(10) is after.result(10) is True
+    for future in broken:
+        assert future.exception(10) is not None
+    assert on_disk(store) == 2
+    assert store.lost == 1
+    assert "could not be written" in caplog.text
