@@ -28,6 +28,8 @@ T = TypeVar("T")
 Operation = Callable[[Connection], Any]
 GROUP = 256
 _RETRIES = 5
+# What nobody waits for gives way to the response that it records, and gathers company for its commit.
+_BEHIND_S = 0.02
 
 
 class Writer:
@@ -96,6 +98,8 @@ class Writer:
     def _run(self) -> None:
         while (first := self._queue.get()) is not None:
             batch, stop = [first], False
+            if first[1] is None and not self._closed:
+                time.sleep(_BEHIND_S)
             while len(batch) < GROUP:
                 try:
                     item = self._queue.get_nowait()
