@@ -173,9 +173,8 @@ class Memory:
     def recall(self, query: str, *, scope: Scope | None = None, limit: int = 10, timeout_s: float = 5.0) -> list[Hit]:
         """Return what a request with this task would recall in a scope, best first."""
         key = conversations.key_of(query)
-        vector = self.encoder.vector(key, timeout_s)
-        scope = scope or Scope("local")
-        encoder = self.encoder
+        encoder, scope = self.encoder, scope or Scope("local")
+        vector = encoder.ask(key, timeout_s).vector
         return self._recaller.recall(
             scope, key, vector, fingerprint=encoder.fingerprint, unrelated=encoder.unrelated, limit=limit
         )
@@ -255,21 +254,18 @@ class Memory:
             return [], turn  # the very same request again: it gets what it got before
         key = conversations.key_of(conversation.task)
         left_s = self.settings.deadline_ms / 1000 - (time.perf_counter() - turn.started)
-        try:
-            vector, state = self.encoder.vector(key, left_s * ENCODER_SHARE), self.encoder.state
-        except TimeoutError:
-            vector, state = None, "slow"
-        if vector is None:
-            turn = turn.skip(f"encoder_{state}_recall_is_lexical")
+        asked = self.encoder.ask(key, left_s * ENCODER_SHARE)
         hits = self._recaller.recall(
             turn.scope,
             key,
-            vector,
+            asked.vector,
             fingerprint=self.encoder.fingerprint,
             unrelated=self.encoder.unrelated,
             episode_id=turn.episode_id,
             frame=conversation.frame,
         )
+        if asked.state != "ready":
+            turn = turn.skip(f"encoder_{asked.state}_recall_is_lexical")
         seen = {item.memory_id for placement in standing for item in placement.items}
         fresh = [h for h in hits if h.memory.memory_id not in seen]
         return fresh, turn if fresh else turn.skip("nothing_relevant")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from optillm_memory.recall.encoder import (
     load_encoder,
 )
 from optillm_memory.recall.index import VectorIndex, reach
+from optillm_memory.recall.onnx import FIDELITY, OnnxEncoder, accelerated
 from optillm_memory.recall.rank import DROP_OFF, FOLLOWER_SLACK, coverage, fuse, rank, words
 from optillm_memory.recall.service import BATCH, EncoderService
 
@@ -44,7 +46,23 @@ def sentence_transformer() -> Encoder:
     return SentenceTransformerEncoder(source)
 
 
-@pytest.fixture(scope="module", params=[HashingEncoder, pytest.param(sentence_transformer, marks=pytest.mark.model)])
+def through_onnx() -> Encoder:
+    """Give the same encoder through ONNX Runtime."""
+    original = sentence_transformer()
+    assert isinstance(original, SentenceTransformerEncoder)
+    faster = accelerated(original)
+    assert isinstance(faster, OnnxEncoder)
+    return faster
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        HashingEncoder,
+        pytest.param(sentence_transformer, marks=pytest.mark.model),
+        pytest.param(through_onnx, marks=pytest.mark.model),
+    ],
+)
 def encoder(request: pytest.FixtureRequest) -> Encoder:
     """Give each shipped encoder."""
     made: Encoder = request.param()
@@ -52,6 +70,27 @@ def encoder(request: pytest.FixtureRequest) -> Encoder:
 
 
 TEXTS = ["restart the web server", "bake a cake", "Straße, 東京, 🦜", "a\x00b", "word " * 400]
+
+
+@pytest.mark.model
+def test_onnx_gives_the_same_vectors() -> None:
+    """Through ONNX Runtime texts of every kind and length keep the direction that PyTorch gives them."""
+    original = sentence_transformer()
+    assert isinstance(original, SentenceTransformerEncoder)
+    cosines = np.vecdot(accelerated(original).encode(TEXTS), original.encode(TEXTS))
+    assert cosines.min() >= FIDELITY
+    assert isinstance(load_encoder("auto"), OnnxEncoder)
+
+
+@pytest.mark.model
+def test_an_encoder_that_cannot_be_exported_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ONNX is missing, or its vectors differ, the original encodes."""
+    original = sentence_transformer()
+    assert isinstance(original, SentenceTransformerEncoder)
+    monkeypatch.setattr(OnnxEncoder, "encode", lambda _self, texts: np.eye(len(texts), 384, dtype=np.float32))
+    assert accelerated(original) is original
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert accelerated(original) is original
 
 
 def test_encoder_gives_unit_float32_rows(encoder: Encoder) -> None:

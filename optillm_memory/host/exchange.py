@@ -85,7 +85,9 @@ class Exchange:
     def ask(self, client: Any, model: str, config: dict[str, Any]) -> dict[str, Any]:
         """Make the upstream call, plain or through the wrapped approach; return a completion."""
         inner, messages = self.incoming.inner, self.turn.messages
-        system_prompt, query, _ = self.host.parse_conversation(messages)
+        # `none` takes the messages as they are; other approaches take them flattened.
+        flattened = inner != "none" or not messages
+        system_prompt, query, _ = self.host.parse_conversation(messages) if flattened else ("", "", None)
         try:
             result, tokens = self.host.execute_single_approach(
                 inner, system_prompt, query, client, model, config, None, messages

@@ -96,7 +96,7 @@ class SentenceTransformerEncoder:
         except ImportError as error:
             raise EncoderUnavailable("run: pip install sentence-transformers") from error
         try:
-            self._model: Any = SentenceTransformer(source, device="cpu")
+            self.model: Any = SentenceTransformer(source, device="cpu")
         except Exception as error:
             raise EncoderUnavailable(
                 f"cannot load the encoder {source!r} ({type(error).__name__}); for a machine without a model hub "
@@ -106,7 +106,7 @@ class SentenceTransformerEncoder:
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Return unit vectors of the model's own pooling."""
-        vectors = self._model.encode(
+        vectors = self.model.encode(
             list(texts), normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
         )
         return np.asarray(vectors, dtype=np.float32)
@@ -118,7 +118,9 @@ def load_encoder(setting: str) -> Encoder | None:
         return None
     if setting == "hashing":
         return HashingEncoder()
-    return SentenceTransformerEncoder(encoder_source(setting))
+    from optillm_memory.recall.onnx import accelerated  # noqa: PLC0415 - it builds on this module
+
+    return accelerated(SentenceTransformerEncoder(encoder_source(setting)))
 
 
 def encoder_source(setting: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -76,7 +76,7 @@ class Recaller:
         self,
         scope: Scope,
         key: str,
-        vector: NDArray[np.float32] | None,
+        vector: Callable[[], NDArray[np.float32] | None],
         *,
         fingerprint: str = "",
         unrelated: tuple[float, float] = UNRELATED,
@@ -84,18 +84,20 @@ class Recaller:
         frame: str = "",
         limit: int = 10,
     ) -> list[Hit]:
-        """Return up to `limit` relevant hits, best first; `vector` None means lexical recall.
+        """Return up to `limit` relevant hits, best first.
 
+        `vector` fetches the key's vector, and is called when words have been looked up: the encoder works meanwhile.
+        Where it gives None, recall is lexical.
         An episode's own traces are left out, so that an answer is never its own evidence.
         """
         lexical = self._source.lexical(scope, words(key), BREADTH)
         dense: list[tuple[int, float]] = []
         cosines: dict[int, float] = {}
         floor = 0.0
-        if vector is not None:
-            index, floor = self._index(scope, fingerprint, len(vector), unrelated)
-            dense = index.search(vector, BREADTH)
-            cosines = index.cosines(vector, [n for n, _ in lexical])
+        if (query := vector()) is not None:
+            index, floor = self._index(scope, fingerprint, len(query), unrelated)
+            dense = index.search(query, BREADTH)
+            cosines = index.cosines(query, [n for n, _ in lexical])
         ranked = rank(dense, lexical, cosines, floor)[: 2 * limit + _OWN]
         if not ranked:
             return []

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,26 @@ logger = logging.getLogger(__name__)
 Vector = NDArray[np.float32]
 BATCH = 16
 _STOP = None
+
+
+class Asked:
+    """A vector that was asked for; `state` is the encoder's, or `slow` where it missed the time limit."""
+
+    def __init__(self, found: Vector | Future[Vector] | None, state: str, timeout_s: float) -> None:
+        """Keep what is known by now; the time limit runs from here."""
+        self._found = found
+        self.state = state
+        self._until = time.monotonic() + timeout_s
+
+    def vector(self) -> Vector | None:
+        """Wait for the vector within the limit; None without an encoder, or with one that is too slow."""
+        if not isinstance(self._found, Future):
+            return self._found
+        try:
+            return self._found.result(timeout=max(self._until - time.monotonic(), 0.001))
+        except (TimeoutError, FutureTimeoutError):  # two errors that are no kin before Python 3.11
+            self.state = "slow"
+            return None
 
 
 class EncoderService:
@@ -54,21 +76,21 @@ class EncoderService:
 
         Raises TimeoutError when the encoder is too slow for the caller's limit.
         """
+        asked = self.ask(key, timeout_s)
+        vector = asked.vector()
+        if asked.state == "slow":
+            raise TimeoutError(f"the encoder took longer than {timeout_s:.3f} s")
+        return vector
+
+    def ask(self, key: str, timeout_s: float) -> Asked:
+        """Start to encode a key; who asks can do other work before it fetches the vector."""
         if (vector := self.cached(key)) is not None:
-            return vector
+            return Asked(vector, "ready", timeout_s)
         if self.state != "ready" or not key:
-            return None
+            return Asked(None, self.state, timeout_s)
         future: Future[Vector] = Future()
         self._queue.put((key, future))
-        # concurrent.futures has its own TimeoutError before Python 3.11.
-        try:
-            return future.result(timeout=max(timeout_s, 0.001))
-        except TimeoutError:
-            raise
-        except Exception as error:
-            if type(error).__name__ == "TimeoutError":
-                raise TimeoutError(str(error)) from error
-            raise
+        return Asked(future, "ready", timeout_s)
 
     def encode(self, keys: Sequence[str]) -> NDArray[np.float32] | None:
         """Encode many keys off the request path; None where there is no encoder."""
