@@ -14,7 +14,7 @@ from optillm_memory.cli import render
 
 
 @click.command()
-@click.option("--baseline", type=click.IntRange(1, 48), default=24, show_default=True, help="Tasks without memory.")
+@click.option("--baseline", type=click.IntRange(1, 48), default=12, show_default=True, help="Tasks without memory.")
 @click.option("--session", type=click.IntRange(1, 84), default=48, show_default=True, help="Tasks in each session.")
 @click.option("--seed", default=0, show_default=True, help="Seeds the tasks' order.")
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file.")
