@@ -1,20 +1,24 @@
 """Persistent agent memory for the optillm proxy that proves that it helps."""
 
-from optillm_memory.errors import (
-    AgentMemoryError,
-    EncoderUnavailable,
-    HostError,
-    InvalidField,
-    NotFound,
-    StoreError,
-    StoreTooNew,
-    StoreUnavailable,
-    TooLarge,
-)
-from optillm_memory.memory import Memory
-from optillm_memory.records import Feedback, FeedbackReceipt, Hit, MemoryRecord, Scope
-from optillm_memory.settings import Settings
-from optillm_memory.turn import Turn
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from optillm_memory.errors import (
+        AgentMemoryError,
+        EncoderUnavailable,
+        HostError,
+        InvalidField,
+        NotFound,
+        StoreError,
+        StoreTooNew,
+        StoreUnavailable,
+        TooLarge,
+    )
+    from optillm_memory.memory import Memory
+    from optillm_memory.records import Feedback, FeedbackReceipt, Hit, MemoryRecord, Scope
+    from optillm_memory.settings import Settings
+    from optillm_memory.turn import Turn
 
 __version__ = "0.1.0"
 
@@ -38,3 +42,18 @@ __all__ = [
     "Turn",
     "__version__",
 ]
+
+_HOMES = {
+    "Memory": "memory",
+    "Settings": "settings",
+    "Turn": "turn",
+    **dict.fromkeys(("Feedback", "FeedbackReceipt", "Hit", "MemoryRecord", "Scope"), "records"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used: pytest imports this package in every session, used or not."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"optillm_memory.{_HOMES.get(name, 'errors')}"), name)
+    return globals().setdefault(name, found)

@@ -73,7 +73,7 @@ class Settings:
 
 
 # Variables with our prefix that are read by clients of the server, not by the server.
-CLIENT_VARIABLES = frozenset((f"{ENV_PREFIX}URL", f"{ENV_PREFIX}KEY", f"{ENV_PREFIX}TRACE"))
+CLIENT_VARIABLES = frozenset(ENV_PREFIX + name for name in ("URL", "KEY", "TRACE", "EPISODE", "NAMESPACE"))
 
 
 def env_name(name: str) -> str:

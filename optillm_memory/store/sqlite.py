@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
@@ -20,8 +22,6 @@ from optillm_memory.store.transaction import Transaction
 from optillm_memory.store.writer import Writer
 
 T = TypeVar("T")
-QUERY_WORDS = 8
-_MATCHES = 800  # postings that one lexical query may read: what is more common tells little
 
 
 class SqliteStore:
@@ -84,33 +84,39 @@ class SqliteStore:
             ).fetchall()
         return [Change(*row) for row in found]
 
-    def lexical(self, scope: Scope, query: Sequence[str], limit: int) -> list[tuple[int, float]]:
-        """Return (number, coverage) of memories that share the rarest of the query's words, best first (BM25)."""
+    def lexical(self, scope: Scope, query: Sequence[str], limit: int, depth: int) -> list[tuple[int, float]]:
+        """Return (number, coverage) of memories that share words of the query, rare ones first (by IDF), best first.
+
+        `depth` bounds the postings read of one word: a word with more of them in the scope tells little.
+        """
         if not query:
             return []
         with self._readers.borrow() as db:
             scope_id = self._scope_id(db, scope)
-            frequency = {word: row[0] if (row := db.execute(_FREQUENCY, (word,)).fetchone()) else 0 for word in query}
-            rare: list[str] = []
-            matches = 0
-            for word in sorted(query, key=lambda w: frequency[w]):
-                if frequency[word] == 0:
-                    continue
-                matches += frequency[word]
-                if len(rare) == QUERY_WORDS or (rare and matches > _MATCHES):
-                    break
-                rare.append(word)
-            if not rare:
-                return []
-            match = f'scope : "{rows.scope_token(scope_id)}" AND task : ({" OR ".join(_quoted(w) for w in rare)})'
-            found = db.execute(
-                "SELECT rowid, task FROM memories_fts WHERE memories_fts MATCH ? "
-                "ORDER BY bm25(memories_fts, 0.0, 1.0) LIMIT ?",
-                (match, limit),
-            ).fetchall()
-        total = 1 + max(frequency.values())
-        weights = {word: math.log(1 + total / (1 + count)) for word, count in frequency.items()}
-        return [(int(number), coverage(query, task, weights)) for number, task in found]
+            postings = {word: self._postings(db, scope_id, _quoted(word), depth) for word in query}
+            # A word that is everywhere tells nothing; where the query has no other, what holds all of them does.
+            telling = {w: found for w, found in postings.items() if len(found) < depth}
+            if not any(telling.values()):
+                together = self._postings(db, scope_id, f"({' AND '.join(map(_quoted, query))})", depth)
+                telling = dict.fromkeys(query, together) if together else postings
+            total = 1 + max(map(len, postings.values()))
+            weights = {word: math.log(1 + total / (1 + len(found))) for word, found in postings.items()}
+            scores: defaultdict[int, float] = defaultdict(float)
+            for word, numbers in telling.items():
+                for number in numbers:
+                    scores[number] += weights[word]
+            best = heapq.nsmallest(limit, scores, key=lambda n: (-scores[n], n))
+            texts = dict(
+                db.execute(f"SELECT rowid, task FROM memories_fts WHERE rowid IN ({_marks(best)})", best).fetchall()
+            )
+        found = [(number, coverage(query, texts[number], weights)) for number in best]
+        return sorted(found, key=lambda pair: (-pair[1], len(texts[pair[0]]), pair[0]))
+
+    def _postings(self, db: Connection, scope_id: int, words: str, depth: int) -> list[int]:
+        # No bm25() and no vocabulary table: both walk every posting to count it; this stops when there are many.
+        match = f'scope : "{rows.scope_token(scope_id)}" AND task : {words}'
+        numbers = db.execute(_POSTINGS, (match, depth)).fetchone()[0]
+        return [int(number) for number in numbers.split(",")] if numbers else []
 
     def memories(self, scope: Scope, numbers: Iterable[int]) -> Mapping[int, MemoryRecord]:
         """Return the verified memories of the scope that have these numbers."""
@@ -275,7 +281,7 @@ class SqliteStore:
         return int(row[0]) if row else 0
 
 
-_FREQUENCY = "SELECT doc FROM memories_vocab WHERE term = ? AND col = 'task'"
+_POSTINGS = "SELECT group_concat(rowid) FROM (SELECT rowid FROM memories_fts WHERE memories_fts MATCH ? LIMIT ?)"
 
 
 def _quoted(word: str) -> str:
