@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -13,27 +10,30 @@ from typing import Any
 
 from typing_extensions import Self
 
+from optillm_memory.advising import Adviser
 from optillm_memory.conversation import parse as conversations
 from optillm_memory.conversation.feedback import parse_feedback
 from optillm_memory.conversation.options import FIELD, Options, parse_options
 from optillm_memory.conversation.parse import Conversation
 from optillm_memory.conversation.recent import Recent
-from optillm_memory.conversation.redact import storable
+from optillm_memory.conversation.steps import calls_of
+from optillm_memory.conversation.text import text_of
 from optillm_memory.decide.holdout import assign
 from optillm_memory.errors import NotFound
-from optillm_memory.inject.place import place, still_anchored
-from optillm_memory.inject.render import as_block, as_turns
+from optillm_memory.inject.advice import as_advice
+from optillm_memory.inject.place import still_anchored
+from optillm_memory.inject.render import Rendering, as_block, as_turns, placed_at
 from optillm_memory.learn import fold
 from optillm_memory.recall.encoder import Encoder, load_encoder
 from optillm_memory.recall.recaller import Recaller
 from optillm_memory.recall.service import EncoderService
-from optillm_memory.records import Feedback, FeedbackReceipt, Hit, MemoryRecord, Placement, Scope, Step, Trace
+from optillm_memory.recording import Recorder
+from optillm_memory.records import Feedback, FeedbackReceipt, Hit, MemoryRecord, Placement, Scope
 from optillm_memory.settings import Settings
 from optillm_memory.store.sqlite import SqliteStore
-from optillm_memory.store.transaction import Transaction, key_hash
-from optillm_memory.turn import Turn, answer_of, recorded_messages
+from optillm_memory.turn import Turn
+from optillm_memory.upkeep import Upkeep
 
-logger = logging.getLogger(__name__)
 OPERATOR = ""  # the tenant of whoever works at the machine: may speak of, and look at, every scope
 ACKNOWLEDGE_S = 15.0
 ENCODER_SHARE = 0.7  # of the deadline; a busy encoder leaves time to recall by words alone
@@ -57,10 +57,9 @@ class Memory:
         self._recaller = Recaller(self.store)
         self._recent = Recent()
         self._salt: bytes | None = None
-        self._closing = threading.Event()
-        self._missing = threading.Event()
-        self._upkeep = threading.Thread(target=self._fill_vectors, name="agent-memory-upkeep", daemon=True)
-        self._upkeep.start()
+        self._recorder = Recorder(self.settings, self.encoder, self._located)
+        self._adviser = Adviser(self.store, self.settings, clock)
+        self._upkeep = Upkeep(self.store, self.encoder)
 
     @classmethod
     def open(cls, path: str | Path, **settings: Any) -> Memory:
@@ -69,9 +68,7 @@ class Memory:
 
     def close(self) -> None:
         """Write what is queued and let go of the file."""
-        self._closing.set()
-        self._missing.set()
-        self._upkeep.join(10)
+        self._upkeep.close()
         self.encoder.close()
         self.store.close()
 
@@ -118,6 +115,37 @@ class Memory:
         turn = self._decided(turn, conversation, text_only=text_only)
         return replace(turn, recall_ms=(time.perf_counter() - started) * 1000)
 
+    def guard(self, turn: Turn, completion: Mapping[str, Any]) -> tuple[Turn, bool]:
+        """Look at an answer before it goes out: it may be about to repeat an action that is known to fail.
+
+        Returns the turn and whether to ask again: then `turn.messages` hold an advisory, and `guarded` tells which of
+        the two answers to keep.
+        """
+        conversation, choices = turn.conversation, completion.get("choices") or []
+        if self.settings.guard == "off" or conversation is None or not turn.options.reads or len(choices) != 1:
+            return turn, False
+        advice = self._adviser.on_answer(turn, conversation, choices[0].get("message") or {})
+        if not advice:
+            return turn, False
+        if turn.held_out:
+            return replace(turn, action="holdout"), False
+        if self.settings.guard == "advise":
+            self._recent.advise(turn.scope, turn.episode_id, advice)
+            return turn, False
+        rendering = as_advice(advice, **self._block_limits(turn))
+        fresh = placed_at(conversation, len(conversation.messages) - 1, rendering)
+        if fresh is None:
+            return turn.skip("over_budget", memory_id=advice[0].memory_id), False
+        return turn.placing([p for p in turn.placements if p not in turn.fresh], *turn.fresh, fresh), True
+
+    def guarded(self, turn: Turn, completion: Mapping[str, Any]) -> bool:
+        """Whether the second answer is better behaved than the first: it says something, and repeats no failure."""
+        choices = completion.get("choices") or []
+        message = (choices[0].get("message") or {}) if len(choices) == 1 else {}
+        if turn.conversation is None or not (calls_of(message, 0) or text_of(message)):
+            return False
+        return not self._adviser.on_answer(turn, turn.conversation, message)
+
     def finish(
         self, turn: Turn, response: Mapping[str, Any] | None, *, error: str | None = None, injected: bool = True
     ) -> None:
@@ -135,7 +163,7 @@ class Memory:
             prefixes = list(dict.fromkeys(conversations.extend_prefix(last, m) for m in messages))
             self._recent.remember(turn.scope, turn.episode_id, prefixes, turn.placements)
         if turn.options.writes:
-            self.store.post(lambda tx: self._record(tx, turn, response, error, prefixes, elapsed_ms))
+            self.store.post(lambda tx: self._recorder.record(tx, turn, response, error, prefixes, elapsed_ms))
 
     def feedback(
         self,
@@ -161,11 +189,11 @@ class Memory:
             items = given
         else:
             items = parse_feedback(given, now=now)
-        items = [self._cleaned(f) for f in items]
+        items = [self._recorder.cleaned(f) for f in items]
         future = self.store.write(
             lambda tx: [fold.feedback_arrived(tx, tenant, scope, f, received_at=now) for f in items]
         )
-        future.add_done_callback(lambda _: self._missing.set())
+        future.add_done_callback(lambda _: self._upkeep.wake())
         return future.result
 
     # -- looking at it -----------------------------------------------------------------------------
@@ -197,14 +225,8 @@ class Memory:
 
     def rebuild(self) -> dict[str, int]:
         """Fold the whole log again; return how many traces were read and how many memories came of it."""
-
-        def again(tx: Transaction) -> int:
-            trace_ids = tx.clear_derived()
-            fold.relearn(tx, trace_ids)
-            return len(trace_ids)
-
-        traces = self.store.write(again).result()
-        self._missing.set()
+        traces = self.store.write(fold.rebuild).result()
+        self._upkeep.wake()
         return {"traces": traces, "memories": self.store.stats()["memories"]}
 
     # -- joining the rooms -------------------------------------------------------------------------
@@ -231,27 +253,38 @@ class Memory:
             ledger = self.store.ledger(turn.scope, turn.episode_id) if known else []
             self._recent.remember(turn.scope, turn.episode_id, (), ledger)
         standing = [] if lot.held_out or text_only else still_anchored(ledger, conversation.prefixes)
-        hits, turn = self._hits(turn, conversation, standing)
+        position = len(conversation.messages) - 1
+        if standing and standing[-1].position == position:
+            rendering = None  # the very same request again: it gets what it got before
+        elif conversation.ends_with_observation:
+            turn, rendering = self._advised(turn, conversation)
+        else:
+            hits, turn = self._hits(turn, conversation, standing)
+            turn, rendering = self._rendered(turn, conversation, hits, text_only=text_only)
+        if rendering is not None:
+            for memory_id in rendering.over_budget:
+                turn = turn.skip("over_budget", memory_id=memory_id)
         if lot.held_out:
-            return replace(turn, action="holdout") if hits else turn
-        turn, new = self._rendered(turn, conversation, hits, text_only=text_only)
-        placements = [*standing, *([new] if new else [])]
-        if not placements:
-            return turn
-        return replace(
-            turn,
-            action="inject",
-            placements=tuple(placements),
-            fresh=(new,) if new else (),
-            injected=tuple(item for p in placements for item in p.items),
-            messages=place(turn.messages, placements),
-        )
+            return replace(turn, action="holdout") if rendering is not None else turn
+        fresh = placed_at(conversation, position, rendering) if rendering is not None else None
+        return turn.placing(standing, fresh)
+
+    def _advised(self, turn: Turn, conversation: Conversation) -> tuple[Turn, Rendering | None]:
+        advice = [*self._recent.pending_advice(turn.scope, turn.episode_id)]
+        advice += self._adviser.on_results(turn, conversation)
+        rendering = as_advice(advice, **self._block_limits(turn)) if advice else None
+        return (turn, rendering) if rendering else (turn.skip("nothing_relevant"), None)
+
+    def _block_limits(self, turn: Turn) -> dict[str, int]:
+        options, limits = turn.options, self.settings
+        return {
+            "max_items": limits.max_block_items if options.max_items is None else options.max_items,
+            "token_budget": limits.token_budget if options.token_budget is None else options.token_budget,
+        }
 
     def _hits(self, turn: Turn, conversation: Conversation, standing: list[Placement]) -> tuple[list[Hit], Turn]:
         if not conversation.task or not conversation.ends_with_user:
             return [], turn.skip("no_new_user_message")
-        if standing and standing[-1].position == len(conversation.messages) - 1:
-            return [], turn  # the very same request again: it gets what it got before
         key = conversations.key_of(conversation.task)
         left_s = self.settings.deadline_ms / 1000 - (time.perf_counter() - turn.started)
         asked = self.encoder.ask(key, left_s * ENCODER_SHARE)
@@ -272,124 +305,13 @@ class Memory:
 
     def _rendered(
         self, turn: Turn, conversation: Conversation, hits: list[Hit], *, text_only: bool
-    ) -> tuple[Turn, Placement | None]:
+    ) -> tuple[Turn, Rendering | None]:
         if not hits:
             return turn, None
-        options, limits = turn.options, self.settings
-        budget = limits.token_budget if options.token_budget is None else options.token_budget
+        limits = self._block_limits(turn)
         same = [h for h in hits if h.memory.frame == conversation.frame]
         if conversation.plain and same and not text_only:
-            count = limits.max_items if options.max_items is None else options.max_items
-            form, rendering = "turns", as_turns(same, max_items=count, token_budget=budget)
-        else:
-            count = limits.max_block_items if options.max_items is None else options.max_items
-            form, rendering = "block", as_block(hits, max_items=count, token_budget=budget)
-        for memory_id in rendering.over_budget:
-            turn = turn.skip("over_budget", memory_id=memory_id)
-        if not rendering.injected:
-            return turn, None
-        position = len(conversation.messages) - 1
-        anchor = conversation.prefixes[position]
-        return turn, Placement(anchor, position, form, rendering.payload, rendering.injected)  # type: ignore[arg-type]
-
-    # -- on the writer's thread --------------------------------------------------------------------
-
-    def _record(
-        self,
-        tx: Transaction,
-        turn: Turn,
-        response: Mapping[str, Any] | None,
-        error: str | None,
-        prefixes: list[str],
-        elapsed_ms: float,
-    ) -> None:
-        conversation = turn.conversation
-        if conversation is None:  # recall failed or was left out: what it would have found out is found out here
-            conversation = conversations.parse(turn.body)
-            turn = self._located(replace(turn, conversation=conversation))
-        usage = (response or {}).get("usage") or {}
-        choices = (response or {}).get("choices") or []
-        answer = answer_of(choices)
-        trace = Trace(
-            trace_id=turn.trace_id,
-            scope=turn.scope,
-            episode_id=turn.episode_id,
-            created_at=turn.created_at,
-            model=self._stored(turn.model),
-            approach=turn.approach,
-            action=turn.action,
-            held_out=turn.held_out,
-            propensity=turn.propensity,
-            task=self._stored(conversation.task),
-            frame=conversation.frame,
-            messages=json.dumps(recorded_messages(conversation, choices, self._stored, since=turn.continues)),
-            answer=None if answer is None else self._stored(conversations.without_blocks(answer)),
-            finish_reason=self._stored(str(choices[0].get("finish_reason"))) if choices else None,
-            error=None if error is None else self._stored(error),
-            skipped=json.dumps(list(turn.skipped)),
-            prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            completion_tokens=int(usage.get("completion_tokens") or 0),
-            latency_ms=elapsed_ms,
-            recall_ms=turn.recall_ms,
-            tags=turn.options.tags,
-        )
-        steps = [
-            Step(
-                self._stored(s.call_id),
-                s.ordinal,
-                self._stored(s.tool),
-                self._stored(s.arguments),
-                s.observation and self._stored(s.observation),
-            )
-            for s in conversation.steps
-        ]
-        fresh = turn.fresh if response is not None else ()
-        if tx.add_trace(trace, steps=steps, prefixes=prefixes, placements=fresh, injected=turn.injected):
-            vector = self.encoder.cached(conversations.key_of(conversation.task))
-            if vector is not None:
-                tx.put_vectors([(key_hash(trace.task), vector.tobytes())], self.encoder.fingerprint)
-            fold.trace_arrived(tx, trace)
-
-    def _stored(self, text: str) -> str:
-        return storable(text, self.settings.max_text, secrets=self.settings.redact)
-
-    def _cleaned(self, feedback: Feedback) -> Feedback:
-        evidence = feedback.evidence and {
-            k: self._stored(v) if isinstance(v, str) else v for k, v in feedback.evidence.items()
-        }
-        value = self._stored(feedback.value) if isinstance(feedback.value, str) else feedback.value
-        return replace(feedback, value=value, evidence=evidence)
-
-    # -- behind everything -------------------------------------------------------------------------
-
-    def _fill_vectors(self) -> None:
-        """Encode the memories that have no vector yet: those of the time before the encoder was there."""
-        while not self._closing.is_set() and not self.encoder.settled.wait(0.2):
-            pass
-        done, generation = 0, -1
-        while not self._closing.is_set() and self.encoder.state == "ready":
-            try:
-                if (current := self.store.revision()[0]) != generation:  # a rebuild numbers the memories anew
-                    done, generation = 0, current
-                rows = self.store.without_vectors(self.encoder.fingerprint, done, 64)
-                if rows:
-                    self._encode_missing(rows)
-                    done = max(number for number, _, _ in rows)
-                    continue
-            except Exception:
-                logger.exception("agent_memory: vectors could not be filled in; trying again")
-                self._closing.wait(1.0)
-            self._missing.wait()
-            self._missing.clear()
-
-    def _encode_missing(self, rows: list[tuple[int, str, str]]) -> None:
-        vectors = self.encoder.encode([key for _, key, _ in rows])
-        if vectors is None:
-            return
-        pairs = [(hashed, vector.tobytes()) for (_, _, hashed), vector in zip(rows, vectors, strict=True)]
-
-        def fill(tx: Transaction) -> None:
-            tx.put_vectors(pairs, self.encoder.fingerprint)
-            tx.touch([number for number, _, _ in rows])
-
-        self.store.write(fill).result()
+            if turn.options.max_items is None:
+                limits["max_items"] = self.settings.max_items
+            return turn, as_turns(same, **limits)
+        return turn, as_block(hits, **limits)

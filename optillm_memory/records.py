@@ -35,18 +35,25 @@ class Scope:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One action (tool call) and its observation (tool result); `observation` is None while it is awaited."""
+    """One action (tool call) and its observation (tool result); `observation` is None while it is awaited.
+
+    `step_id` is the same in every request that holds the step, `parent_id` that of the step before it on its branch,
+    and `made` the conversation prefix that ends with the answer that asked for it.
+    """
 
     call_id: str
     ordinal: int
     tool: str
     arguments: str
     observation: str | None
+    step_id: str = ""
+    parent_id: str = ""
+    made: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One request through the proxy with its response."""
+    """One request through the proxy with its response; `extra_calls` are those that memory's guard made."""
 
     trace_id: str
     scope: Scope
@@ -69,6 +76,7 @@ class Trace:
     latency_ms: float
     recall_ms: float
     tags: Mapping[str, str] = field(default_factory=dict)
+    extra_calls: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,16 +162,51 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Injected:
-    """A memory as it was put in the prompt; `tokens` is an estimate."""
+    """A memory as it was put in the prompt; `tokens` is an estimate, `suggestion` the action that a fix advised."""
 
     memory_id: str
     kind: str
     score: float
     tokens: int
+    suggestion: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON object of the response's metadata."""
-        return {"memory_id": self.memory_id, "kind": self.kind, "score": self.score, "tokens": self.tokens}
+        shown = {"memory_id": self.memory_id, "kind": self.kind, "score": self.score, "tokens": self.tokens}
+        return shown if self.suggestion is None else {**shown, "suggestion": self.suggestion}
+
+
+@dataclass(frozen=True, slots=True)
+class KnownFix:
+    """A fix that may be suggested: a failing action with its output, and what worked.
+
+    `relation` is `instead`, `first` or `note`; `value` is its posterior in the environment that was asked about.
+    """
+
+    memory_id: str
+    status: str
+    tool: str
+    field: str
+    action: str
+    output: str
+    signature: str
+    relation: str
+    text: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class PastAttempt:
+    """One earlier try of an action: how it went, when (Unix seconds), and what it printed where it failed."""
+
+    episode_id: str
+    step_id: str
+    verdict: Verdict
+    basis: str
+    message: str
+    output: str
+    at: float
+    signature: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,10 @@ from optillm_memory.errors import InvalidField
 ENV_PREFIX = "OPTILLM_AGENT_MEMORY_"
 
 
-def _setting(default: Any, help_: str, *, low: float | None = None, high: float | None = None) -> Any:
-    return field(default=default, metadata={"help": help_, "low": low, "high": high})
+def _setting(
+    default: Any, help_: str, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = ()
+) -> Any:
+    return field(default=default, metadata={"help": help_, "low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,14 @@ class Settings:
     max_items: int = _setting(5, "exemplars put in one prompt as turns at most", low=0, high=50)
     max_block_items: int = _setting(3, "items put in one block at most", low=0, high=50)
     token_budget: int = _setting(800, "tokens (estimated) injected into one request at most", low=0)
+    guard: str = _setting(
+        "retry",
+        "what happens when the model is about to repeat an action that is known to fail: `retry` asks it once more, "
+        "`advise` says so in the next request, `off`",
+        choices=("off", "advise", "retry"),
+    )
+    guard_expiry_days: float = _setting(7.0, "days after which a failed action may be tried again unwarned", low=0)
+    fix_confidence: float = _setting(0.4, "confidence that a fix needs to be suggested", low=0, high=1)
     deadline_ms: int = _setting(300, "milliseconds after which a request goes on without memory", low=1)
     max_request_bytes: int = _setting(
         1_000_000, "requests larger than this are served without recall and stored shortened", low=1_000
@@ -47,6 +57,9 @@ class Settings:
     def __post_init__(self) -> None:
         """Check the ranges."""
         for item in fields(self):
+            if item.metadata["choices"] and getattr(self, item.name) not in item.metadata["choices"]:
+                known = ", ".join(item.metadata["choices"])
+                raise InvalidField(env_name(item.name), f"{getattr(self, item.name)!r} is none of {known}")
             value, low, high = getattr(self, item.name), item.metadata["low"], item.metadata["high"]
             if (low is not None and not value >= low) or (high is not None and not value <= high):  # NaN is neither
                 bounds = f"at least {low}" if high is None else f"between {low} and {high}"

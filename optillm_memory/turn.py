@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from optillm_memory.conversation.options import Options
-from optillm_memory.conversation.parse import Conversation, calls_of, text_of
+from optillm_memory.conversation.parse import Conversation
+from optillm_memory.conversation.steps import calls_of
+from optillm_memory.conversation.text import text_of
+from optillm_memory.inject.place import append_text, place
 from optillm_memory.records import Action, Injected, Message, Placement, Scope, new_trace_id, uuid7_hex
 
 
@@ -40,6 +43,13 @@ class Turn:
     injected: tuple[Injected, ...] = ()
     skipped: tuple[Mapping[str, str], ...] = ()
     recall_ms: float = 0.0
+    extra_calls: int = 0
+
+    @property
+    def sent(self) -> list[Message]:
+        """The messages as the client sent them."""
+        raw = self.body.get("messages")
+        return list(raw) if isinstance(raw, list) else []
 
     @classmethod
     def plain(cls, body: Mapping[str, Any], *, tenant: str, options: Options, approach: str, now: float) -> Turn:
@@ -62,6 +72,29 @@ class Turn:
         """Return the turn with one more reason why something was left out."""
         return replace(self, skipped=(*self.skipped, {"reason": reason, **details}))
 
+    def placing(self, standing: Sequence[Placement], *fresh: Placement | None) -> Turn:
+        """Return the turn with what stands in its prompt from before and what this request puts there.
+
+        Two blocks at one place become one, for a place is what a later request finds again.
+        """
+        made: dict[tuple[str, str], Placement] = {}
+        for new in fresh:
+            if new is not None:
+                made[new.anchor, new.form] = _joined(made.get((new.anchor, new.form)), new)
+        placements = [*standing, *made.values()]
+        if not placements:
+            return self
+        # Only where it is new is a suggestion to be followed; later on it is part of the conversation.
+        old = [replace(item, suggestion=None) for p in standing for item in p.items]
+        return replace(
+            self,
+            action="inject",
+            placements=tuple(placements),
+            fresh=tuple(made.values()),
+            injected=(*old, *(item for p in made.values() for item in p.items)),
+            messages=place(self.sent, placements),
+        )
+
     def metadata(self) -> dict[str, Any]:
         """Return the response's field `agent_memory`."""
         return {
@@ -73,7 +106,14 @@ class Turn:
             "injected": [{**item.as_dict(), "score": round(item.score, 4)} for item in self.injected],
             "skipped": [dict(item) for item in self.skipped],
             "recall_ms": round(self.recall_ms, 3),
+            **({"extra_calls": self.extra_calls} if self.extra_calls else {}),
         }
+
+
+def _joined(before: Placement | None, new: Placement) -> Placement:
+    if before is None or not isinstance(before.payload, str) or not isinstance(new.payload, str):
+        return new
+    return replace(new, payload=append_text(before.payload, new.payload), items=(*before.items, *new.items))
 
 
 def answer_of(choices: Sequence[Mapping[str, Any]]) -> str | None:

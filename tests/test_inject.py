@@ -10,7 +10,8 @@ from builders import assistant, hit
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from optillm_memory.conversation.parse import BLOCK_CLOSE, BLOCK_OPEN, prefix_hashes, without_blocks
+from optillm_memory.conversation.parse import prefix_hashes
+from optillm_memory.conversation.text import BLOCK_CLOSE, BLOCK_OPEN, without_blocks
 from optillm_memory.inject.place import place, still_anchored, strip
 from optillm_memory.inject.render import MARK, as_block, as_turns, estimate_tokens
 from optillm_memory.records import Message, Placement

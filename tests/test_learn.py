@@ -267,7 +267,7 @@ def state(path: Path, events: list[Event]) -> tuple[list[Any], list[Any]]:
     try:
         store.write(lambda tx: [event(tx) for event in events]).result(10)
         live = comparable(store)
-        store.write(lambda tx: fold.relearn(tx, tx.clear_derived())).result(10)
+        store.write(fold.rebuild).result(10)
         return live, comparable(store)
     finally:
         store.close()

@@ -6,7 +6,7 @@ import inspect
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,14 @@ def store(opener: Opener) -> SqliteStore:
     return opener()
 
 
-def add(store: SqliteStore, made: Trace, **parts: Any) -> Trace:
+def add(store: SqliteStore, made: Trace, steps: Sequence[Step] = (), **parts: Any) -> Trace:
     """Append a trace and learn from what waited for it."""
 
     def arrive(tx: Transaction) -> None:
         assert tx.add_trace(made, **parts)
+        observed = tx.add_steps(tx.scope_id(made.scope), made.episode_id, made.trace_id, steps)
         fold.trace_arrived(tx, made)
+        fold.steps_arrived(tx, made, observed, received_at=made.created_at)
 
     store.write(arrive).result(10)
     return made
@@ -107,7 +109,8 @@ def test_a_trace_comes_back_as_it_was(
 
 def test_steps_ledger_and_injections_come_back(store: SqliteStore) -> None:
     """What belongs to a trace is read with it; an observation that comes later completes its step, once."""
-    call, seen = Step("c1", 0, "ls", '{"x": "\x00é"}', None), Step("c1", 0, "ls", "{}", "files")
+    call = Step("c1", 0, "ls", '{"x": "\x00é"}', None, step_id="s1")
+    seen = replace(call, observation="files")
     placement = Placement("h", 2, "turns", [{"role": "user", "content": "t"}], (Injected("m", "exemplar", 0.5, 3),))
     first = add(store, trace(), steps=[call], placements=[placement], injected=placement.items, prefixes=["p"])
     for observed in ("files", "changed"):

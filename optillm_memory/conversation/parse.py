@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from optillm_memory.conversation.steps import calls_of, is_observation, steps_of
+from optillm_memory.conversation.text import text_of, without_blocks
 from optillm_memory.records import Message, Step
 
-BLOCK_OPEN, BLOCK_CLOSE = "<agent_memory>", "</agent_memory>"
-_BLOCK = re.compile(f"{BLOCK_OPEN}.*?(?:{BLOCK_CLOSE}|\\Z)", re.DOTALL)
 _DIGITS = re.compile(r"\d+")
 
 
@@ -20,9 +20,9 @@ _DIGITS = re.compile(r"\d+")
 class Conversation:
     """What a request's messages say.
 
-    `task` is the last user text; `prefixes[i]` hashes messages 0…i; `frame` hashes what else shapes the answer
-    (system prompt, tools, response format); `plain` is True for one plain turn: optional system messages and
-    a single user text, no tools.
+    `task` is the last user text that is no observation; `prefixes[i]` hashes messages 0…i; `frame` hashes what else
+    shapes the answer (system prompt, tools, response format); `plain` is True for one plain turn: optional system
+    messages and a single user text, no tools.
     """
 
     messages: Sequence[Message]
@@ -34,8 +34,22 @@ class Conversation:
 
     @property
     def ends_with_user(self) -> bool:
-        """Whether the last message is the user's: the only place where something new may be injected."""
-        return bool(self.messages) and self.messages[-1].get("role") == "user"
+        """Whether the last message is the user's own words: where exemplars may be injected."""
+        return bool(self.messages) and self.messages[-1].get("role") == "user" and not self.ends_with_observation
+
+    @property
+    def ends_with_observation(self) -> bool:
+        """Whether the last message is the result of an action: where a fix may be injected."""
+        return is_observation(self.messages, len(self.messages) - 1)
+
+    @property
+    def observed(self) -> tuple[Step, ...]:
+        """The steps whose results are new in this request: those of the last answer."""
+        answered = [i for i, m in enumerate(self.messages) if m.get("role") == "assistant"]
+        if not answered:
+            return ()
+        made = self.prefixes[answered[-1]]
+        return tuple(s for s in self.steps if s.made == made and s.observation is not None)
 
     def answered_prefixes(self, limit: int = 64) -> list[str]:
         """Return the prefixes that end with an answer, longest first: where an earlier request left off."""
@@ -48,12 +62,14 @@ def parse(body: Mapping[str, Any]) -> Conversation:
     raw = body.get("messages")
     messages = [m for m in raw if isinstance(m, Mapping)] if isinstance(raw, list) else []
     system = [text_of(m) for m in messages if m.get("role") in ("system", "developer")]
-    users = [m for m in messages if m.get("role") == "user"]
+    users = [m for i, m in enumerate(messages) if m.get("role") == "user" and not is_observation(messages, i)]
     others = [m for m in messages if m.get("role") not in ("system", "developer", "user")]
+    prefixes = prefix_hashes(messages)
     tools = body.get("tools") or body.get("functions") or []
     plain = (
         len(users) == 1
         and not others
+        and len(messages) == len(system) + 1
         and messages[-1] is users[0]
         and isinstance(users[0].get("content"), str)
         and not tools
@@ -61,64 +77,17 @@ def parse(body: Mapping[str, Any]) -> Conversation:
     return Conversation(
         messages=[dict(m) for m in messages],
         task=without_blocks(text_of(users[-1])) if users else "",
-        steps=steps_of(messages),
-        prefixes=prefix_hashes(messages),
+        steps=steps_of(messages, prefixes),
+        prefixes=prefixes,
         frame=_frame(system, tools, body.get("response_format")),
         plain=plain,
     )
-
-
-def text_of(message: Mapping[str, Any]) -> str:
-    """Return a message's text: its content, or the text parts of it joined by newlines."""
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        parts = [p.get("text") for p in content if isinstance(p, Mapping)]
-        return "\n".join(p for p in parts if isinstance(p, str))
-    return ""
-
-
-def without_blocks(text: str) -> str:
-    """Return the text without any memory block, so that what was injected is never learned from."""
-    # One pass, so that no text costs more than its length; what only looks like a block after it goes to the end.
-    return _BLOCK.sub("", text).partition(BLOCK_OPEN)[0].strip()
 
 
 def key_of(task: str) -> str:
     """Return the short key that stands for a task in recall: its ends, in one line of valid Unicode."""
     head, tail = task[:1000], task[1000:][-400:]
     return " ".join(f"{head} {tail}".encode("utf-8", "replace").decode("utf-8").split())
-
-
-def steps_of(messages: Sequence[Mapping[str, Any]]) -> tuple[Step, ...]:
-    """Pair tool calls (and legacy function calls) with the results that follow them, in order."""
-    observed: dict[str, str] = {}
-    for index, message in enumerate(messages):
-        if message.get("role") == "tool":
-            observed.setdefault(str(message.get("tool_call_id")), text_of(message))
-        elif message.get("role") == "function":
-            observed.setdefault(f"function-{index - 1}", text_of(message))
-    steps: list[Step] = []
-    for index, message in enumerate(messages):
-        for call_id, tool, arguments in calls_of(message, index):
-            steps.append(Step(call_id, len(steps), tool, arguments, observed.get(call_id)))
-    return tuple(steps)
-
-
-def calls_of(message: Mapping[str, Any], index: int) -> list[tuple[str, str, str]]:
-    """Return (call id, tool, arguments) of every call in a message; a legacy call is named by its index."""
-    found = []
-    calls = message.get("tool_calls")
-    for number, call in enumerate(calls if isinstance(calls, list) else []):
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if isinstance(function, Mapping):
-            call_id = str(call.get("id") or f"call-{index}-{number}")
-            found.append((call_id, str(function.get("name") or ""), _as_text(function.get("arguments"))))
-    legacy = message.get("function_call")
-    if isinstance(legacy, Mapping):
-        found.append((f"function-{index}", str(legacy.get("name") or ""), _as_text(legacy.get("arguments"))))
-    return found
 
 
 def prefix_hashes(messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -153,7 +122,3 @@ def _frame(system: Sequence[str], tools: Any, response_format: Any) -> str:
 def _tool_name(tool: Any) -> str:
     function = tool.get("function", tool) if isinstance(tool, Mapping) else {}
     return str(function.get("name")) if isinstance(function, Mapping) else ""
-
-
-def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)

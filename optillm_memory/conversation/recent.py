@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from optillm_memory.records import Placement, Scope
 
@@ -18,6 +19,7 @@ class Recent:
         """Start empty."""
         self._lock = threading.Lock()
         self._episodes: OrderedDict[tuple[Scope, str], str] = OrderedDict()
+        self._advice: OrderedDict[tuple[Scope, str], tuple[Any, ...]] = OrderedDict()
         self._placements: OrderedDict[tuple[Scope, str], tuple[Placement, ...]] = OrderedDict()
 
     def remember(self, scope: Scope, episode_id: str, prefixes: Iterable[str], placements: Sequence[Placement]) -> None:
@@ -31,6 +33,18 @@ class Recent:
             for kept in (self._episodes, self._placements):
                 while len(kept) > _KEPT:
                     kept.popitem(last=False)
+
+    def advise(self, scope: Scope, episode_id: str, advice: Sequence[Any]) -> None:
+        """Note what the next request of an episode is to be told."""
+        with self._lock:
+            self._advice[scope, episode_id] = tuple(advice)
+            while len(self._advice) > _KEPT:
+                self._advice.popitem(last=False)
+
+    def pending_advice(self, scope: Scope, episode_id: str) -> tuple[Any, ...]:
+        """Return, once, what an episode's next request is to be told."""
+        with self._lock:
+            return self._advice.pop((scope, episode_id), ())
 
     def episode_of(self, scope: Scope, prefixes: Iterable[str]) -> str | None:
         """Return the episode of the first prefix that is known."""

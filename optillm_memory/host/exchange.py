@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import flask
@@ -103,6 +103,31 @@ class Exchange:
         self.tokens += int((completion.get("usage") or {}).get("completion_tokens") or 0)
         return completion
 
+    def ask_guarded(self, client: Any, model: str, config: dict[str, Any]) -> dict[str, Any]:
+        """Make the upstream call, and one more where the answer is about to repeat what is known to fail.
+
+        The better-behaved answer is returned, with the tokens of both calls; a second call that fails costs nothing
+        but itself.
+        """
+        first = self.ask(client, model, config)
+        memory, before = self.memory, self.turn
+        if memory is None or self.incoming.inner != "none" or self.finished:
+            return first
+        guarded, _ = self.fail_open.call(lambda: memory.guard(before, first))
+        if guarded is None:
+            return first
+        self.turn, again = turn, _ = guarded
+        if not again:
+            return first
+        answers: list[dict[str, Any]] = []
+        if self.fail_open.quietly(lambda: answers.append(self.ask(client, model, config))):
+            self.error = None  # the first answer is good enough to go out
+        second = answers[0] if answers else {}
+        better, _ = self.fail_open.call(lambda: memory.guarded(turn, second))
+        kept, of = (second, turn) if better else (first, before)
+        self.turn = replace(of, extra_calls=1)
+        return {**kept, "usage": both(first.get("usage"), second.get("usage"))}
+
     def labelled(self, completion: Mapping[str, Any]) -> dict[str, Any]:
         """Return the completion under the trace's id, with the metadata; as it came where memory is off."""
         if self.turn.options.mode == "off":
@@ -194,6 +219,15 @@ def completion_of(host: Any, result: Any, tokens: Any, model: str) -> dict[str, 
             "completion_tokens_details": {"reasoning_tokens": reasoning},
         },
     }
+
+
+def both(first: Any, second: Any) -> Any:
+    """Return the usage of two calls together: numbers added, at every level."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return {**second, **{k: both(v, second.get(k)) for k, v in first.items()}}
+    if isinstance(first, (int, float)) and isinstance(second, (int, float)):
+        return first + second
+    return first if second is None else second
 
 
 def streamed_text(response: flask.Response) -> str:

@@ -53,7 +53,7 @@ def run(
     if exchange.incoming.operation == "SINGLE" and config.get("n", 1) == 1:
         if SENT_N in flask.g:
             config["n"] = flask.g.get(SENT_N)
-        exchange.completion = exchange.ask(client, model, config)
+        exchange.completion = exchange.ask_guarded(client, model, config)
         return exchange.labelled(exchange.completion), 0
     if exchange.incoming.operation == "SINGLE" and exchange.incoming.inner == "none":
         return _share_out(exchange, client, model, config)

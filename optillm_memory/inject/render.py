@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from optillm_memory.conversation.parse import BLOCK_CLOSE, BLOCK_OPEN
-from optillm_memory.records import Hit, Injected, Message
+from optillm_memory.conversation.parse import Conversation
+from optillm_memory.conversation.text import BLOCK_CLOSE, BLOCK_OPEN
+from optillm_memory.records import Hit, Injected, Message, Placement
 
 # Every quoted line carries the mark, so that a model can tell it from instructions (datamarking: Hines et al. 2024,
 # "Defending Against Indirect Prompt Injection Attacks With Spotlighting").
@@ -46,13 +48,21 @@ def as_turns(hits: Sequence[Hit], *, max_items: int, token_budget: int) -> Rende
 
 def as_block(hits: Sequence[Hit], *, max_items: int, token_budget: int) -> Rendering:
     """Render hits (best first) as one block, most similar last; an empty text where nothing fits."""
-    chosen, left_out = _fit(hits, max_items, token_budget, _quoted, _BLOCK_OVERHEAD, _ITEM_OVERHEAD)
+    chosen, left_out = _fit(hits, max_items, token_budget, quoted, _BLOCK_OVERHEAD, _ITEM_OVERHEAD)
     if not chosen:
         return Rendering("", (), left_out)
     lines = [BLOCK_OPEN, _HEADER]
     for number, (hit, _) in enumerate(reversed(chosen), 1):
-        lines += [f"{number}. task", _quoted(hit.memory.task), "   verified answer", _quoted(hit.memory.answer)]
+        lines += [f"{number}. task", quoted(hit.memory.task), "   verified answer", quoted(hit.memory.answer)]
     return Rendering("\n".join([*lines, BLOCK_CLOSE]), tuple(item for _, item in chosen), left_out)
+
+
+def placed_at(conversation: Conversation, position: int, rendering: Rendering) -> Placement | None:
+    """Return the placement of what was rendered at a message; None where nothing fitted."""
+    if not rendering.injected:
+        return None
+    form: Literal["turns", "block"] = "block" if isinstance(rendering.payload, str) else "turns"
+    return Placement(conversation.prefixes[position], position, form, rendering.payload, rendering.injected)
 
 
 def _fit(
@@ -74,7 +84,8 @@ def _fit(
     return chosen, tuple(left_out)
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """Return a text as marked lines that cannot close the block or open another."""
     # A quoted text cannot close the block or open another.
     safe = _DELIMITER.sub(lambda m: m.group(0).replace("<", "&lt;"), text)
     return "\n".join(MARK + line for line in safe.splitlines())

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from optillm_memory.conversation.parse import without_blocks
+from optillm_memory.conversation.text import without_blocks
 from optillm_memory.learn.outcomes import effective, normal_answer, outcome, same_answer
 from optillm_memory.records import VERIFYING, Feedback, Outcome, Scope, Trace
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from optillm_memory.errors import InvalidField
+from optillm_memory.learn.attempts import Attempt
 from optillm_memory.learn.exemplars import Learned, learn
-from optillm_memory.records import Feedback, FeedbackReceipt, FeedbackStatus, Scope, Trace
+from optillm_memory.learn.fixes import FixEvidence, followed, mine, shown
+from optillm_memory.learn.outcomes import effective
+from optillm_memory.records import VERIFYING, Feedback, FeedbackReceipt, FeedbackStatus, Scope, Step, Trace, Verdict
 
 
 class Log(Protocol):
@@ -45,6 +49,32 @@ class Log(Protocol):
     def put_learned(self, trace: Trace, learned: Learned) -> None:
         """Replace what this trace taught before, and bring every memory it touches up to date."""
 
+    def attempts(self, scope: Scope, episode_id: str) -> list[Attempt]:
+        """Return the observed steps of an episode with what their observations say, in order."""
+
+    def advice_given(self, scope: Scope, episode_id: str) -> Mapping[str, Sequence[tuple[str, str]]]:
+        """Return by trace the (memory id, suggested action) of the fixes that were injected in an episode."""
+
+    def episode_verdict(self, scope: Scope, episode_id: str) -> Verdict:
+        """Return the latest verified outcome among an episode's traces."""
+
+    def environments(self, scope: Scope, episode_id: str) -> Mapping[str, str]:
+        """Return the environment of each trace of an episode."""
+
+    def demonstrated(self, scope: Scope, episode_id: str) -> list[Trace]:
+        """Return the traces of an episode that feedback shows the right way of."""
+
+    def clear_derived(self) -> list[str]:
+        """Empty what is derived from the log; return all trace ids in order, to be folded again."""
+
+    def episodes(self) -> list[tuple[Scope, str]]:
+        """Return every episode."""
+
+    def put_fix_evidence(
+        self, scope: Scope, episode_id: str, evidence: Iterable[FixEvidence], environments: Mapping[str, str]
+    ) -> None:
+        """Replace what an episode says of fixes, and bring every fix that it touches up to date."""
+
 
 def relearn(log: Log, trace_ids: Iterable[str]) -> None:
     """Fold these traces again; the result depends on the log alone, not on what was folded before."""
@@ -58,6 +88,68 @@ def relearn(log: Log, trace_ids: Iterable[str]) -> None:
         log.put_learned(trace, learn(trace, own, of_episode, closing=closing))
 
 
+def rebuild(log: Log) -> int:
+    """Fold the whole log again; return how many traces it holds."""
+    trace_ids = log.clear_derived()
+    relearn(log, trace_ids)
+    for scope, episode_id in log.episodes():
+        relearn_steps(log, scope, episode_id)
+    return len(trace_ids)
+
+
+def relearn_steps(log: Log, scope: Scope, episode_id: str) -> list[Attempt]:
+    """Fold an episode's steps again into fixes; return its attempts."""
+    attempts = log.attempts(scope, episode_id)
+    verdict = log.episode_verdict(scope, episode_id)
+    good = verdict == "success"
+    evidence = [
+        FixEvidence(fix.memory_id(scope), worked.step_id, "mined", True, good, worked.trace_id, fix)
+        for fix, worked in mine(attempts)
+    ]
+    # A step that failed is inferred evidence whatever became of the episode; one that worked shares its success.
+    evidence += [
+        replace(e, verified=e.success and good) for e in followed(attempts, log.advice_given(scope, episode_id))
+    ]
+    for trace in log.demonstrated(scope, episode_id):
+        own, of_episode = log.feedback_on(trace)
+        standing = effective([*of_episode, *own])
+        found = shown(standing, [a for a in attempts if a.trace_id == trace.trace_id] or attempts, trace.answer)
+        if found is not None:
+            fix, demonstration = found
+            verified = demonstration.source in VERIFYING
+            name = fix.memory_id(scope)
+            evidence.append(FixEvidence(name, demonstration.feedback_id, "shown", True, verified, trace.trace_id, fix))
+    log.put_fix_evidence(scope, episode_id, evidence, log.environments(scope, episode_id))
+    return attempts
+
+
+def steps_arrived(log: Log, trace: Trace, fresh: Sequence[Step], *, received_at: float) -> None:
+    """Fold the steps whose observations came with a trace: what they say becomes feedback on the traces that acted."""
+    if not fresh:
+        return
+    new = {step.step_id for step in fresh}
+    acted: dict[str, None] = {}
+    for attempt in relearn_steps(log, trace.scope, trace.episode_id):
+        if attempt.step_id in new and attempt.verdict != "unknown" and attempt.trace_id != trace.trace_id:
+            log.add_feedback(trace.scope.tenant, None, inferred(attempt, received_at), received_at)
+            acted[attempt.trace_id] = None
+    relearn(log, acted)
+
+
+def inferred(attempt: Attempt, now: float) -> Feedback:
+    """Return the feedback that an observation amounts to; retracting it makes the step's outcome unknown."""
+    return Feedback(
+        feedback_id=f"inferred-{attempt.step_id}",
+        metric="success",
+        value=attempt.verdict == "success",
+        source="inferred",
+        trace_id=attempt.trace_id,
+        episode_id=None,
+        evidence={"command": attempt.action.text[:500], "output": attempt.message},
+        occurred_at=now,
+    )
+
+
 def trace_arrived(log: Log, trace: Trace) -> None:
     """Fold a trace that was just written: feedback may have been waiting for it or for its episode."""
     own, of_episode = log.feedback_on(trace)
@@ -65,6 +157,8 @@ def trace_arrived(log: Log, trace: Trace) -> None:
         relearn(log, log.episode_traces(trace.scope, trace.episode_id))
     elif own:
         relearn(log, [trace.trace_id])
+    if own or of_episode:
+        relearn_steps(log, trace.scope, trace.episode_id)
 
 
 def feedback_arrived(
@@ -81,6 +175,9 @@ def feedback_arrived(
     targets = log.feedback_targets(tenant, feedback)
     if settled != "duplicate":
         relearn(log, targets)
+        traces = [trace for t in targets if (trace := log.trace(t)) is not None]
+        for scope_of, episode_id in dict.fromkeys((t.scope, t.episode_id) for t in traces):
+            relearn_steps(log, scope_of, episode_id)
     return FeedbackReceipt(feedback.feedback_id, settled or ("applied" if targets else "pending"))
 
 

@@ -23,6 +23,13 @@ def m001_log_and_memories(db: Database) -> None:
     db.execute("INSERT INTO meta(key, value) VALUES ('salt', ?), ('revision', 0), ('generation', 0)", [os.urandom(16)])
 
 
+@migrations()
+def m002_steps_attempts_and_fixes(db: Database) -> None:
+    """Give steps an id of their own and a branch, and make room for what is learned from them."""
+    for statement in _M002:
+        db.execute(statement)
+
+
 _NUMBERED = re.compile(r"m\d{3}_")
 _M001 = (
     "CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID",
@@ -80,4 +87,35 @@ _M001 = (
         PRIMARY KEY(key_hash, fingerprint)) WITHOUT ROWID""",
     "CREATE VIRTUAL TABLE memories_fts USING fts5(scope, task, tokenize = 'unicode61 remove_diacritics 0')",
     "CREATE VIRTUAL TABLE memories_vocab USING fts5vocab(memories_fts, 'col')",
+)
+_M002 = (
+    """CREATE TABLE steps_by_id(
+        scope_id INTEGER NOT NULL, episode_id TEXT NOT NULL, step_id TEXT NOT NULL, parent_id TEXT NOT NULL,
+        call_id TEXT NOT NULL, ordinal INTEGER NOT NULL, tool TEXT NOT NULL, arguments TEXT NOT NULL,
+        observation TEXT, trace_id TEXT NOT NULL, made_by TEXT, PRIMARY KEY(scope_id, episode_id, step_id))
+        WITHOUT ROWID""",
+    """INSERT INTO steps_by_id SELECT scope_id, episode_id, call_id, '', call_id, ordinal, tool, arguments, observation,
+        trace_id, NULL FROM steps""",
+    "DROP TABLE steps",
+    "ALTER TABLE steps_by_id RENAME TO steps",
+    "CREATE INDEX steps_made_by ON steps(made_by)",
+    "ALTER TABLE prefixes ADD COLUMN trace_id TEXT",
+    "ALTER TABLE injections ADD COLUMN suggestion TEXT",
+    "ALTER TABLE traces ADD COLUMN extra_calls INTEGER NOT NULL DEFAULT 0",
+    # Derived: what each observation says, and the fixes that follow from it.
+    """CREATE TABLE attempts(
+        scope_id INTEGER NOT NULL, episode_id TEXT NOT NULL, step_id TEXT NOT NULL, action_key TEXT NOT NULL,
+        verdict TEXT NOT NULL, basis TEXT NOT NULL, signature TEXT NOT NULL, message TEXT NOT NULL, at REAL NOT NULL,
+        PRIMARY KEY(scope_id, episode_id, step_id)) WITHOUT ROWID""",
+    "CREATE INDEX attempts_action ON attempts(scope_id, action_key, at)",
+    """CREATE TABLE fixes(
+        memory_id TEXT PRIMARY KEY, scope_id INTEGER NOT NULL, tool TEXT NOT NULL, field TEXT NOT NULL,
+        action TEXT NOT NULL, output TEXT NOT NULL, signature TEXT NOT NULL, relation TEXT NOT NULL, text TEXT NOT NULL)
+        WITHOUT ROWID""",
+    "CREATE INDEX fixes_signature ON fixes(scope_id, signature)",
+    """CREATE TABLE fix_evidence(
+        memory_id TEXT NOT NULL, scope_id INTEGER NOT NULL, episode_id TEXT NOT NULL, step_id TEXT NOT NULL,
+        role TEXT NOT NULL, success INTEGER NOT NULL, verified INTEGER NOT NULL, trace_id TEXT NOT NULL,
+        environment TEXT NOT NULL, PRIMARY KEY(memory_id, scope_id, episode_id, step_id, role)) WITHOUT ROWID""",
+    "CREATE INDEX fix_evidence_episode ON fix_evidence(scope_id, episode_id)",
 )

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from optillm_memory.records import Feedback, MemoryRecord, Scope, Trace
+from optillm_memory.records import Feedback, KnownFix, MemoryRecord, Scope, Trace
 
 SCOPE_ID = "SELECT id FROM scopes WHERE tenant = ? AND namespace = ? AND user_id = ? AND agent_id = ?"
 
 _TRACE_COLUMNS = (
     "trace_id, episode_id, created_at, model, approach, action, held_out, propensity, task, frame, messages, answer, "
-    "finish_reason, error, skipped, prompt_tokens, completion_tokens, latency_ms, recall_ms, tags"
+    "finish_reason, error, skipped, prompt_tokens, completion_tokens, latency_ms, recall_ms, tags, extra_calls"
 )
 SELECT_TRACE = (
     f"SELECT tenant, namespace, user_id, agent_id, {_TRACE_COLUMNS} FROM traces JOIN scopes ON scopes.id = scope_id"
 )
 INSERT_TRACE = (
     f"INSERT INTO traces(scope_id, {_TRACE_COLUMNS}, key_hash) "
-    f"VALUES ({', '.join('?' * 22)}) ON CONFLICT(trace_id) DO NOTHING"
+    f"VALUES ({', '.join('?' * 23)}) ON CONFLICT(trace_id) DO NOTHING"
 )
 
 _FEEDBACK_COLUMNS = "feedback_id, retracts, trace_id, episode_id, metric, value, source, evidence, occurred_at"
@@ -52,6 +52,10 @@ TALLY = """
            sum(role = 'evidence' AND success), sum(role = 'use' AND verified AND success),
            sum(role = 'use' AND verified AND NOT success)
     FROM contributions WHERE memory_id = ?"""
+# What is said of fixes: verified and inferred successes and failures.
+TALLIES_BY_FIX = """
+    SELECT memory_id, environment, sum(verified AND success), sum(verified AND NOT success),
+           sum(NOT verified AND success), sum(NOT verified AND NOT success) FROM fix_evidence WHERE 1"""
 FIRST_EVIDENCE = """
     SELECT scope_id, task, frame, key_hash, created_at, contributions.answer
     FROM contributions JOIN traces USING (trace_id) WHERE memory_id = ? AND role = 'evidence' AND success
@@ -69,7 +73,7 @@ def trace_values(trace: Trace, scope_id: int) -> tuple[Any, ...]:
         scope_id, trace.trace_id, trace.episode_id, trace.created_at, trace.model, trace.approach, trace.action,
         int(trace.held_out), trace.propensity, trace.task, trace.frame, trace.messages, trace.answer,
         trace.finish_reason, trace.error, trace.skipped, trace.prompt_tokens, trace.completion_tokens,
-        trace.latency_ms, trace.recall_ms, json.dumps(dict(trace.tags)),
+        trace.latency_ms, trace.recall_ms, json.dumps(dict(trace.tags)), trace.extra_calls,
     )  # fmt: skip
 
 
@@ -78,13 +82,14 @@ def trace_of(row: tuple[Any, ...]) -> Trace:
     (
         trace_id, episode_id, created_at, model, approach, action, held_out, propensity, task, frame, messages,
         answer, finish_reason, error, skipped, prompt_tokens, completion_tokens, latency_ms, recall_ms, tags,
+        extra_calls,
     ) = row[4:]  # fmt: skip
     return Trace(
         trace_id=trace_id, scope=Scope(*row[:4]), episode_id=episode_id, created_at=created_at, model=model,
         approach=approach, action=action, held_out=bool(held_out), propensity=propensity, task=task, frame=frame,
         messages=messages, answer=answer, finish_reason=finish_reason, error=error, skipped=skipped,
         prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, latency_ms=latency_ms,
-        recall_ms=recall_ms, tags=json.loads(tags),
+        recall_ms=recall_ms, tags=json.loads(tags), extra_calls=extra_calls,
     )  # fmt: skip
 
 
@@ -103,3 +108,9 @@ def memory_of(row: tuple[Any, ...]) -> MemoryRecord:
     return MemoryRecord(
         memory_id, kind, status, Scope(tenant, namespace, user_id, agent_id), task, answer, frame, *row[11:]
     )
+
+
+def fix_of(row: tuple[Any, ...]) -> KnownFix:
+    """Read a row of `known_fixes` with its value."""
+    memory_id, status, tool, field, action, output, signature, relation, text, value = row
+    return KnownFix(memory_id, status, tool, field, action, output, signature, relation, text, value)

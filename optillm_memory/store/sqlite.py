@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from optillm_memory.conversation.parse import key_of
+from optillm_memory.learn.attempts import environment_of, shortened
+from optillm_memory.learn.fixes import value_in
 from optillm_memory.recall.rank import coverage
 from optillm_memory.recall.recaller import Change
-from optillm_memory.records import Injected, MemoryRecord, Placement, Scope, Trace
+from optillm_memory.records import Injected, KnownFix, MemoryRecord, PastAttempt, Placement, Scope, Trace
 from optillm_memory.store import rows
 from optillm_memory.store.connection import Connection, Readers
 from optillm_memory.store.transaction import Transaction
@@ -76,8 +78,8 @@ class SqliteStore:
         with self._readers.borrow() as db:
             scope_id = self._scope_id(db, scope)
             found = db.execute(
-                "SELECT number, CASE WHEN status = 'verified' THEN vector END, revision FROM memories "
-                "LEFT JOIN vectors ON vectors.key_hash = memories.key_hash AND fingerprint = ? "
+                "SELECT number, CASE WHEN status = 'verified' AND kind = 'exemplar' THEN vector END, revision "
+                "FROM memories LEFT JOIN vectors ON vectors.key_hash = memories.key_hash AND fingerprint = ? "
                 "WHERE scope_id = ? AND revision > ? AND revision <= coalesce((SELECT revision FROM memories "
                 "WHERE scope_id = ? AND revision > ? ORDER BY revision LIMIT 1 OFFSET ?), 1 << 62) ORDER BY revision",
                 (fingerprint, scope_id, since, scope_id, since, limit - 1),
@@ -188,7 +190,8 @@ class SqliteStore:
             shown["messages"] = json.loads(trace.messages)
             shown["steps"] = _objects(
                 db,
-                "SELECT call_id, ordinal, tool, arguments, observation FROM steps "
+                "SELECT step_id, parent_id, call_id, ordinal, tool, arguments, observation, made_by, verdict, basis, "
+                "signature FROM steps LEFT JOIN attempts USING (scope_id, episode_id, step_id) "
                 "WHERE scope_id = ? AND episode_id = ? ORDER BY ordinal",
                 (scope_id, trace.episode_id),
             )
@@ -210,6 +213,47 @@ class SqliteStore:
                 (tenant, tenant, like, like, limit),
             ).fetchall()
             return [self._described(db, rows.trace_of(row)) for row in found]
+
+    def known_fixes(
+        self, scope: Scope, tool: str, signature: str, *, environment: str, episode_id: str, limit: int = 200
+    ) -> list[KnownFix]:
+        """Return the fixes of a tool's failures that may be suggested, those of the same error first.
+
+        What rests on the asking episode alone is left out.
+        """
+        with self._readers.borrow() as db:
+            scope_id = self._scope_id(db, scope)
+            found = db.execute(
+                "SELECT memory_id, status, tool, field, action, output, signature, relation, text FROM fixes "
+                "JOIN memories USING (memory_id) WHERE fixes.scope_id = ? AND tool = ? "
+                "AND status IN ('verified', 'candidate') AND EXISTS (SELECT 1 FROM fix_evidence WHERE success "
+                "AND fix_evidence.memory_id = fixes.memory_id AND episode_id <> ?) "
+                "ORDER BY signature = ? DESC, revision DESC, memory_id LIMIT ?",
+                (scope_id, tool, episode_id, signature, limit),
+            ).fetchall()
+            tallies: dict[str, dict[str, tuple[int, int, int, int]]] = {}
+            for memory_id, where, *counts in db.execute(
+                f"{rows.TALLIES_BY_FIX} AND memory_id IN ({_marks(found)}) GROUP BY memory_id, environment",
+                [row[0] for row in found],
+            ):
+                right, wrong, likely, unlikely = (int(c or 0) for c in counts)
+                tallies.setdefault(memory_id, {})[where] = (right, wrong, likely, unlikely)
+        return [rows.fix_of((*row, value_in(environment, tallies.get(row[0], {})))) for row in found]
+
+    def past_attempts(self, scope: Scope, action_key: str, *, environment: str, limit: int = 50) -> list[PastAttempt]:
+        """Return the earlier tries of an action in one environment, latest first."""
+        with self._readers.borrow() as db:
+            found = db.execute(
+                "SELECT attempts.episode_id, step_id, verdict, basis, message, observation, at, signature, tags "
+                "FROM attempts JOIN steps USING (scope_id, episode_id, step_id) JOIN traces USING (trace_id) "
+                "WHERE attempts.scope_id = ? AND action_key = ? ORDER BY at DESC LIMIT ?",
+                (self._scope_id(db, scope), action_key, limit),
+            ).fetchall()
+        return [
+            PastAttempt(episode_id, step_id, verdict, basis, message, shortened(output or ""), at, signature)
+            for episode_id, step_id, verdict, basis, message, output, at, signature, tags in found
+            if environment_of(json.loads(tags)) == environment
+        ]
 
     def list_memories(self, tenant: str | None, *, limit: int = 50, memory_id: str | None = None) -> list[MemoryRecord]:
         """Return a tenant's memories of every status, newest first; `tenant` None is the operator."""
@@ -235,12 +279,15 @@ class SqliteStore:
                 for name in ("traces", "steps", "feedback", "memories", "scopes")
             }
             actions = dict(db.execute("SELECT action, count(*) FROM traces GROUP BY action"))
+            kinds = dict(db.execute("SELECT kind, count(*) FROM memories WHERE status <> 'withdrawn' GROUP BY kind"))
+            extra = int(db.execute("SELECT coalesce(sum(extra_calls), 0) FROM traces").fetchone()[0])
             outcomes = dict(db.execute("SELECT verdict, count(*) FROM outcomes GROUP BY verdict"))
             statuses = dict(db.execute("SELECT status, count(*) FROM memories GROUP BY status"))
         files = (self.path.with_name(self.path.name + suffix) for suffix in ("", "-wal"))
         size = sum(file.stat().st_size for file in files if file.exists())
         return {
-            **counts, "memories_by_status": statuses, "traces_by_action": actions, "traces_by_outcome": outcomes,
+            **counts, "memories_by_status": statuses, "memories_by_kind": kinds, "extra_llm_calls": extra,
+            "traces_by_action": actions, "traces_by_outcome": outcomes,
             "bytes": size, "lost": self.lost, "fault": self.fault,
         }  # fmt: skip
 
@@ -252,14 +299,16 @@ class SqliteStore:
                 "used_successes, used_failures, created_at FROM memories WHERE status <> 'withdrawn' ORDER BY memory_id"
             ).fetchall()
             outcomes = db.execute("SELECT * FROM outcomes ORDER BY trace_id").fetchall()
-        return [*memories, *outcomes]
+            fixes = db.execute("SELECT * FROM fix_evidence ORDER BY memory_id, episode_id, step_id, role").fetchall()
+        return [*memories, *outcomes, *fixes]
 
     def without_vectors(self, fingerprint: str, after: int, limit: int) -> list[tuple[int, str, str]]:
         """Return (number, key, key hash) of memories that this encoder has not seen: upkeep, not recall."""
         with self._readers.borrow() as db:
             found = db.execute(
-                "SELECT number, task, key_hash FROM memories WHERE number > ? AND NOT EXISTS (SELECT 1 FROM vectors "
-                "WHERE vectors.key_hash = memories.key_hash AND fingerprint = ?) ORDER BY number LIMIT ?",
+                "SELECT number, task, key_hash FROM memories WHERE number > ? AND kind = 'exemplar' AND NOT EXISTS "
+                "(SELECT 1 FROM vectors WHERE vectors.key_hash = memories.key_hash AND fingerprint = ?) "
+                "ORDER BY number LIMIT ?",
                 (after, fingerprint, limit),
             ).fetchall()
         return [(int(number), key_of(task), key) for number, task, key in found]
@@ -270,7 +319,9 @@ class SqliteStore:
         shown["outcome"] = {"verdict": verdict[0] if verdict else "unknown", "verified": bool(verdict and verdict[1])}
         shown["skipped"] = json.loads(trace.skipped)
         shown["injected"] = _objects(
-            db, "SELECT memory_id, kind, score, tokens FROM injections WHERE trace_id = ?", (trace.trace_id,)
+            db,
+            "SELECT memory_id, kind, score, tokens, suggestion FROM injections WHERE trace_id = ?",
+            (trace.trace_id,),
         )
         del shown["messages"]
         return shown

@@ -10,10 +10,12 @@ from typing import Any
 from optillm_memory.conversation.parse import key_of
 from optillm_memory.errors import InvalidField
 from optillm_memory.learn import exemplars
+from optillm_memory.learn.attempts import environment_of
 from optillm_memory.learn.exemplars import Learned
-from optillm_memory.records import Feedback, FeedbackStatus, Injected, Placement, Scope, Step, Trace
+from optillm_memory.records import Feedback, FeedbackStatus, Injected, Placement, Scope, Trace, Verdict
 from optillm_memory.store import rows
 from optillm_memory.store.connection import Connection
+from optillm_memory.store.steps import StepTables
 
 PENDING_S = 7 * 86_400.0
 
@@ -23,7 +25,7 @@ def key_hash(task: str) -> str:
     return hashlib.blake2b(key_of(task).encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 
-class Transaction:
+class Transaction(StepTables):
     """One operation on the writing connection; satisfies `learn.fold.Log`."""
 
     def __init__(self, connection: Connection) -> None:
@@ -45,12 +47,11 @@ class Transaction:
         self,
         trace: Trace,
         *,
-        steps: Sequence[Step] = (),
         prefixes: Sequence[str] = (),
         placements: Sequence[Placement] = (),
         injected: Sequence[Injected] = (),
     ) -> bool:
-        """Append a trace with its steps, prefixes, ledger entries and injections; False if it was there."""
+        """Append a trace with its prefixes, ledger entries and injections; False if it was there."""
         scope_id = self.scope_id(trace.scope)
         inserted = self._db.execute(
             rows.INSERT_TRACE, (*rows.trace_values(trace, scope_id), key_hash(trace.task))
@@ -58,16 +59,9 @@ class Transaction:
         if not inserted:
             return False
         self._db.executemany(
-            "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
-            "observation = coalesce(steps.observation, excluded.observation)",
-            [
-                (scope_id, trace.episode_id, s.call_id, s.ordinal, s.tool, s.arguments, s.observation, trace.trace_id)
-                for s in steps
-            ],
-        )
-        self._db.executemany(
-            "INSERT INTO prefixes VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET episode_id = excluded.episode_id",
-            [(scope_id, prefix, trace.episode_id) for prefix in prefixes],
+            "INSERT INTO prefixes(scope_id, hash, episode_id, trace_id) VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE "
+            "SET episode_id = excluded.episode_id, trace_id = excluded.trace_id",
+            [(scope_id, prefix, trace.episode_id, trace.trace_id) for prefix in prefixes],
         )
         self._db.executemany(
             "INSERT INTO ledger VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
@@ -80,8 +74,8 @@ class Transaction:
             ],
         )  # fmt: skip
         self._db.executemany(
-            "INSERT INTO injections VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-            [(trace.trace_id, i.memory_id, i.kind, i.score, i.tokens) for i in injected],
+            "INSERT INTO injections VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            [(trace.trace_id, i.memory_id, i.kind, i.score, i.tokens, i.suggestion) for i in injected],
         )
         return True
 
@@ -204,6 +198,44 @@ class Transaction:
         ).fetchall()
         return [str(row[0]) for row in found]
 
+    def episode_verdict(self, scope: Scope, episode_id: str) -> Verdict:
+        """Return the latest verified outcome among an episode's traces."""
+        row = self._db.execute(
+            "SELECT verdict FROM outcomes JOIN traces USING (trace_id) WHERE scope_id = ? AND episode_id = ? "
+            "AND verified ORDER BY created_at DESC, trace_id DESC LIMIT 1",
+            (self.scope_id(scope), episode_id),
+        ).fetchone()
+        return row[0] if row else "unknown"
+
+    def environments(self, scope: Scope, episode_id: str) -> dict[str, str]:
+        """Return the environment of each trace of an episode."""
+        found = self._db.execute(
+            "SELECT trace_id, tags FROM traces WHERE scope_id = ? AND episode_id = ?",
+            (self.scope_id(scope), episode_id),
+        )
+        return {row[0]: environment_of(json.loads(row[1])) for row in found}
+
+    def demonstrated(self, scope: Scope, episode_id: str) -> list[Trace]:
+        """Return the traces of an episode that feedback, on them or on the episode, shows the right way of."""
+        scope_id = self.scope_id(scope)
+        found = self._db.execute(
+            "SELECT DISTINCT traces.trace_id FROM traces JOIN feedback ON feedback.trace_id = traces.trace_id "
+            "WHERE traces.scope_id = ? AND traces.episode_id = ? AND metric = 'demonstration' "
+            "UNION SELECT * FROM (SELECT trace_id FROM traces WHERE scope_id = ? AND episode_id = ? AND EXISTS "
+            "(SELECT 1 FROM feedback WHERE feedback.episode_id = ? AND metric = 'demonstration') "
+            "ORDER BY created_at DESC, trace_id DESC LIMIT 1)",
+            (scope_id, episode_id, scope_id, episode_id, episode_id),
+        ).fetchall()
+        return [trace for row in found if (trace := self.trace(row[0])) is not None]
+
+    def episodes(self) -> list[tuple[Scope, str]]:
+        """Return every episode."""
+        found = self._db.execute(
+            "SELECT tenant, namespace, user_id, agent_id, episode_id FROM traces JOIN scopes ON scopes.id = scope_id "
+            "GROUP BY scope_id, episode_id ORDER BY min(created_at)"
+        ).fetchall()
+        return [(Scope(*row[:4]), str(row[4])) for row in found]
+
     # -- what the fold writes ----------------------------------------------------------------------
 
     def put_learned(self, trace: Trace, learned: Learned) -> None:
@@ -223,7 +255,9 @@ class Transaction:
             self._db.execute(
                 "INSERT INTO outcomes VALUES (?, ?, ?)", (trace.trace_id, result.verdict, int(result.verified))
             )
-            used = self._db.execute("SELECT memory_id FROM injections WHERE trace_id = ?", (trace.trace_id,))
+            used = self._db.execute(
+                "SELECT memory_id FROM injections WHERE trace_id = ? AND kind = 'exemplar'", (trace.trace_id,)
+            )
             success, verified = int(result.verdict == "success"), int(result.verified)
             contributions += [(row[0], trace.trace_id, "use", success, verified, None) for row in used.fetchall()]
         self._db.executemany("INSERT INTO contributions VALUES (?, ?, ?, ?, ?, ?)", contributions)
@@ -284,7 +318,7 @@ class Transaction:
 
     def clear_derived(self) -> list[str]:
         """Empty what is derived from the log; return all trace ids in order, to be folded again."""
-        for table in ("memories", "memories_fts", "contributions", "outcomes"):
+        for table in ("memories", "memories_fts", "contributions", "outcomes", "attempts", "fixes", "fix_evidence"):
             self._db.execute(f"DELETE FROM {table}")
         self._next("generation")
         return [row[0] for row in self._db.execute("SELECT trace_id FROM traces ORDER BY created_at, trace_id")]

@@ -1,0 +1,207 @@
+"""Read off an observation how the action went: from exit codes, and from what tools print in shapes of their own.
+
+Text is evidence only where a tool prints it of itself. What a program says in its own words, and what a file, a page or
+a log holds, is none. When in doubt the verdict is `unknown`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from optillm_memory.conversation.commands import Command, command_of
+from optillm_memory.conversation.complaints import Found, find_errors, lines_of
+from optillm_memory.conversation.reports import report_of
+from optillm_memory.conversation.signature import Signature, signature_in
+from optillm_memory.conversation.wrapping import Shown, ends_of, unwrap
+from optillm_memory.records import Verdict
+
+_ADVICE = re.compile(
+    r"^(?:Try '|Usage: |usage: |hint: |See '|\t|make: Leaving directory|note: |For more information|  )"
+)
+_GIT_DONE = re.compile(
+    r"^(?:\[[\w./-]{1,100} (?:\(root-commit\) )?[0-9a-f]{7,40}\] |Switched to (?:a new )?branch '|"
+    r"Already up to date\.$|Fast-forward$|Merge made by |Initialized empty Git repository|Successfully rebased )"
+)
+_OWN_WORDS = re.compile(
+    r"no such file|not found|does not exist|permission denied|is a directory|can(?:not|'t) (?:open|access|read)",
+    re.IGNORECASE,
+)
+_TOOL_FAULT = re.compile(r"^Error (?:executing|running|calling|invoking) (?:the )?(?:tool|function)\b")
+_DATA_FILE = re.compile(r"\.(?:jsonl?|log|txt|ya?ml)\b")
+_WORDS = re.compile(r"[^\s'\"`\u2018\u2019\u201c\u201d|;&<>()]{1,300}")
+_HTTP_OK = re.compile(r"^HTTP/\d(?:\.\d)? [23]\d\d\b")
+_SHELLS = ("bash", "sh", "zsh", "dash", "fish", "-bash", "/bin/sh", "/bin/bash")
+_ANSWER = 1  # the exit code by which grep, diff and test answer "no"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How an action went as far as its observation tells, and what that was read off."""
+
+    verdict: Verdict
+    exit_code: int | None = None
+    basis: str = ""
+    signature: Signature | None = None
+
+
+def read(observation: str, *, tool: str = "", arguments: str = "") -> Reading:
+    """Read an observation's verdict, exit code and, on failure, the error's signature.
+
+    `tool` and `arguments` are those of the call; they tell a program's own output from a text that it shows.
+    """
+    command = command_of(tool, arguments)
+    shown = unwrap(observation)
+    if command.views and shown.structured and not shown.wraps and not _speaks_for_itself(command, shown):
+        shown = Shown(ends_of(observation))  # it is the content that is JSON, not the wrapping
+    lines = lines_of(shown.text)
+    found = find_errors(lines)
+    verdict, basis = _judge(shown, command, lines, found)
+    if verdict != "failure":
+        return Reading(verdict, shown.exit_code if basis == "exit_code" or shown.firm else None, basis)
+    if basis == "http" and shown.http_status is not None:
+        signature: Signature | None = Signature("http", str(shown.http_status), "", ())
+    else:
+        signature = signature_in(lines, structured=shown.error, found=_telling(command, found))
+    return Reading(verdict, shown.exit_code, basis, signature)
+
+
+def _speaks_for_itself(command: Command, shown: Shown) -> bool:
+    """Whether a tool that shows things answered with an error of its own, and not with a file that holds one."""
+    said = shown.failed or shown.http_status is not None
+    return said and command.dedicated and not _DATA_FILE.search(command.names)
+
+
+def _telling(command: Command, found: list[Found]) -> list[Found]:
+    """Of a tool that shows things only its own complaints tell the error; what it showed does not."""
+    return [f for f in found if _is_own(command, f)] if command.views else found
+
+
+def _judge(shown: Shown, command: Command, lines: Sequence[str], found: list[Found]) -> tuple[Verdict, str]:
+    said = None if command.views else _said(command, lines, found)
+    complaint = _complaint(command, lines, found) if command.views else None
+    if shown.exit_code is not None and (shown.firm or not command.views or complaint):
+        return _by_code(shown.exit_code, command, said, complains=complaint is not None)
+    if shown.http_status is not None and not (command.views and not command.dedicated):
+        return ("failure" if shown.http_status >= 400 else "success"), "http"  # noqa: PLR2004
+    if shown.failed and (shown.structured or not command.views or len(lines) <= 2):  # noqa: PLR2004
+        return "failure", "tool_error"
+    if command.dedicated and lines and _TOOL_FAULT.match(lines[0]):
+        return "failure", "tool_error"
+    if command.views:
+        return ("failure", complaint) if complaint else _seen(command, lines)
+    return said or ("unknown", "")
+
+
+def _by_code(code: int, command: Command, said: tuple[Verdict, str] | None, *, complains: bool) -> tuple[Verdict, str]:
+    failed = said if said is not None and said[0] == "failure" else None
+    if code == 0:
+        # The exit code is that of a program after the one that did the work: `pytest | tail`, `make || true`.
+        hidden = failed if command.masks and failed is not None and failed[1] != "shell" else None
+        return hidden or ("success", "exit_code")
+    if code == _ANSWER and command.compares and not complains and failed is None:
+        return "unknown", "exit_code"
+    return "failure", "exit_code"
+
+
+def _seen(command: Command, lines: Sequence[str]) -> tuple[Verdict, str]:
+    """Of what is fetched only the status line that was asked for (`curl -i`) says how it went."""
+    if command.programs[-1:] == ("curl",) and lines:
+        if _HTTP_OK.match(lines[0]):
+            return "success", "http"
+        if re.match(r"^HTTP/\d(?:\.\d)? [45]\d\d\b", lines[0]):
+            return "failure", "http"
+    return "unknown", ""
+
+
+def _complaint(command: Command, lines: Sequence[str], found: list[Found]) -> str | None:
+    """Return the basis of a viewing tool's own complaint: it names the tool, and what the tool was asked for."""
+    for error in found:
+        alone = command.single or error.line == len(lines) - 1
+        if alone and _is_own(command, error) and _mentions(command, lines[error.line]):
+            return error.shape.basis
+    if command.dedicated and lines:
+        for line in (lines[0], lines[-1]):
+            if _OWN_WORDS.search(line) and _mentions(command, line):
+                return "tool_error"
+    return None
+
+
+def _is_own(command: Command, error: Found) -> bool:
+    if error.program:
+        name = error.program.rpartition("/")[2]
+        return name in command.programs or error.program in _SHELLS
+    if error.language == "git":
+        return "git" in command.programs and error.line == 0
+    return error.language in ("curl", "http") and "curl" in command.programs
+
+
+def _mentions(command: Command, line: str) -> bool:
+    """Whether a line repeats something that the caller named: a file's content has no reason to."""
+    if "git" in command.programs or "curl" in command.programs:
+        return True
+    named = {word for word in _WORDS.findall(command.names) if word not in command.programs}
+    return any(word.strip(":.,") in named for word in _WORDS.findall(line))
+
+
+def _said(command: Command, lines: Sequence[str], found: list[Found]) -> tuple[Verdict, str] | None:
+    """Return what the text alone proves of a program that was run."""
+    report = report_of(lines)
+    last = len(lines) - 1
+    while last > 0 and _ADVICE.match(lines[last]):
+        last -= 1
+    # Tests that passed may have printed any error before: only what comes after their report counts against it.
+    start = report[2] if report is not None and report[:2] == ("success", "test_summary") else -1
+    for error in found:
+        if error.line > start and _proves(command, error, lines, last):
+            return "failure", error.shape.basis
+    if report is not None:
+        return report[:2]
+    if "git" in command.programs and command.single and any(_GIT_DONE.match(line) for line in lines[-4:]):
+        return "success", "shell"
+    return None
+
+
+def _proves(command: Command, error: Found, lines: Sequence[str], last: int) -> bool:
+    proof = error.shape.proof
+    if proof in ("never", "always"):
+        return proof == "always"
+    if proof == "last":
+        return error.line >= last or _trails_off(error, lines)
+    # The program's own complaint: anywhere when it was the only one, else only as the last word.
+    if error.program:
+        name = error.program.rpartition("/")[2]
+        named = {word.rpartition("/")[2] for word in _WORDS.findall(command.names)}  # `python py/args.py`
+        known = name in command.programs or error.program in _SHELLS or name in named
+        if command.programs and not known:
+            return False
+    elif not command.ran(*_SPEAKERS.get(error.language, ())):
+        return False
+    if command.ends_idle:
+        return False  # `rm x; true`: the complaint was expected
+    return (command.single and bool(command.programs)) or error.line >= last
+
+
+_SPEAKERS = {
+    "git": ("git",),
+    "psql": ("psql",),
+    "mysql": ("mysql", "mariadb"),
+    "sqlite3": ("sqlite3",),
+    "http": ("curl", "wget", "http"),
+    "perl": ("perl",),
+    "apt": ("apt", "apt-get"),
+    "cli": ("git", "cargo", "rustc", "pip", "pip3", "pytest", "npm", "uv", "poetry", "javac", "rustup", "ruff", "go"),
+}
+
+
+def _trails_off(error: Found, lines: Sequence[str]) -> bool:
+    """Whether only the rest of a traceback follows the error: frames, a cause, the runtime's name."""
+    rest = lines[error.line + 1 :]
+    return all(_FRAME.match(line) for line in rest)
+
+
+_FRAME = re.compile(
+    r"^(?:\s|[|+]|Caused by: |\.\.\. \d|Node\.js v|note: |stack backtrace|goroutine |exit status |main\.|\}$|\d{1,4}: |"
+    r"called `|left: |right: |Aborted|Execution of|BEGIN failed|--->|#\d|Segmentation|index out|explicit panic)"
+)

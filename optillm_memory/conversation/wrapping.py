@@ -1,0 +1,205 @@
+"""How an agent's tool shows a result: JSON, tags or lines around the printed text, which may tell the exit code."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+HEAD, TAIL = 6_000, 12_000
+_JSON_LIMIT = 65_536
+_CODE_KEYS = (
+    "exit_code",
+    "exitCode",
+    "exitcode",
+    "returncode",
+    "return_code",
+    "returnCode",
+    "exit_status",
+    "exitStatus",
+)
+_TEXT_KEYS = ("stdout", "output", "content", "text", "body", "result", "stderr", "message", "error", "logs")
+_WRAPS = frozenset(("stdout", "stderr", "output", "isError", "is_error", "metadata"))
+_PRINTED = frozenset(("content", "text", "body", "result", "logs", "data"))
+_TOLD = frozenset(("message", "error", "output", "stdout", "stderr", "content", "result"))
+_HTTP_CODES, _HTTP_BAD = range(100, 600), 400
+_FAILED_WORDS = frozenset(("error", "failed", "failure", "timeout", "timed_out"))
+_HTTP_KEYS = frozenset(("body", "headers", "url", "text", "data", "content", "response", "statusText"))
+
+_ANSI = re.compile(r"\x1b\[[0-9;?]{0,16}[A-Za-z]")
+_CUT_JSON = re.compile(r'(?<!\\)"(?:exit_?code|return_?code|exit_?status)"\s{0,4}:\s{0,4}(-?\d{1,10})', re.IGNORECASE)
+_TAG = re.compile(r"<(?:return_?code|exit_?code|exit_?status)>\s{0,4}(-?\d{1,10})\s{0,4}</", re.IGNORECASE)
+_COMPLETED = re.compile(r"^CompletedProcess\(args=.{0,2000}?, returncode=(-?\d{1,10})", re.DOTALL)
+_STREAM = re.compile(r"(?:'|\")?, std(?:out|err)=b?['\"]|['\"]\)$")
+_LINE = re.compile(
+    r"^(?P<mark>[\[(*]{0,3})(?:error: )?(?:(?:the )?(?:command|process) )?"
+    r"(?:exit[ _-]?(?:code|status)|return[ _-]?code|(?:exit|rc)(?=[:=])|\$\?)[\"']?\s{0,2}(?:[:=]|is|was)?\s{0,2}"
+    r"(?P<code>-?\d{1,10})[\])*.]{0,4}$",
+    re.IGNORECASE,
+)
+_SENTENCE = re.compile(
+    r"^[\[(]?(?:error: )?(?:the )?(?:command|process|program|script|task|shell|subprocess)\b.{0,60}?"
+    r"\b(?:with|returned)\s(?:a\s)?(?:non-zero\s)?(?:exit\s)?(?:code|status)[: ]\s?(?P<code>-?\d{1,10})\b",
+    re.IGNORECASE,
+)
+_RECIPE = re.compile(r"^g?make(?:\[\d{1,3}\])?: \*\*\* \[[^\]]{1,200}\] Error (?P<code>\d{1,3})$")
+_TIMED_OUT = re.compile(
+    r"^[\[(<]?(?:error: )?(?:the )?(?:command|process|execution|operation|script|tool|bash)\b.{0,60}?\btimed out\b",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(r"^(?:output|stdout|stderr|wall time)\b.{0,40}$", re.IGNORECASE | re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What was shown, less its wrapping.
+
+    `firm` is False where the exit code is only a line of text, which a file may hold as well; `wraps` is True where
+    the wrapping is known to be one. `failed` is the tool
+    protocol's own word (True, or None when it said nothing); `error` names the kind of a structured error.
+    """
+
+    text: str
+    exit_code: int | None = None
+    firm: bool = False
+    failed: bool | None = None
+    http_status: int | None = None
+    error: str = ""
+    structured: bool = False
+    wraps: bool = False
+
+
+def ends_of(text: str) -> str:
+    """Return a text's head and tail without colours: what is between them is never looked at."""
+    if len(text) > HEAD + TAIL:
+        text = f"{text[:HEAD]}\n{text[-TAIL:]}"
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return _ANSI.sub("", text) if "\x1b" in text else text
+
+
+def unwrap(observation: str) -> Shown:
+    """Read the wrapping off an observation."""
+    start = observation[:200].lstrip()
+    if start.startswith(("{", "[{")):
+        if len(observation) <= _JSON_LIMIT:
+            try:
+                return _from_json(json.loads(observation))
+            except (ValueError, RecursionError):
+                pass
+        # Cut off on its way, or too long to parse: real keys are still told from quoted ones by their quotes.
+        near = f"{observation[:2000]}\n{observation[-2000:]}"
+        if found := _CUT_JSON.search(near):
+            return Shown(
+                ends_of(observation).replace("\\n", "\n"), int(found[1]), firm=True, structured=True, wraps=True
+            )
+    elif start.startswith("CompletedProcess(") and (found := _COMPLETED.match(start + observation[200:4000])):
+        printed = _STREAM.sub("\n", ends_of(observation)).replace("\\n", "\n").partition("\n")[2]
+        return Shown(printed, int(found[1]), firm=True, wraps=True)
+    return _from_text(ends_of(observation))
+
+
+def _from_text(text: str, *, firm: bool = False) -> Shown:
+    for near in (text[:400], text[-400:]):
+        if found := _TAG.search(near):
+            return Shown(_TAG.sub("<", text), int(found[1]), firm=True, wraps=True)
+    lines = [line for line in text.split("\n") if line.strip()]
+    for line in [*lines[:2], *reversed(lines[-4:])]:
+        bare = line.strip()[:300]
+        if _TIMED_OUT.match(bare):
+            return Shown(text, failed=True, error="timeout", wraps=True)
+        found = _LINE.match(bare) or _SENTENCE.match(bare) or _RECIPE.match(bare)
+        if found:
+            own = found.re is not _RECIPE and (bare[0] in "[(*" or bool(_LABEL.search(text[:400])))
+            return Shown(_without(text, line), int(found["code"]), firm=firm or own, wraps=found.re is not _RECIPE)
+    return Shown(text)
+
+
+def _without(text: str, line: str) -> str:
+    """Return the text without the wrapping's own line, so that only what the program printed is left."""
+    if _RECIPE.match(line.strip()):
+        return text
+    before, _, after = text.partition(line)
+    return f"{before}{after}".strip("\n")
+
+
+def _from_json(value: Any) -> Shown:
+    """Read a JSON result, its objects one level down, and the parts of a content list."""
+    if isinstance(value, list):
+        return (
+            _from_text(ends_of("\n".join(_texts(value))), firm=True)
+            if _are_parts(value)
+            else Shown(ends_of(str(value)))
+        )
+    code, failed, status, error = None, None, None, ""
+    texts: list[str] = []
+    for level in _levels(value):
+        for key in _CODE_KEYS:
+            found = level.get(key)
+            if code is None and isinstance(found, int) and not isinstance(found, bool):
+                code = found
+        bad, said = _protocol(level)
+        failed = failed or bad
+        error = error or said
+        number = level.get("status", level.get("status_code", level.get("statusCode")))
+        if status is None and type(number) is int and number in _HTTP_CODES:
+            status = number if failed or number >= _HTTP_BAD or _HTTP_KEYS & level.keys() else None
+        for key in _TEXT_KEYS:
+            texts.extend(_texts(level.get(key)))
+    text = ends_of("\n".join(texts))
+    if code is None and _are_parts(value.get("content")):
+        inner = _from_text(text, firm=True)
+        text, code = inner.text, inner.exit_code
+        failed = failed or inner.failed
+    wraps = bool(_WRAPS & value.keys()) or _are_parts(value.get("content"))
+    wraps = wraps or (code is not None and bool(_PRINTED & value.keys()))
+    return Shown(text, code, code is not None, failed, status, error, structured=True, wraps=wraps)
+
+
+def _levels(value: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield value
+    for inner in list(value.values())[:20]:
+        if isinstance(inner, Mapping):
+            yield inner
+
+
+def _protocol(level: Mapping[str, Any]) -> tuple[bool | None, str]:
+    """Return whether a result says of itself that the call failed, and the kind of error that it names."""
+    error = level.get("error")
+    name = ""
+    if isinstance(error, Mapping):
+        name = str(error.get("type") or error.get("code") or error.get("name") or "")[:80]
+    stated = level.get("status")
+    failed = (
+        level.get("isError") is True
+        or level.get("is_error") is True
+        or level.get("success") is False
+        or level.get("ok") is False
+        or level.get("timed_out") is True
+        or (
+            isinstance(stated, str)
+            and stated.lower() in _FAILED_WORDS
+            and (len(level) == 1 or bool(_TOLD & level.keys()))
+        )
+        or (isinstance(error, (str, Mapping)) and bool(error))
+    )
+    return (True if failed else None), name
+
+
+def _are_parts(value: Any) -> bool:
+    return isinstance(value, list) and any(
+        isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in value[:20]
+    )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts of a field: itself, its content parts, or an error object's message."""
+    if isinstance(value, str) and value:
+        yield value
+    elif isinstance(value, list):
+        for part in value[:50]:
+            if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+                yield part["text"]
+    elif isinstance(value, Mapping) and isinstance(value.get("message"), str):
+        yield value["message"]

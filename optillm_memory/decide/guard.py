@@ -1,0 +1,36 @@
+"""The guard at the action's site: whether an action is about to be repeated that is known to fail."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from optillm_memory.records import PastAttempt, Step
+
+# A test or a build that failed may well pass now, a server may be back: only the action itself is to blame here.
+_NOT_THE_ACTION = frozenset(("test_summary", "compiler", "http"))
+_CHANGEABLE = ("http|", "curl|", "tool|timeout")
+
+
+def known_to_fail(
+    past: Sequence[PastAttempt], here: Sequence[Step], *, episode_id: str, now: float, expiry_s: float
+) -> list[PastAttempt]:
+    """Return the failures of an action that speak against doing it again, latest first; none where it may work.
+
+    It may where it worked since, where its failures are older than `expiry_s` seconds (what is not supported today may
+    be tomorrow), and where this very conversation did something else since: its state is another.
+    """
+    decided = sorted((p for p in past if p.verdict != "unknown"), key=lambda p: p.at, reverse=True)
+    failures: list[PastAttempt] = []
+    for attempt in decided:
+        if attempt.verdict == "success":
+            break
+        if now - attempt.at <= expiry_s and not _about_something_else(attempt):
+            failures.append(attempt)
+    own = {p.step_id for p in failures if p.episode_id == episode_id}
+    if own and here and here[-1].step_id not in own and any(s.step_id in own for s in here):
+        return []
+    return failures
+
+
+def _about_something_else(attempt: PastAttempt) -> bool:
+    return attempt.basis in _NOT_THE_ACTION or attempt.signature.lower().startswith(_CHANGEABLE)

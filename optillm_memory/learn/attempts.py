@@ -1,0 +1,77 @@
+"""Attempts: steps with what their observations say, in the form that fixes are mined from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from optillm_memory.conversation.actions import Action
+from optillm_memory.conversation.complaints import lines_of
+from optillm_memory.conversation.observation import Reading
+from optillm_memory.conversation.reports import report_of
+from optillm_memory.conversation.wrapping import unwrap
+from optillm_memory.records import Verdict
+
+OUTPUT_LIMIT = 4_000
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A step with what its observation says of it; `trace_id` is the trace that asked for it."""
+
+    step_id: str
+    parent_id: str
+    trace_id: str
+    action: Action
+    output: str
+    verdict: Verdict
+    basis: str
+    signature: str
+    message: str
+    at: float
+
+
+def message_of(reading: Reading, observation: str) -> str:
+    """Return the error in a few words, as it was printed."""
+    if reading.verdict != "failure":
+        return ""
+    signature = reading.signature
+    if signature is None:
+        return f"exit code {reading.exit_code}" if reading.exit_code else observation.strip().partition("\n")[0][:200]
+    text = signature.message
+    for held in signature.slots:
+        start = text.find("<")
+        end = text.find(">", start)
+        if start < 0 or end < 0:
+            break
+        kind = text[start + 1 : end]
+        shown = f"'{held}'" if kind == "quoted" else held
+        text = f"{text[:start]}{shown}{text[end + 1 :]}"
+    named = f"{signature.error}: {text}" if signature.error and signature.error not in text else text
+    return named.strip(": ")[:300]
+
+
+def nature_of(reading: Reading, observation: str) -> str:
+    """Return what a verdict is about: `test_summary` and `compiler` where what was tested or compiled is to blame."""
+    if reading.verdict != "failure" or reading.basis != "exit_code":
+        return reading.basis
+    if report_of(lines_of(unwrap(observation).text)) is not None:
+        return "test_summary"
+    signature = reading.signature
+    compiled = signature is not None and (
+        signature.language in ("c", "rust") or (signature.language in ("java", "go") and signature.error == "error")
+    )
+    return "compiler" if compiled else reading.basis
+
+
+def shortened(text: str) -> str:
+    """Return an output's ends: what is learned from is there."""
+    if len(text) <= OUTPUT_LIMIT:
+        return text
+    return f"{text[: OUTPUT_LIMIT // 2]}\n…\n{text[-OUTPUT_LIMIT // 2 :]}"
+
+
+def environment_of(tags: Mapping[str, str]) -> str:
+    """Return the name of the environment that a request's tags describe."""
+    return json.dumps(dict(sorted(tags.items())))

@@ -1,0 +1,279 @@
+"""A case: a failing action and what it printed, with the named parts that an edit program can take hold of."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
+from functools import cached_property
+
+_TOKEN = re.compile(r"""(?:'[^'\n]{0,2000}'|"[^"\n]{0,2000}"|\\.|[^\s'"\\])+|\S""")
+_QUOTED = re.compile(r"""(?<![\w])(?:'([^'\n]{1,200})'|"([^"\n]{1,200})"|`([^`'\n]{1,200})[`'])(?!\w)""")
+_WORD = re.compile(r"[\w.+@%~/:-]*[\w+@%~/]")
+_MEANT = re.compile(
+    r"did you mean|you meant|most similar|similar (?:command|choice)|perhaps you|candidates are|instead|closest",
+    re.IGNORECASE,
+)
+_COMPLAINT = re.compile(
+    r"\b(?:unknown|unrecogni[sz]ed|invalid|illegal|ambiguous|undefined|missing|error|fatal|cannot|can't|not|no such)\b",
+    re.IGNORECASE,
+)
+_PATH = re.compile(r"[\w.~-]{0,200}(?:/[\w.~+-]{1,200}){1,40}/?")
+_LINES, _CHARS, _WORDS = 200, 12_000, 1_500
+WRAPPERS = frozenset(("sudo", "env", "time", "nohup", "command"))
+CLOSE = 0.5
+
+
+class Case:
+    """One failing action with its output; every part is computed once, when a program first asks for it."""
+
+    def __init__(self, action: str, output: str, vocabulary: Vocabulary | None = None) -> None:
+        """Take the action's text and what it printed (its ends count: a long output is shortened in the middle)."""
+        self.action = action
+        if len(output) > _CHARS:
+            output = output[: _CHARS // 2] + "\n" + output[-_CHARS // 2 :]
+        self.output = output
+        self.vocabulary = vocabulary
+
+    @cached_property
+    def tokens(self) -> list[str]:
+        """The action's words; a quoted text is one word, an unbalanced quote a word's part."""
+        return _TOKEN.findall(self.action) if _balanced(self.action) else self.action.split()
+
+    @cached_property
+    def head(self) -> int:
+        """The index of the program's name, past `sudo` and the like and past assignments."""
+        for index, token in enumerate(self.tokens):
+            if token not in WRAPPERS and not re.match(r"\w{1,50}=", token):
+                return index
+        return 0
+
+    @property
+    def program(self) -> str:
+        """The program's name without its folder."""
+        return posixpath.basename(self.tokens[self.head]) if self.tokens else ""
+
+    @cached_property
+    def flags(self) -> list[int]:
+        """Indices of the words that start with a dash."""
+        return [i for i in range(self.head + 1, len(self.tokens)) if self.tokens[i].startswith("-")]
+
+    @cached_property
+    def arguments(self) -> list[int]:
+        """Indices of the other words after the program's name."""
+        return [i for i in range(self.head + 1, len(self.tokens)) if not self.tokens[i].startswith("-")]
+
+    @cached_property
+    def lines(self) -> list[str]:
+        """The output's lines."""
+        return self.output.splitlines()[:_LINES]
+
+    @cached_property
+    def words(self) -> list[str]:
+        """The output's words, in order."""
+        return [w for w in (w.strip(":.,") for w in _WORD.findall(self.output)[:_WORDS]) if w]
+
+    @cached_property
+    def quoted(self) -> list[str]:
+        """What the output quotes, each once."""
+        return list(dict.fromkeys(next(g for g in m.groups() if g) for m in _QUOTED.finditer(self.output)))[:12]
+
+    @cached_property
+    def named(self) -> list[tuple[int, str]]:
+        """The words of the action that may be at fault, the likeliest first: (index, the part that is meant).
+
+        What the output quotes comes first, then what stands on a line that complains, then what no working action
+        had, then what the output merely mentions (a usage text repeats the good words).
+        """
+        quoted, complained, mentioned = set(self.quoted), self._complained, set(self.words)
+        known = set(self.vocabulary.words(self.program, first=False)) if self.vocabulary else set()
+        programs = set(self.vocabulary.words("", first=True)) if self.vocabulary else set()
+        found: list[tuple[float, int, str]] = []
+        for index, token in enumerate(self.tokens):
+            parts = [p for p in _parts(token) if len(p) > 1 and any(c.isalnum() for c in p)]
+            part = next((p for p in parts if p in quoted or p in complained), None)
+            part = part or next((p for p in parts if p in mentioned), None)
+            strange = index == self.head and bool(programs) and self.program not in programs
+            if part is None and not strange and (index <= self.head or token.startswith("-") or not parts):
+                continue
+            part = part or token
+            score = 3.0 * (part in quoted) + 2.0 * (part in complained) - 1.0 * (part in mentioned)
+            score += 0.5 * (part not in known) - 0.5 * token.startswith("-")
+            score += 1.0 if strange else -1.5 * (index <= self.head)
+            found.append((-score, index, part))
+        return [(index, part) for _, index, part in sorted(found)]
+
+    @cached_property
+    def _complained(self) -> set[str]:
+        lines = [line for line in self.lines[:40] if _COMPLAINT.search(line)][:4]
+        return {w.strip(":.,") for line in lines for w in _WORD.findall(line)}
+
+    @cached_property
+    def suggested(self) -> list[str]:
+        """What the output proposes: words after "did you mean" and the like, and on the indented lines that follow."""
+        found: list[str] = []
+        for number, line in enumerate(self.lines):
+            match = _MEANT.search(line)
+            if not match:
+                continue
+            rest = line[match.end() :]
+            found += [next(g for g in m.groups() if g) for m in _QUOTED.finditer(rest)] or [
+                w.strip(".?!,")
+                for w in _WORD.findall(rest.partition(":")[2] or rest)[-1:]
+                if ":" in rest or "?" in rest
+            ]
+            for after in self.lines[number + 1 : number + 12]:
+                words = after.split()
+                if not words and found:
+                    break
+                if len(words) == 1:
+                    found.append(words[0].strip("`'\""))
+                elif words:
+                    break
+        known = set(self.tokens)
+        return [w for w in dict.fromkeys(found) if w and w not in known and w.lower() not in ("this", "these")][:12]
+
+    @cached_property
+    def proposals(self) -> list[list[str]]:
+        """Whole commands that the output shows: on a line of their own or quoted, as words."""
+        found: list[str] = []
+        for line in self.lines:
+            found += [g for m in _QUOTED.finditer(line) if (g := next(x for x in m.groups() if x)).count(" ")]
+            text = line.strip()
+            lowered = text.lower()
+            for lead in ("run ", "use ", "try ", "usage: "):
+                if lowered.startswith(lead):
+                    text = text[len(lead) :]
+            if line[:1] in " \t" and text.count(" ") and re.match(r"[\w./-]+ ", text):
+                found.append(text)
+        split = [(_TOKEN.findall(t) if _balanced(t) else t.split()) for t in dict.fromkeys(found)]
+        # What starts with the failing program comes first: that is what it proposes instead.
+        split.sort(key=lambda words: posixpath.basename(words[0]) != self.program)
+        return split[:6]
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """Paths in the output, each once."""
+        return list(dict.fromkeys(_PATH.findall(self.output)))[:12]
+
+    def after(self, keyword: str) -> str | None:
+        """Return the output's word that follows a keyword."""
+        return self._following.get(keyword.lower())
+
+    @cached_property
+    def _following(self) -> dict[str, str]:
+        following: dict[str, str] = {}
+        for word, after in zip(self.words, self.words[1:], strict=False):
+            following.setdefault(word.lower(), after)
+        return following
+
+    def near(self, word: str, where: str) -> str | None:
+        """Return the word most like another: in what the output proposes, in all of the output, or among known words.
+
+        `any` takes the first of the three that has one.
+        """
+        key = (word, where)
+        if key not in self._near:
+            self._near[key] = self._nearest(word, where)
+        return self._near[key]
+
+    def _nearest(self, word: str, where: str) -> str | None:
+        if where == "any":
+            return self.near(word, "suggested") or self.near(word, "output") or self.near(word, "known")
+        if where == "suggested":
+            return nearest(word, self.suggested)
+        if where == "output":
+            return nearest(word, self._pool)
+        if self.vocabulary is None:
+            return None
+        first = bool(self.tokens) and word == self.tokens[self.head]
+        own = nearest(word, self.vocabulary.words(self.program, first=first))
+        return own or (None if first else nearest(word, self.vocabulary.words("", first=False)))
+
+    @cached_property
+    def _pool(self) -> list[str]:
+        return list(dict.fromkeys(self.words))
+
+    @cached_property
+    def _near(self) -> dict[tuple[str, str], str | None]:
+        return {}
+
+
+class Vocabulary:
+    """Words that worked before: program names, and the words that stood after each of them."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._programs: dict[str, int] = {}
+        self._after: dict[str, dict[str, int]] = {}
+
+    def add(self, action: str, count: int = 1) -> None:
+        """Count the words of an action that worked; -1 takes it out again."""
+        for part in re.split(r"\s(?:&&|\|\||;|\|)\s", action):
+            case = Case(part, "")
+            if case.tokens:
+                _count(self._programs, case.program, count)
+                for index in case.arguments[:2]:
+                    for program in (case.program, ""):
+                        _count(self._after.setdefault(program, {}), case.tokens[index], count)
+
+    def words(self, program: str, *, first: bool) -> Sequence[str]:
+        """Return the known program names, or the words known to follow one (any, for the empty name)."""
+        return tuple(self._programs) if first else tuple(self._after.get(program, ()))
+
+
+def nearest(word: str, pool: Sequence[str]) -> str | None:
+    """Return the word of the pool most like another, None where none is close; equal words do not count."""
+    best, best_ratio = None, CLOSE
+    matcher = SequenceMatcher(autojunk=False)
+    matcher.set_seq2(word.lower())
+    for other in pool:
+        if other == word or len(other) > 60:  # noqa: PLR2004
+            continue
+        matcher.set_seq1(other.lower())
+        if matcher.real_quick_ratio() + 0.15 >= best_ratio and matcher.quick_ratio() + 0.15 >= best_ratio:
+            ratio = matcher.ratio()
+            if ratio < CLOSE:
+                continue
+            ratio += 0.1 * (sorted(word) == sorted(other)) + 0.05 * (word[0] == other[0])
+            if ratio > best_ratio or best is None:
+                best, best_ratio = other, ratio
+    return best
+
+
+def _balanced(text: str) -> bool:
+    return text.count("'") % 2 == 0 and text.count('"') % 2 == 0
+
+
+def _parts(token: str) -> list[str]:
+    bare = token.strip("'\"")
+    return [token, bare, *re.split(r"[:=,]", bare)]
+
+
+def _count(counts: dict[str, int], word: str, by: int) -> None:
+    counts[word] = counts.get(word, 0) + by
+    if counts[word] <= 0:
+        del counts[word]
+
+
+def _host(text: str) -> str | None:
+    match = re.match(r"[a-z][a-z0-9+.-]{1,20}://([^/\s]{1,300})", text)
+    return match.group(1) if match else None
+
+
+# What a word can become without any literal of its own.
+TRANSFORMS: dict[str, Callable[[str], str | None]] = {
+    "same": lambda t: t,
+    "dirname": lambda t: posixpath.dirname(t.rstrip("/")) or None,
+    "dirname_of_file": lambda t: posixpath.dirname(t) or None,
+    "basename": lambda t: posixpath.basename(t.rstrip("/")) or None,
+    "without_slash": lambda t: t.rstrip("/") or None,
+    "without_extension": lambda t: posixpath.splitext(t)[0] or None,
+    "unquoted": lambda t: t.strip("'\"`"),
+    "host": _host,
+    "parent_domain": lambda t: t.partition(".")[2] or None,
+    "bare": lambda t: t.lstrip("./-"),
+    "escaped": lambda t: t.replace("'", "\\'").replace('"', '\\"'),
+    "lower": str.lower,
+}

@@ -1,0 +1,303 @@
+"""Edit programs: how a failing action becomes the one that worked, in terms that carry over to another case.
+
+A program is a nested tuple of names, numbers and texts: data, never code. It is applied by interpreting it on a Case;
+wherever one of its parts is not there, it abstains (None).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from optillm_memory.learn.cases import TRANSFORMS, Case
+
+Program = tuple[Any, ...]
+Selector = tuple[Any, ...]
+Expression = tuple[Any, ...]
+_LONGEST = 4_000
+
+
+def apply(program: Program, case: Case) -> str | None:
+    """Return the action that the program makes of a case; None where it does not fit or changes nothing."""
+    made = _PROGRAMS[program[0]](program, case)
+    if made is None or not made.strip() or made == case.action or len(made) > _LONGEST:
+        return None
+    return made
+
+
+def evaluate(expression: Expression, case: Case, own: str | None = None) -> str | None:
+    """Return the text that an expression stands for in a case; `own` is the word that it takes the place of."""
+    kind = expression[0]
+    if kind == "own":
+        return own
+    if kind in _WRAPPERS:
+        text = evaluate(expression[-1], case, own)
+        return None if text is None else _WRAPPERS[kind](expression, text, case)
+    return _EXPRESSIONS[kind](expression, case)
+
+
+def select(selector: Selector, case: Case) -> int | None:
+    """Return the index of the word that a selector means in a case."""
+    kind, value = selector
+    if kind == "start":
+        index = case.head + value
+    elif kind == "first":
+        index = value
+    elif kind == "end":
+        index = len(case.tokens) - 1 - value
+    elif kind == "is":
+        return case.tokens.index(value) if value in case.tokens else None
+    else:
+        places = _places(kind, case)
+        if not -len(places) <= value < len(places):
+            return None
+        index = places[value]
+    return index if 0 <= index < len(case.tokens) else None
+
+
+def cost(program: Program) -> float:
+    """Return how special a program is: the longer its own texts and the more parts, the dearer (in rough bits)."""
+    kind, *parts = program
+    if kind == "whole":
+        return 12.0 + 0.25 * len(parts[0])
+    if kind == "propose":
+        return 3.0 + parts[0]
+    if kind == "named":
+        return 1.5 + parts[0] + expression_cost(parts[1])
+    if kind == "each_named":
+        return 3.0
+    if kind == "wrap":
+        return 2.0 + 0.12 * (len(parts[0]) + len(parts[1]))
+    if kind == "characters":
+        return 4.0
+    if kind == "spaced":
+        return 2.0
+    if kind == "chain":
+        return 1.0 + sum(_piece_cost(piece) for piece in parts[1])
+    if kind == "without":
+        return 2.5
+    total = 0.0
+    for anchor, count, side, expressions in parts[0]:
+        total += 1.0 + selector_cost(anchor) + 0.2 * count + (0.3 if side else 0.0)
+        total += sum(expression_cost(e) for e in expressions)
+    return total
+
+
+def _piece_cost(piece: Program) -> float:
+    if piece[0] == "words":
+        return 0.5 + sum(expression_cost(e) for e in piece[1])
+    return 0.0 if piece[0] == "same" else cost(piece)
+
+
+def selector_cost(selector: Selector) -> float:
+    """Return a selector's share of a program's cost."""
+    kind, value = selector
+    if isinstance(value, str):  # a flag or a plain word may be part of the language, a name or a path is the case's own
+        return 1.2 if value.lstrip("-").replace("-", "").islower() and value.isascii() else 2.5
+    return float(_SELECTOR_COST[kind] + 0.4 * abs(value))
+
+
+def expression_cost(expression: Expression) -> float:
+    """Return an expression's share of a program's cost."""
+    kind, *parts = expression
+    if kind == "word":
+        return 0.5 + selector_cost(parts[0])
+    if kind == "own":
+        return 0.3
+    if kind == "after":
+        return 4.5
+    if kind == "map":
+        return 1.0 + expression_cost(parts[1])
+    if kind == "near":
+        return 1.0 + expression_cost(parts[1]) + {"any": 0.0, "suggested": 0.4, "output": 0.4, "known": 0.7}[parts[0]]
+    if kind == "affix":
+        return 2.0 + 0.3 * (len(parts[0]) + len(parts[1])) + expression_cost(parts[2])
+    if kind == "replace":
+        return 2.0 + 0.3 * (len(parts[1]) + len(parts[2])) + expression_cost(parts[3])
+    if kind == "text":
+        return 2.0 + 0.3 * min(len(parts[0]), 30)
+    return 1.5 + sum(0.4 * p for p in parts if isinstance(p, int))
+
+
+_SELECTOR_COST = {"start": 0.6, "first": 0.7, "repeated": 0.4, "end": 0.8, "named": 0.5, "flag": 0.8, "argument": 0.7}
+
+
+def _places(kind: str, case: Case) -> list[int]:
+    if kind == "named":
+        return [index for index, _ in case.named]
+    if kind == "repeated":
+        return [i for i in range(1, len(case.tokens)) if case.tokens[i] == case.tokens[i - 1]]
+    return case.flags if kind == "flag" else case.arguments
+
+
+def _hunks(program: Program, case: Case) -> str | None:
+    words: list[str | None] = list(case.tokens)
+    extra: dict[int, list[str]] = {}
+    for anchor, count, side, expressions in program[1]:
+        at = select(anchor, case)
+        if at is None or at + count > len(words):
+            return None
+        for index in range(at, at + count):
+            if words[index] is None:
+                return None
+            words[index] = None
+        made = []
+        for offset, expression in enumerate(expressions):
+            text = evaluate(expression, case, case.tokens[at + min(offset, count - 1)] if count else None)
+            if text is None:
+                return None
+            made.append(text)
+        extra.setdefault(at + side, []).extend(made)
+    result: list[str] = []
+    for index in range(len(words) + 1):
+        result += extra.get(index, [])
+        if index < len(words) and (word := words[index]) is not None:
+            result.append(word)
+    return " ".join(result)
+
+
+def _named(program: Program, case: Case) -> str | None:
+    _, number, expression = program
+    if number >= len(case.named):
+        return None
+    index, part = case.named[number]
+    made = evaluate(expression, case, part)
+    if made is None or made == part:
+        return None
+    words = list(case.tokens)
+    words[index] = words[index].replace(part, made, 1)
+    return " ".join(words)
+
+
+def _each_named(program: Program, case: Case) -> str | None:
+    words = list(case.tokens)
+    for index, part in case.named:
+        made = case.near(part, program[1])
+        if made is not None:
+            words[index] = words[index].replace(part, made, 1)
+    return " ".join(words)
+
+
+def _without(program: Program, case: Case) -> str | None:
+    return " ".join(t for t in case.tokens if t != program[1])
+
+
+def _wrap(program: Program, case: Case) -> str:
+    _, before, after, quoted = program
+    action = case.action.strip()
+    return before + (action.replace('"', '\\"') if quoted else action) + after
+
+
+def _propose(program: Program, case: Case) -> str | None:
+    # What the output proposes, with what else the action said.
+    _, number, how = program
+    if number >= len(case.proposals):
+        return None
+    proposal = case.proposals[number]
+    if how == "alone":
+        return " ".join(proposal)
+    words = case.tokens[case.head :]
+    if not words or words[0] != proposal[0]:  # it proposes another program
+        return " ".join([*case.tokens[: case.head], *proposal, *words[1:]])
+    # Options before the subcommand stay there.
+    at = words.index(proposal[1]) if len(proposal) > 1 and proposal[1] in words else 0
+    rest = [w for w in words[at + 1 :] if not _covered(w, proposal)]
+    if how == "flags":
+        rest = [w for w in rest if w.startswith("-")]
+    return " ".join([*case.tokens[: case.head], *words[: max(at, 1)], *proposal[1:], *rest])
+
+
+def _covered(word: str, proposal: list[str]) -> bool:
+    # What is proposed already says it: the word itself, or a short flag by its long twin.
+    if word in proposal:
+        return True
+    letter = word[1:] if len(word) == 2 and word[0] == "-" else ""  # noqa: PLR2004
+    return bool(letter) and any(f"-{letter}" in p for p in proposal if p.startswith("--"))
+
+
+def _chain(program: Program, case: Case) -> str | None:
+    made = []
+    for piece in program[2]:
+        if piece[0] == "same":
+            text: str | None = case.action.strip()
+        elif piece[0] == "words":
+            words = [evaluate(expression, case) for expression in piece[1]]
+            text = None if any(w is None for w in words) else " ".join(w for w in words if w is not None)
+        else:
+            text = apply(piece, case)
+        if not text:
+            return None
+        made.append(text)
+    return f" {program[1]} ".join(made)
+
+
+def _spaced(_program: Program, case: Case) -> str | None:
+    # A known program's name and its first argument were run together.
+    if case.vocabulary is None or not case.tokens:
+        return None
+    name = case.tokens[case.head]
+    known = case.vocabulary.words("", first=True)
+    start = max((w for w in known if name.startswith(w) and w != name), key=lambda w: (len(w), w), default="")
+    if not start:
+        return None
+    return " ".join([*case.tokens[: case.head], start, name[len(start) :], *case.tokens[case.head + 1 :]])
+
+
+_PROGRAMS = {
+    "hunks": _hunks,
+    "wrap": _wrap,
+    "characters": lambda program, case: case.action.replace(program[1], program[2]),
+    "named": _named,
+    "each_named": _each_named,
+    "without": _without,
+    "propose": _propose,
+    "chain": _chain,
+    "spaced": _spaced,
+    "whole": lambda program, _case: program[1],
+}
+
+
+def _at(items: list[str], index: int) -> str | None:
+    return items[index] if -len(items) <= index < len(items) else None
+
+
+def _word(expression: Expression, case: Case) -> str | None:
+    index = select(expression[1], case)
+    return None if index is None else case.tokens[index]
+
+
+def _replace(expression: Expression, text: str, _case: Case) -> str | None:
+    _, where, old, new, _ = expression
+    if where == "start":
+        return new + text[len(old) :] if text.startswith(old) else None
+    if where == "end":
+        return text[: len(text) - len(old)] + new if text.endswith(old) else None
+    return text.replace(old, new, 1) if old in text else None
+
+
+# Expressions about another expression, which stands last in them.
+_WRAPPERS: dict[str, Callable[[Expression, str, Case], str | None]] = {
+    "map": lambda expression, text, _case: TRANSFORMS[expression[1]](text),
+    "near": lambda expression, text, case: case.near(text, expression[1]),
+    "affix": lambda expression, text, _case: f"{expression[1]}{text}{expression[2]}",
+    "replace": _replace,
+}
+
+
+def _proposed(expression: Expression, case: Case) -> str | None:
+    _, number, start, whole = expression
+    if number >= len(case.proposals):
+        return None
+    words = case.proposals[number][start:]
+    return (" ".join(words) if whole else words[0]) if words else None
+
+
+_EXPRESSIONS = {
+    "text": lambda expression, _case: expression[1],
+    "word": _word,
+    "quoted": lambda expression, case: _at(case.quoted, expression[1]),
+    "suggested": lambda expression, case: _at(case.suggested, expression[1]),
+    "path": lambda expression, case: _at(case.paths, expression[1]),
+    "after": lambda expression, case: case.after(expression[1]),
+    "proposed": _proposed,
+}

@@ -1,0 +1,205 @@
+"""Fixes: a failing action and what worked instead, mined from the steps of an episode."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Literal
+
+from optillm_memory.conversation.actions import Action, normal_action
+from optillm_memory.learn.attempts import Attempt
+from optillm_memory.records import Feedback, Scope
+
+Relation = Literal["instead", "first", "note"]
+# How far after a failure its fix is looked for, in steps; an agent that wandered further solved something else.
+WINDOW = 8
+_ALIKE = 0.6
+_SHARED = 0.34
+_NOTE = 1_000
+_FIRST_MOST = 3  # actions in between that may together be what a repeated action needed
+_LOOKS = frozenset(("cat", "ls", "head", "tail", "pwd", "which", "find", "tree", "less", "echo", "type", "file", "wc"))
+# What was tested or compiled was wrong, not the action that tested or compiled it.
+ABOUT_SOMETHING_ELSE = frozenset(("test_summary", "compiler"))
+
+
+@dataclass(frozen=True, slots=True)
+class Fix:
+    """A failing action, what it printed, and the action that worked `instead`, or that had to come `first`.
+
+    A `note` tells what was done where that was no action of the same tool: a file written, a diff, a paragraph.
+    """
+
+    action: Action
+    output: str
+    signature: str
+    relation: Relation
+    text: str
+
+    def memory_id(self, scope: Scope) -> str:
+        """Return the id of the memory that says so: the same fix of the same failure in a scope is one memory."""
+        parts = (scope.tenant, scope.namespace, scope.user_id, scope.agent_id, self.action.key, self.signature)
+        text = "\x1f".join((*parts, self.relation, normal_action(self.text)))
+        return "fix-" + hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=12).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class FixEvidence:
+    """What one step says of one fix. `role`: it was `mined` there, `shown` by somebody, or `followed` on advice."""
+
+    memory_id: str
+    step_id: str
+    role: Literal["mined", "shown", "followed"]
+    success: bool
+    verified: bool
+    trace_id: str
+    fix: Fix | None = None
+
+
+def mine(attempts: Sequence[Attempt]) -> list[tuple[Fix, Attempt]]:
+    """Return the fixes that the steps of one episode show, each with the step that worked.
+
+    A failing step is fixed by the next success of the same intent on its own branch: another action of the same tool
+    that is alike, or the same action after something else was done first.
+    """
+    found: list[tuple[Fix, Attempt]] = []
+    for failed in attempts:
+        if failed.verdict != "failure" or not failed.action.text.strip():
+            continue
+        between: list[Attempt] = []
+        for later in _after(failed, attempts):
+            if later.action.key == failed.action.key:
+                if later.verdict == "success" and (done := _between(between)):
+                    relation, text = _told(done, failed.action)
+                    found.append((Fix(failed.action, failed.output, failed.signature, relation, text), later))
+                if later.verdict != "unknown":
+                    break
+            elif failed.basis not in ABOUT_SOMETHING_ELSE and _repairs(failed, later, attempts):
+                text = later.action.text
+                found.append((Fix(failed.action, failed.output, failed.signature, "instead", text), later))
+                break
+            between.append(later)
+    return found
+
+
+def shown(standing: Iterable[Feedback], attempts: Sequence[Attempt], answer: str | None) -> tuple[Fix, Feedback] | None:
+    """Return the fix that a demonstration on a failed trace shows, with the demonstration.
+
+    What failed is the evidence's command, else the one action that the trace asked for, else its answer in words.
+    """
+    rows = list(standing)
+    demonstrations = [f for f in rows if f.metric == "demonstration" and isinstance(f.value, str)]
+    failures = [f for f in rows if f.metric == "error" or (f.evidence and f.evidence.get("exit_code"))]
+    failed = [a for a in attempts if a.verdict == "failure"]
+    if not demonstrations or not (failures or failed):
+        return None
+    evidence: Mapping[str, object] = next((f.evidence for f in failures if f.evidence), {})
+    output = str(evidence.get("output") or next((f.value for f in failures if f.metric == "error"), "") or "")
+    if command := evidence.get("command"):
+        tool, field = (failed[0].action.tool, failed[0].action.field) if failed else ("shell", "")
+        action = Action(tool, field, str(command))
+    elif failed:
+        action = failed[0].action
+    elif answer:
+        action = Action("shell", "", answer)
+    else:
+        return None
+    known = failed[0] if failed and failed[0].action.key == action.key else None
+    text = str(demonstrations[-1].value)
+    if normal_action(text) == normal_action(action.text):
+        return None
+    signature = known.signature if known else ""
+    relation: Relation = "note" if text.strip().count("\n") > action.text.count("\n") + 1 else "instead"
+    return Fix(action, output or (known.output if known else ""), signature, relation, text), demonstrations[-1]
+
+
+def followed(attempts: Sequence[Attempt], advice: Mapping[str, Sequence[tuple[str, str]]]) -> list[FixEvidence]:
+    """Return how it went where an agent did what a fix said: `advice` holds (memory id, action) by trace."""
+    found = []
+    for attempt in attempts:
+        for memory_id, text in advice.get(attempt.trace_id, ()):
+            decided = attempt.verdict in ("success", "failure")
+            if decided and attempt.basis not in ABOUT_SOMETHING_ELSE and _is(attempt.action, text):
+                success = attempt.verdict == "success"
+                found.append(FixEvidence(memory_id, attempt.step_id, "followed", success, False, attempt.trace_id))
+    return found
+
+
+def fix_status(tallies: Iterable[tuple[int, int, int, int]]) -> str:
+    """Return a fix's status from (verified successes, verified failures, inferred successes, inferred failures).
+
+    There is one tuple for each environment: what fails in one may stand in another.
+    """
+    rows = list(tallies)
+    if any(good > bad for good, bad, _, _ in rows):
+        return "verified"
+    if any(good for good, _, _, _ in rows):
+        return "quarantined"
+    if any(good > bad + wrong for _, wrong, good, bad in rows):
+        return "candidate"
+    return "quarantined" if any(good for _, _, good, _ in rows) else "withdrawn"
+
+
+def value_in(environment: str, tallies: Mapping[str, tuple[int, int, int, int]]) -> float:
+    """Return a fix's value in one environment: its own record there, shrunk to a quarter of its record elsewhere.
+
+    A posterior mean under Beta(2, 1); inferred evidence weighs half of verified evidence.
+    """
+    good, bad = 2.0, 1.0
+    for where, (right, wrong, likely, unlikely) in tallies.items():
+        weight = 1.0 if where == environment else 0.25
+        good += weight * (right + 0.5 * likely)
+        bad += weight * (wrong + 0.5 * unlikely)
+    return good / (good + bad)
+
+
+def _after(failed: Attempt, attempts: Sequence[Attempt]) -> list[Attempt]:
+    # The steps that follow on the same branch, nearest first; where it forks, the branch that was gone last.
+    last = {a.parent_id: a for a in attempts}
+    chain: list[Attempt] = []
+    at = failed.step_id
+    while at in last and len(chain) < WINDOW:
+        chain.append(last[at])
+        at = last[at].step_id
+    return chain
+
+
+def _repairs(failed: Attempt, later: Attempt, attempts: Sequence[Attempt]) -> bool:
+    alike = later.verdict != "failure" and _same_intent(failed.action, later.action)
+    return alike and _worked(later, attempts)
+
+
+def _worked(later: Attempt, attempts: Sequence[Attempt]) -> bool:
+    # No word of success is enough where nothing complained and the agent did not try the same again.
+    if later.verdict == "success":
+        return True
+    return not any(_same_intent(later.action, after.action) for after in _after(later, attempts))
+
+
+def _same_intent(failed: Action, later: Action) -> bool:
+    if (failed.tool, failed.field) != (later.tool, later.field):
+        return False
+    one, other = failed.text.split(), later.text.split()
+    if not one or not other:
+        return False
+    shared = len(set(one) & set(other)) / len(set(one) | set(other))
+    if shared >= _SHARED and (one[0] == other[0] or one[0] in other or len(one) > 1):
+        return True
+    return SequenceMatcher(None, failed.text[:1000], later.text[:1000], autojunk=False).ratio() >= _ALIKE
+
+
+def _between(between: Sequence[Attempt]) -> list[Action]:
+    # What was done in between, less what failed and what only looked.
+    done = [a.action for a in between if a.verdict != "failure" and (a.action.text.split() or [""])[0] not in _LOOKS]
+    return done if len(done) <= _FIRST_MOST else []
+
+
+def _told(done: Sequence[Action], action: Action) -> tuple[Relation, str]:
+    if all((a.tool, a.field) == (action.tool, action.field) for a in done):
+        return "first", " && ".join(a.text.strip() for a in done)
+    return "note", "\n".join(f"{a.tool}: {a.text.strip()[:_NOTE]}" for a in done)
+
+
+def _is(action: Action, text: str) -> bool:
+    return normal_action(action.text) == normal_action(text)

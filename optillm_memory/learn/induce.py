@@ -1,0 +1,252 @@
+"""Induction: the edit programs that explain one example, the simplest first.
+
+Programming by example in the manner of FlashFill (Gulwani 2011): every way in which the parts of the working action can
+be had from the failing action and its output is a hypothesis; examples that agree tell which of them carries over.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from difflib import SequenceMatcher
+
+from optillm_memory.learn.cases import TRANSFORMS, Case
+from optillm_memory.learn.edits import (
+    Expression,
+    Program,
+    Selector,
+    apply,
+    cost,
+    expression_cost,
+    select,
+    selector_cost,
+)
+
+MOST_PROGRAMS = 60
+_PER_WORD, _PER_HUNK, _ANCHORS = 6, 14, 6
+_AFFIX = 40
+_NEAR = ("any", "suggested", "output", "known")
+
+
+def induce(case: Case, fix: str) -> list[Program]:
+    """Return programs that turn the case into the fix, the simplest first, `MOST_PROGRAMS` at most."""
+    fix = " ".join(fix.split()) if "\n" not in fix else fix.strip()
+    found = {*_single(case, fix), *_fitting(_chains(case, fix), case, fix)}
+    ranked = sorted(found, key=lambda p: (cost(p), repr(p)))[: MOST_PROGRAMS - 1]
+    return [*ranked, ("whole", fix)]
+
+
+def _single(case: Case, fix: str) -> list[Program]:
+    candidates = itertools.chain(_named(case, fix), _wholesale(case, fix), _hunks(case, fix))
+    return sorted(_fitting(candidates, case, fix), key=lambda p: (cost(p), repr(p)))
+
+
+def _fitting(candidates: Iterable[Program], case: Case, fix: str) -> set[Program]:
+    wanted = _words(fix)
+    return {p for p in candidates if (made := apply(p, case)) is not None and _words(made) == wanted}
+
+
+def _chains(case: Case, fix: str) -> Iterable[Program]:
+    # Something else is done first or afterwards: each part is an edit of the action, or made from its words.
+    pieces = fix.split(" && ")
+    if not 1 < len(pieces) <= 3 or len(pieces) == len(case.action.split(" && ")):  # noqa: PLR2004
+        return
+    options: list[list[Program]] = []
+    for piece in pieces:
+        if _words(piece) == case.action.split():
+            options.append([("same",)])
+            continue
+        sources = [_expressions(word, case, None)[:4] for word in _words(piece)[:12]]
+        made = itertools.islice(itertools.product(*sources), 400)
+        made = sorted(made, key=lambda c: sum(expression_cost(e) for e in c))[:8]
+        options.append([*_single(case, piece)[:8], *(("words", content) for content in made)])
+    for combination in itertools.islice(itertools.product(*options), 120):
+        yield ("chain", "&&", combination)
+
+
+def _words(action: str) -> list[str]:
+    return action.split()
+
+
+def _wholesale(case: Case, fix: str) -> Iterable[Program]:
+    yield from (("each_named", where) for where in _NEAR)
+    yield ("spaced",)
+    yield from (("without", token) for token in dict.fromkeys(case.tokens))
+    for quoted in (False, True):
+        action = case.action.strip()
+        before, found, after = fix.partition(action.replace('"', '\\"') if quoted else action)
+        if found and len(action) > 1:
+            yield ("wrap", before, after, quoted)
+    old, new = set(case.action) - set(fix), set(fix) - set(case.action)
+    if len(old) == 1 and len(case.action) == len(fix):
+        changed = {b for a, b in zip(case.action, fix, strict=True) if a != b}
+        yield from (("characters", old.copy().pop(), b) for b in changed | new)
+    for number in range(len(case.proposals)):
+        yield from (("propose", number, how) for how in ("rest", "flags", "alone"))
+
+
+def _named(case: Case, fix: str) -> Iterable[Program]:
+    # One named word (or part of a word) is replaced, the rest stays.
+    for number, (index, part) in enumerate(case.named[:4]):
+        before, after = case.tokens[index].split(part, 1) if part in case.tokens[index] else ("", "")
+        made = _words(fix)
+        if len(made) != len(case.tokens):
+            continue
+        word = made[index]
+        if word.startswith(before) and word.endswith(after) and len(word) > len(before) + len(after):
+            text = word[len(before) : len(word) - len(after)]
+            for expression in _expressions(text, case, part):
+                yield ("named", number, expression)
+
+
+def _hunks(case: Case, fix: str) -> Iterable[Program]:
+    target = Case(fix, "").tokens
+    if " ".join(target).split() != _words(fix):
+        target = _words(fix)
+    matcher = SequenceMatcher(None, case.tokens, target, autojunk=False)
+    options: list[list[tuple[Selector, int, int, tuple[Expression, ...]]]] = []
+    for tag, low, high, first, last in matcher.get_opcodes():
+        if tag == "equal":
+            continue
+        if len(options) == 3 or last - first > 12:  # noqa: PLR2004
+            return
+        contents = _contents(case, target[first:last], list(range(low, high)))
+        anchors = _anchors(case, low, high)
+        pairs = itertools.product(anchors, contents)
+        found = [(anchor, high - low, side, content) for (anchor, side), content in pairs]
+        options.append(sorted(found, key=_hunk_cost)[: _PER_HUNK * 3])
+    if not options:
+        return
+    keep = {1: _PER_HUNK * 3, 2: 9, 3: 4}[len(options)]
+    for combination in itertools.product(*(o[:keep] for o in options)):
+        yield ("hunks", combination)
+
+
+def _hunk_cost(hunk: tuple[Selector, int, int, tuple[Expression, ...]]) -> float:
+    return selector_cost(hunk[0]) + sum(expression_cost(e) for e in hunk[3])
+
+
+def _anchors(case: Case, low: int, high: int) -> list[tuple[Selector, int]]:
+    # Where the hunk begins: at the word itself, or beside a word for an insertion.
+    if high > low:
+        return [(s, 0) for s in _selectors(case, low)]
+    found: list[tuple[Selector, int]] = []
+    if low > 0:
+        found += [(s, 1) for s in _selectors(case, low - 1)]
+    if low < len(case.tokens):
+        found += [(s, 0) for s in _selectors(case, low)]
+    return sorted(found, key=lambda pair: selector_cost(pair[0]))[: 2 * _ANCHORS]
+
+
+def _selectors(case: Case, index: int) -> list[Selector]:
+    found: list[Selector] = [
+        ("start", index - case.head),
+        ("end", len(case.tokens) - 1 - index),
+        ("is", case.tokens[index]),
+    ]
+    if case.head or not index:
+        found.append(("first", index))
+    found += [("named", k) for k, (i, _) in enumerate(case.named[:3]) if i == index]
+    if index and case.tokens[index] == case.tokens[index - 1]:
+        found.append(("repeated", 0))
+    if index in case.flags:
+        found.append(("flag", case.flags.index(index)))
+    if index in case.arguments:
+        place = case.arguments.index(index)
+        found += [("argument", place), ("argument", place - len(case.arguments))]
+    return [s for s in found if select(s, case) == index]
+
+
+def _contents(case: Case, words: list[str], replaced: list[int]) -> list[tuple[Expression, ...]]:
+    if not words:
+        return [()]
+    found: list[tuple[Expression, ...]] = []
+    joined = " ".join(words)
+    for number, proposal in enumerate(case.proposals):
+        for start in range(min(len(proposal), 6)):
+            if " ".join(proposal[start:]) == joined:
+                found.append((("proposed", number, start, True),))
+    sources: list[list[Expression]] = []
+    for offset, word in enumerate(words):
+        own = replaced[offset] if offset < len(replaced) else replaced[-1] if replaced else None
+        sources.append(_expressions(word, case, None if own is None else case.tokens[own])[:_PER_WORD])
+    # All texts as they are, and all at their best, then mixtures.
+    if len(words) <= 3:  # noqa: PLR2004
+        found += itertools.islice(itertools.product(*sources), 60)
+    else:
+        found.append(tuple(s[0] for s in sources))
+        found.append(tuple(("text", w) for w in words))
+    unique = dict.fromkeys(found)
+    return sorted(unique, key=lambda c: sum(expression_cost(e) for e in c))[:_PER_HUNK]
+
+
+def _expressions(text: str, case: Case, own: str | None) -> list[Expression]:
+    """Return expressions that yield a text in a case, the simplest first; `own` is the word that it replaces."""
+    found: list[Expression] = [("text", text)]
+    if own is not None:
+        found += [("near", where, ("own",)) for where in _NEAR if case.near(own, where) == text]
+        found += _mapped(own, text, ("own",))
+        found += _spelled(own, text, ("own",))
+    for index, word in enumerate(case.tokens):
+        if word == own:
+            continue
+        for selector in _selectors(case, index):
+            expression = ("word", selector)
+            if word == text:
+                found.append(expression)
+                continue
+            found += _mapped(word, text, expression)
+            found += _spelled(word, text, expression) if len(word) < 4 else _affixed(word, text, expression)  # noqa: PLR2004
+            for name in ("dirname", "basename", "without_slash", "unquoted", "bare"):
+                inner = TRANSFORMS[name](word)
+                if inner and inner != word:
+                    found += _affixed(inner, text, ("map", name, expression))
+    for kind, items in (("quoted", case.quoted), ("suggested", case.suggested), ("path", case.paths)):
+        for number, item in enumerate(items):
+            if item == text:
+                found.append((kind, number))
+            else:
+                found += _mapped(item, text, (kind, number))
+                found += _affixed(item, text, (kind, number))
+    for number, proposal in enumerate(case.proposals):
+        found += [("proposed", number, i, False) for i, word in enumerate(proposal[:8]) if word == text]
+    if len(text) > 1:
+        for word, after in zip(case.words, case.words[1:], strict=False):
+            if after == text and case.after(word) == text and word.isalpha():
+                found.append(("after", word.lower()))
+    return sorted(dict.fromkeys(found), key=lambda e: (expression_cost(e), repr(e)))
+
+
+def _mapped(value: str, text: str, expression: Expression) -> list[Expression]:
+    return [("map", name, expression) for name, change in TRANSFORMS.items() if value != text and change(value) == text]
+
+
+def _affixed(value: str, text: str, expression: Expression) -> list[Expression]:
+    if len(value) < 2 or len(text) - len(value) > _AFFIX:  # noqa: PLR2004
+        return []
+    if text.startswith(value):
+        return [("affix", "", text[len(value) :], expression)]
+    if text.endswith(value):
+        return [("affix", text[: -len(value)], "", expression)]
+    at = text.find(value)
+    # Something on both sides is a quotation or the like; a letter on both sides is chance.
+    if at > 0 and not text[at - 1].isalnum() and not text[at + len(value)].isalnum():
+        return [("affix", text[:at], text[at + len(value) :], expression)]
+    return []
+
+
+def _spelled(value: str, text: str, expression: Expression) -> list[Expression]:
+    # The word itself with something put before, after or in the place of a part of it.
+    found = _affixed(value, text, expression) if value != text else []
+    start = 0
+    while start < min(len(value), len(text)) and value[start] == text[start]:
+        start += 1
+    end = 0
+    while end < min(len(value), len(text)) - start and value[-1 - end] == text[-1 - end]:
+        end += 1
+    old, new = value[start : len(value) - end], text[start : len(text) - end]
+    if old and len(new) <= _AFFIX and (start or end):
+        where = "start" if not start else "end" if not end else "inside"
+        if where != "inside" or len(old) > 1:
+            found.append(("replace", where, old, new, expression))
+    return found

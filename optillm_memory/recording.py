@@ -1,0 +1,104 @@
+"""Recording: a request with its response becomes a trace, its steps and what they teach; on the writer's thread."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from optillm_memory.conversation import parse as conversations
+from optillm_memory.conversation.redact import storable
+from optillm_memory.conversation.text import without_blocks
+from optillm_memory.learn import fold
+from optillm_memory.recall.service import EncoderService
+from optillm_memory.records import Feedback, Step, Trace
+from optillm_memory.settings import Settings
+from optillm_memory.store.transaction import Transaction, key_hash
+from optillm_memory.turn import Turn, answer_of, recorded_messages
+
+
+class Recorder:
+    """Writes turns into the log and folds what they teach."""
+
+    def __init__(self, settings: Settings, encoder: EncoderService, locate: Callable[[Turn], Turn]) -> None:
+        """`locate` finds the episode of a turn that memory was not consulted for."""
+        self._settings = settings
+        self._encoder = encoder
+        self._locate = locate
+
+    def record(
+        self,
+        tx: Transaction,
+        turn: Turn,
+        response: Mapping[str, Any] | None,
+        error: str | None,
+        prefixes: list[str],
+        elapsed_ms: float,
+    ) -> None:
+        """Append a turn's trace with its steps, and fold what came with it."""
+        conversation = turn.conversation
+        if conversation is None:  # recall failed or was left out: what it would have found out is found out here
+            conversation = conversations.parse(turn.body)
+            turn = self._locate(replace(turn, conversation=conversation))
+        usage = (response or {}).get("usage") or {}
+        choices = (response or {}).get("choices") or []
+        answer = answer_of(choices)
+        trace = Trace(
+            trace_id=turn.trace_id,
+            scope=turn.scope,
+            episode_id=turn.episode_id,
+            created_at=turn.created_at,
+            model=self.stored(turn.model),
+            approach=turn.approach,
+            action=turn.action,
+            held_out=turn.held_out,
+            propensity=turn.propensity,
+            task=self.stored(conversation.task),
+            frame=conversation.frame,
+            messages=json.dumps(recorded_messages(conversation, choices, self.stored, since=turn.continues)),
+            answer=None if answer is None else self.stored(without_blocks(answer)),
+            finish_reason=self.stored(str(choices[0].get("finish_reason"))) if choices else None,
+            error=None if error is None else self.stored(error),
+            skipped=json.dumps(list(turn.skipped)),
+            prompt_tokens=int(usage.get("prompt_tokens") or 0),
+            completion_tokens=int(usage.get("completion_tokens") or 0),
+            latency_ms=elapsed_ms,
+            recall_ms=turn.recall_ms,
+            tags=turn.options.tags,
+            extra_calls=turn.extra_calls,
+        )
+        steps = [
+            Step(
+                self.stored(s.call_id),
+                s.ordinal,
+                self.stored(s.tool),
+                self.stored(s.arguments),
+                None if s.observation is None else self.stored(s.observation),
+                s.step_id,
+                s.parent_id,
+                s.made,
+            )
+            for s in conversation.steps
+        ]
+        fresh = turn.fresh if response is not None else ()
+        if tx.add_trace(trace, prefixes=prefixes, placements=fresh, injected=turn.injected):
+            vector = self._encoder.cached(conversations.key_of(conversation.task))
+            if vector is not None:
+                tx.put_vectors([(key_hash(trace.task), vector.tobytes())], self._encoder.fingerprint)
+            observed = tx.add_steps(tx.scope_id(trace.scope), trace.episode_id, trace.trace_id, steps)
+            fold.trace_arrived(tx, trace)
+            fold.steps_arrived(tx, trace, observed, received_at=time.time())
+
+    def stored(self, text: str) -> str:
+        """Return a text as it may be stored."""
+        return storable(text, self._settings.max_text, secrets=self._settings.redact)
+
+    def cleaned(self, feedback: Feedback) -> Feedback:
+        """Return feedback as it may be stored."""
+        evidence = feedback.evidence and {
+            k: self.stored(v) if isinstance(v, str) else v for k, v in feedback.evidence.items()
+        }
+        value = self.stored(feedback.value) if isinstance(feedback.value, str) else feedback.value
+        return replace(feedback, value=value, evidence=evidence)

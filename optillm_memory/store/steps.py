@@ -1,0 +1,212 @@
+"""Steps and what is learned from them: the write side of steps, attempts, fixes and their evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+from optillm_memory.conversation.actions import Action, action_of
+from optillm_memory.conversation.observation import read
+from optillm_memory.learn.attempts import OUTPUT_LIMIT, Attempt, message_of, nature_of, shortened
+from optillm_memory.learn.fixes import Fix, FixEvidence, fix_status
+from optillm_memory.records import Scope, Step, Verdict
+from optillm_memory.store.connection import Connection
+
+STEPS_MOST = 400  # of one episode: what lies further back has been learned from
+
+
+class StepTables:
+    """The part of a transaction that has to do with steps."""
+
+    _db: Connection
+
+    def scope_id(self, scope: Scope) -> int:
+        """Return the scope's number."""
+        raise NotImplementedError
+
+    def add_steps(self, scope_id: int, episode_id: str, trace_id: str, steps: Sequence[Step]) -> list[Step]:
+        """Store each step once; return those whose observation is new.
+
+        A later request may show an observation shortened: the first that was seen stays.
+        """
+        fresh = []
+        for step in steps:
+            key = (scope_id, episode_id, step.step_id)
+            known = self._db.execute(
+                "SELECT observation IS NOT NULL FROM steps WHERE scope_id = ? AND episode_id = ? AND step_id = ?", key
+            ).fetchone()
+            if known is None:
+                maker = self._maker(scope_id, step.made)
+                self._db.execute(
+                    "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (*key, step.parent_id, step.call_id, step.ordinal, step.tool, step.arguments, step.observation,
+                     trace_id, maker),
+                )  # fmt: skip
+            elif not known[0] and step.observation is not None:
+                self._db.execute(
+                    "UPDATE steps SET observation = ?, trace_id = ? "
+                    "WHERE scope_id = ? AND episode_id = ? AND step_id = ?",
+                    (step.observation, trace_id, *key),
+                )
+            if step.observation is not None and (known is None or not known[0]):
+                fresh.append(step)
+        return fresh
+
+    def maker_of(self, scope_id: int, episode_id: str, step_id: str) -> str | None:
+        """Return the trace whose response asked for a step."""
+        row = self._db.execute(
+            "SELECT made_by FROM steps WHERE scope_id = ? AND episode_id = ? AND step_id = ?",
+            (scope_id, episode_id, step_id),
+        ).fetchone()
+        return row[0] if row else None
+
+    def steps_of_maker(self, trace_id: str) -> list[tuple[str, str | None]]:
+        """Return (step id, observation) of the steps that a trace's response asked for."""
+        found = self._db.execute("SELECT step_id, observation FROM steps WHERE made_by = ?", (trace_id,)).fetchall()
+        return [(row[0], row[1]) for row in found]
+
+    def attempts(self, scope: Scope, episode_id: str) -> list[Attempt]:
+        """Return the observed steps of an episode with what their observations say, in order.
+
+        What an observation says is read once and kept; feedback `inferred-<step id>` that was retracted makes it
+        unknown.
+        """
+        key = (self.scope_id(scope), episode_id)
+        found = self._db.execute(
+            "SELECT steps.step_id, parent_id, coalesce(made_by, steps.trace_id), tool, arguments, observation, "
+            "verdict, basis, signature, message, coalesce(at, created_at) FROM steps JOIN traces USING (trace_id) "
+            "LEFT JOIN attempts ON attempts.scope_id = steps.scope_id AND attempts.episode_id = steps.episode_id "
+            "AND attempts.step_id = steps.step_id WHERE steps.scope_id = ? AND steps.episode_id = ? "
+            "AND observation IS NOT NULL ORDER BY created_at, ordinal",
+            key,
+        ).fetchall()[-STEPS_MOST:]
+        names = [f"inferred-{row[0]}" for row in found]
+        retracted = {
+            row[0].removeprefix("inferred-")
+            for row in self._db.execute(
+                f"SELECT feedback_id FROM feedback WHERE tenant IN (?, '') AND retracts "
+                f"AND feedback_id IN ({', '.join('?' * len(names))})",
+                (scope.tenant, *names),
+            )
+        }
+        attempts = []
+        for step_id, parent, maker, tool, arguments, observation, *kept, at in found:
+            action = action_of(tool, arguments)
+            said = kept if kept[0] is not None else self._read(key, step_id, action, (tool, arguments, observation), at)
+            verdict, basis, signature, message = cast("tuple[Verdict, str, str, str]", said)
+            if step_id in retracted and verdict != "unknown":
+                verdict = "unknown"
+                self._db.execute(
+                    "UPDATE attempts SET verdict = 'unknown' WHERE scope_id = ? AND episode_id = ? AND step_id = ?",
+                    (*key, step_id),
+                )
+            printed = shortened(observation)
+            attempts.append(Attempt(step_id, parent, maker, action, printed, verdict, basis, signature, message, at))
+        return attempts
+
+    def _read(
+        self, key: tuple[int, str], step_id: str, action: Action, step: tuple[str, str, str], at: float
+    ) -> list[str]:
+        tool, arguments, observation = step
+        reading = read(observation, tool=tool, arguments=arguments)
+        signature = reading.signature.key if reading.signature else ""
+        said = [reading.verdict, nature_of(reading, observation), signature, message_of(reading, observation)]
+        self._db.execute(
+            "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*key, step_id, action.key, *said, at),
+        )
+        return said
+
+    def advice_given(self, scope: Scope, episode_id: str) -> Mapping[str, Sequence[tuple[str, str]]]:
+        """Return by trace the (memory id, suggested action) of the fixes that were injected in an episode."""
+        given: dict[str, list[tuple[str, str]]] = {}
+        for trace_id, memory_id, suggestion in self._db.execute(
+            "SELECT trace_id, memory_id, suggestion FROM injections JOIN traces USING (trace_id) "
+            "WHERE scope_id = ? AND episode_id = ? AND suggestion IS NOT NULL",
+            (self.scope_id(scope), episode_id),
+        ):
+            given.setdefault(trace_id, []).append((memory_id, suggestion))
+        return given
+
+    def put_fix_evidence(
+        self, scope: Scope, episode_id: str, evidence: Iterable[FixEvidence], environments: Mapping[str, str]
+    ) -> None:
+        """Replace what an episode says of fixes, and bring every fix that it touches up to date.
+
+        `environments` holds the environment of each trace (its tags as JSON).
+        """
+        scope_id = self.scope_id(scope)
+        touched = {
+            row[0]
+            for row in self._db.execute(
+                "SELECT memory_id FROM fix_evidence WHERE scope_id = ? AND episode_id = ?", (scope_id, episode_id)
+            )
+        }
+        self._db.execute("DELETE FROM fix_evidence WHERE scope_id = ? AND episode_id = ?", (scope_id, episode_id))
+        for item in evidence:
+            if item.fix is not None:
+                self._define(scope_id, item.memory_id, item.fix)
+            self._db.execute(
+                "INSERT INTO fix_evidence VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                (
+                    item.memory_id, scope_id, episode_id, item.step_id, item.role, int(item.success),
+                    int(item.verified), item.trace_id, environments.get(item.trace_id, "{}"),
+                ),
+            )  # fmt: skip
+            touched.add(item.memory_id)
+        if touched:
+            revision = self._next("revision")
+            for memory_id in sorted(touched):
+                self._refresh_fix(scope_id, memory_id, revision)
+
+    def _define(self, scope_id: int, memory_id: str, fix: Fix) -> None:
+        self._db.execute(
+            # Equal but for white space and the like: which one is kept must not depend on which came first.
+            "INSERT INTO fixes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+            "action = min(action, excluded.action), output = min(output, excluded.output), "
+            "text = min(text, excluded.text)",
+            (
+                memory_id, scope_id, fix.action.tool, fix.action.field, fix.action.text[:OUTPUT_LIMIT],
+                shortened(fix.output), fix.signature, fix.relation, fix.text[:OUTPUT_LIMIT],
+            ),
+        )  # fmt: skip
+
+    def _refresh_fix(self, scope_id: int, memory_id: str, revision: int) -> None:
+        fix = self._db.execute("SELECT action, text FROM fixes WHERE memory_id = ?", (memory_id,)).fetchone()
+        if fix is None:
+            return  # followed before it was mined, as it can be while the log is read again
+        rows = self._db.execute(_TALLIES, (memory_id,)).fetchall()
+        tallies = [tuple(int(n) for n in row[1:5]) for row in rows]
+        state = fix_status(tallies)  # type: ignore[arg-type]
+        right, wrong, likely, unlikely = (sum(t[i] for t in tallies) for i in range(4))
+        first = self._db.execute(
+            "SELECT created_at FROM fix_evidence JOIN traces USING (trace_id) WHERE memory_id = ? "
+            "ORDER BY created_at LIMIT 1",
+            (memory_id,),
+        ).fetchone()
+        values = (state, right, wrong, likely, unlikely, first[0] if first else 0.0, revision)
+        known = self._db.execute("SELECT number FROM memories WHERE memory_id = ?", (memory_id,)).fetchone()
+        if known is None:
+            self._db.execute(_INSERT_FIX, (memory_id, scope_id, *fix, *values))
+        else:
+            self._db.execute(_UPDATE_FIX, (*values, known[0]))
+
+    def _maker(self, scope_id: int, made: str) -> str | None:
+        row = self._db.execute(
+            "SELECT trace_id FROM prefixes WHERE scope_id = ? AND hash = ?", (scope_id, made)
+        ).fetchone()
+        return row[0] if row else None
+
+    def _next(self, counter: str) -> int:
+        raise NotImplementedError
+
+
+_TALLIES = """
+    SELECT environment, sum(verified AND success), sum(verified AND NOT success), sum(NOT verified AND success),
+           sum(NOT verified AND NOT success) FROM fix_evidence WHERE memory_id = ? GROUP BY environment"""
+_INSERT_FIX = """
+    INSERT INTO memories(memory_id, kind, scope_id, task, answer, frame, key_hash, status, successes, failures,
+    used_successes, used_failures, created_at, revision) VALUES (?, 'fix', ?, ?, ?, '', '', ?, ?, ?, ?, ?, ?, ?)"""
+_UPDATE_FIX = """
+    UPDATE memories SET status = ?, successes = ?, failures = ?, used_successes = ?, used_failures = ?,
+    created_at = ?, revision = ? WHERE number = ?"""
