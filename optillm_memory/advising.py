@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from optillm_memory.conversation.actions import Action, action_of
 from optillm_memory.conversation.observation import read
 from optillm_memory.conversation.parse import Conversation
+from optillm_memory.conversation.redact import storable
 from optillm_memory.conversation.steps import TEXT_TOOL, calls_of, command_in
 from optillm_memory.conversation.text import text_of
 from optillm_memory.decide.guard import known_to_fail
@@ -58,12 +59,12 @@ class Adviser:
             reading = read(step.observation or "", tool=step.tool, arguments=step.arguments)
             if reading.verdict != "failure":
                 continue
-            action = action_of(step.tool, step.arguments)
+            action = self._action(step.tool, step.arguments)
             signature = reading.signature.key if reading.signature else ""
             error = message_of(reading, step.observation or "")
             fixes = self._suggested(turn, action, step.observation or "", signature)
             past = self._source.past_attempts(turn.scope, action.key, environment=environment_of(turn.options.tags))
-            tried = {action_of(s.tool, s.arguments).key for s in conversation.steps}
+            tried = {self._action(s.tool, s.arguments).key for s in conversation.steps}
             count = 1 + sum(p.verdict == "failure" and p.step_id != step.step_id for p in past)
             for fix, text, confidence in fixes:
                 # What this conversation has tried already is no news to it.
@@ -75,7 +76,8 @@ class Adviser:
     def on_answer(self, turn: Turn, conversation: Conversation, message: Mapping[str, Any]) -> list[Advice]:
         """Return advice on the actions of an answer that are known to fail; empty where there are none."""
         found = []
-        for action in actions_in(message, conversation):
+        for tool, arguments in actions_in(message, conversation):
+            action = self._action(tool, arguments)
             failures = self.failures_of(turn, action, conversation.steps)
             if not failures:
                 continue
@@ -125,13 +127,13 @@ class Adviser:
         return book, fixes
 
 
-def actions_in(message: Mapping[str, Any], conversation: Conversation) -> list[Action]:
-    """Return the actions that an answer asks for: its tool calls, or the command in its text where that is the way."""
-    calls = [action_of(tool, arguments) for _, tool, arguments in calls_of(message, 0)]
+def actions_in(message: Mapping[str, Any], conversation: Conversation) -> list[tuple[str, str]]:
+    """Return (tool, arguments) of what an answer asks for: its calls, or the command in its text if that is the way."""
+    calls = [(tool, arguments) for _, tool, arguments in calls_of(message, 0)]
     if calls or not any(s.tool == TEXT_TOOL and s.call_id.startswith("text-") for s in conversation.steps):
         return calls
     command = command_in(text_of(message))
-    return [Action(TEXT_TOOL, "", command)] if command else []
+    return [(TEXT_TOOL, command)] if command else []
 
 
 def _advice(action: Action, count: int, error: str, fix: KnownFix | None, text: str, confidence: float) -> Advice:

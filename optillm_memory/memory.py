@@ -237,7 +237,7 @@ class Memory:
         assert conversation is not None
         known = conversation.answered_prefixes()
         found = self._recent.episode_of(turn.scope, known) or (
-            self.store.episode_of(turn.scope, known) if known else None
+            self.store.episode_of(turn.scope, known, conversation.telling_steps()) if known else None
         )
         episode_id = turn.options.episode_id or found or turn.episode_id
         return replace(turn, episode_id=episode_id, continues=found is not None)

@@ -69,27 +69,26 @@ class Recorder:
             tags=turn.options.tags,
             extra_calls=turn.extra_calls,
         )
-        steps = [
-            Step(
-                self.stored(s.call_id),
-                s.ordinal,
-                self.stored(s.tool),
-                self.stored(s.arguments),
-                None if s.observation is None else self.stored(s.observation),
-                s.step_id,
-                s.parent_id,
-                s.made,
-            )
-            for s in conversation.steps
-        ]
         fresh = turn.fresh if response is not None else ()
         if tx.add_trace(trace, prefixes=prefixes, placements=fresh, injected=turn.injected):
             vector = self._encoder.cached(conversations.key_of(conversation.task))
             if vector is not None:
                 tx.put_vectors([(key_hash(trace.task), vector.tobytes())], self._encoder.fingerprint)
-            observed = tx.add_steps(tx.scope_id(trace.scope), trace.episode_id, trace.trace_id, steps)
+            scope_id = tx.scope_id(trace.scope)
+            known = tx.observed_steps(scope_id, trace.episode_id)
+            steps = [self._step(s) for s in conversation.steps if s.step_id not in known]
+            observed = tx.add_steps(scope_id, trace.episode_id, trace.trace_id, steps)
             fold.trace_arrived(tx, trace)
             fold.steps_arrived(tx, trace, observed, received_at=time.time())
+
+    def _step(self, step: Step) -> Step:
+        return replace(
+            step,
+            call_id=self.stored(step.call_id),
+            tool=self.stored(step.tool),
+            arguments=self.stored(step.arguments),
+            observation=None if step.observation is None else self.stored(step.observation),
+        )
 
     def stored(self, text: str) -> str:
         """Return a text as it may be stored."""

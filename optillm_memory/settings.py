@@ -48,7 +48,7 @@ class Settings:
     fix_confidence: float = _setting(0.4, "confidence that a fix needs to be suggested", low=0, high=1)
     deadline_ms: int = _setting(300, "milliseconds after which a request goes on without memory", low=1)
     max_request_bytes: int = _setting(
-        1_000_000, "requests larger than this are served without recall and stored shortened", low=1_000
+        4_000_000, "requests larger than this are served without recall and stored shortened", low=1_000
     )
     max_text: int = _setting(20_000, "characters stored of any one text; the middle is left out", low=200)
     queue_size: int = _setting(10_000, "records waiting to be written at most", low=1)

@@ -14,6 +14,7 @@ from optillm_memory.conversation.text import text_of, without_blocks
 from optillm_memory.records import Message, Step
 
 _DIGITS = re.compile(r"\d+")
+_UNIQUE = 16  # characters from which on a call's id is taken for random
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,13 @@ class Conversation:
             return ()
         made = self.prefixes[answered[-1]]
         return tuple(s for s in self.steps if s.made == made and s.observation is not None)
+
+    def telling_steps(self, limit: int = 16) -> list[str]:
+        """Return the latest steps whose calls have ids that no other conversation has: they tell the episode.
+
+        An agent that shortens its conversation leaves no prefix as it was.
+        """
+        return [s.step_id for s in reversed(self.steps) if len(s.call_id) >= _UNIQUE][:limit]
 
     def answered_prefixes(self, limit: int = 64) -> list[str]:
         """Return the prefixes that end with an answer, longest first: where an earlier request left off."""

@@ -32,15 +32,19 @@ class Learned:
 def learn(trace: Trace, own: Sequence[Feedback], of_episode: Sequence[Feedback], *, closing: Trace | None) -> Learned:
     """Fold the feedback on a trace and on its episode into what the trace teaches.
 
-    Feedback on the trace itself outranks its episode's. An episode's feedback speaks for the answer of the trace
-    that closed it (`closing`); the others share its outcome. Answers that came from reuse teach nothing.
+    Feedback on the trace itself outranks its episode's, unless only the episode's is verified. An episode's feedback
+    speaks for the answer of the trace that closed it (`closing`); the others share its outcome. Answers that came from
+    reuse teach nothing.
     """
     standing = effective(own)
     result = outcome(standing, trace.answer)
-    if result.verdict == "unknown":
+    if not result.verified:
         shared = effective(of_episode)
-        result = outcome(shared, closing.answer if closing else None)
-        standing = [*standing, *shared] if closing and closing.trace_id == trace.trace_id else []
+        of_all = outcome(shared, closing.answer if closing else None)
+        # What an observation suggests of one step gives way to what was verified of the whole.
+        if of_all.verified or result.verdict == "unknown":
+            result = of_all
+            standing = [*standing, *shared] if closing and closing.trace_id == trace.trace_id else []
     if trace.action == "reuse" or not trace.task:
         return Learned(result, ())
     evidence: dict[str, Evidence] = {}

@@ -99,14 +99,15 @@ _M002 = (
     "DROP TABLE steps",
     "ALTER TABLE steps_by_id RENAME TO steps",
     "CREATE INDEX steps_made_by ON steps(made_by)",
+    "CREATE INDEX steps_step_id ON steps(step_id)",
     "ALTER TABLE prefixes ADD COLUMN trace_id TEXT",
     "ALTER TABLE injections ADD COLUMN suggestion TEXT",
     "ALTER TABLE traces ADD COLUMN extra_calls INTEGER NOT NULL DEFAULT 0",
     # Derived: what each observation says, and the fixes that follow from it.
     """CREATE TABLE attempts(
         scope_id INTEGER NOT NULL, episode_id TEXT NOT NULL, step_id TEXT NOT NULL, action_key TEXT NOT NULL,
-        verdict TEXT NOT NULL, basis TEXT NOT NULL, signature TEXT NOT NULL, message TEXT NOT NULL, at REAL NOT NULL,
-        PRIMARY KEY(scope_id, episode_id, step_id)) WITHOUT ROWID""",
+        verdict TEXT NOT NULL, basis TEXT NOT NULL, signature TEXT NOT NULL, message TEXT NOT NULL,
+        output TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY(scope_id, episode_id, step_id)) WITHOUT ROWID""",
     "CREATE INDEX attempts_action ON attempts(scope_id, action_key, at)",
     """CREATE TABLE fixes(
         memory_id TEXT PRIMARY KEY, scope_id INTEGER NOT NULL, tool TEXT NOT NULL, field TEXT NOT NULL,

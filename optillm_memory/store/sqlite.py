@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from optillm_memory.conversation.parse import key_of
-from optillm_memory.learn.attempts import environment_of, shortened
+from optillm_memory.learn.attempts import environment_of
 from optillm_memory.learn.fixes import value_in
 from optillm_memory.recall.rank import coverage
 from optillm_memory.recall.recaller import Change
@@ -149,8 +149,8 @@ class SqliteStore:
         with self._readers.borrow() as db:
             return bytes(db.execute("SELECT value FROM meta WHERE key = 'salt'").fetchone()[0])
 
-    def episode_of(self, scope: Scope, prefixes: Sequence[str]) -> str | None:
-        """Return the episode that a conversation continues: the one with the longest of these prefixes."""
+    def episode_of(self, scope: Scope, prefixes: Sequence[str], steps: Sequence[str] = ()) -> str | None:
+        """Return the episode that a conversation continues: with the longest of these prefixes, or with such a step."""
         with self._readers.borrow() as db:
             scope_id = self._scope_id(db, scope)
             for prefix in prefixes:
@@ -159,6 +159,13 @@ class SqliteStore:
                 ).fetchone()
                 if row:
                     return str(row[0])
+            row = db.execute(
+                f"SELECT episode_id FROM steps WHERE scope_id = ? AND step_id IN ({_marks(steps)}) "
+                "ORDER BY trace_id DESC LIMIT 1",
+                (scope_id, *steps),
+            ).fetchone()
+            if row:
+                return str(row[0])
         return None
 
     def ledger(self, scope: Scope, episode_id: str) -> list[Placement]:
@@ -244,13 +251,13 @@ class SqliteStore:
         """Return the earlier tries of an action in one environment, latest first."""
         with self._readers.borrow() as db:
             found = db.execute(
-                "SELECT attempts.episode_id, step_id, verdict, basis, message, observation, at, signature, tags "
+                "SELECT attempts.episode_id, step_id, verdict, basis, message, output, at, signature, tags "
                 "FROM attempts JOIN steps USING (scope_id, episode_id, step_id) JOIN traces USING (trace_id) "
                 "WHERE attempts.scope_id = ? AND action_key = ? ORDER BY at DESC LIMIT ?",
                 (self._scope_id(db, scope), action_key, limit),
             ).fetchall()
         return [
-            PastAttempt(episode_id, step_id, verdict, basis, message, shortened(output or ""), at, signature)
+            PastAttempt(episode_id, step_id, verdict, basis, message, output, at, signature)
             for episode_id, step_id, verdict, basis, message, output, at, signature, tags in found
             if environment_of(json.loads(tags)) == environment
         ]

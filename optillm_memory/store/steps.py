@@ -52,18 +52,13 @@ class StepTables:
                 fresh.append(step)
         return fresh
 
-    def maker_of(self, scope_id: int, episode_id: str, step_id: str) -> str | None:
-        """Return the trace whose response asked for a step."""
-        row = self._db.execute(
-            "SELECT made_by FROM steps WHERE scope_id = ? AND episode_id = ? AND step_id = ?",
-            (scope_id, episode_id, step_id),
-        ).fetchone()
-        return row[0] if row else None
-
-    def steps_of_maker(self, trace_id: str) -> list[tuple[str, str | None]]:
-        """Return (step id, observation) of the steps that a trace's response asked for."""
-        found = self._db.execute("SELECT step_id, observation FROM steps WHERE made_by = ?", (trace_id,)).fetchall()
-        return [(row[0], row[1]) for row in found]
+    def observed_steps(self, scope_id: int, episode_id: str) -> set[str]:
+        """Return the ids of an episode's steps that are stored whole: they need not be stored again."""
+        found = self._db.execute(
+            "SELECT step_id FROM steps WHERE scope_id = ? AND episode_id = ? AND observation IS NOT NULL",
+            (scope_id, episode_id),
+        )
+        return {row[0] for row in found}
 
     def attempts(self, scope: Scope, episode_id: str) -> list[Attempt]:
         """Return the observed steps of an episode with what their observations say, in order.
@@ -73,8 +68,9 @@ class StepTables:
         """
         key = (self.scope_id(scope), episode_id)
         found = self._db.execute(
-            "SELECT steps.step_id, parent_id, coalesce(made_by, steps.trace_id), tool, arguments, observation, "
-            "verdict, basis, signature, message, coalesce(at, created_at) FROM steps JOIN traces USING (trace_id) "
+            "SELECT steps.step_id, parent_id, coalesce(made_by, steps.trace_id), tool, arguments, "
+            "CASE WHEN verdict IS NULL THEN observation END, verdict, basis, signature, message, output, "
+            "coalesce(at, created_at) FROM steps JOIN traces USING (trace_id) "
             "LEFT JOIN attempts ON attempts.scope_id = steps.scope_id AND attempts.episode_id = steps.episode_id "
             "AND attempts.step_id = steps.step_id WHERE steps.scope_id = ? AND steps.episode_id = ? "
             "AND observation IS NOT NULL ORDER BY created_at, ordinal",
@@ -93,15 +89,14 @@ class StepTables:
         for step_id, parent, maker, tool, arguments, observation, *kept, at in found:
             action = action_of(tool, arguments)
             said = kept if kept[0] is not None else self._read(key, step_id, action, (tool, arguments, observation), at)
-            verdict, basis, signature, message = cast("tuple[Verdict, str, str, str]", said)
+            verdict, basis, signature, message, output = cast("tuple[Verdict, str, str, str, str]", said)
             if step_id in retracted and verdict != "unknown":
                 verdict = "unknown"
                 self._db.execute(
                     "UPDATE attempts SET verdict = 'unknown' WHERE scope_id = ? AND episode_id = ? AND step_id = ?",
                     (*key, step_id),
                 )
-            printed = shortened(observation)
-            attempts.append(Attempt(step_id, parent, maker, action, printed, verdict, basis, signature, message, at))
+            attempts.append(Attempt(step_id, parent, maker, action, output, verdict, basis, signature, message, at))
         return attempts
 
     def _read(
@@ -111,9 +106,9 @@ class StepTables:
         reading = read(observation, tool=tool, arguments=arguments)
         signature = reading.signature.key if reading.signature else ""
         said = [reading.verdict, nature_of(reading, observation), signature, message_of(reading, observation)]
+        said.append(shortened(observation))
         self._db.execute(
-            "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (*key, step_id, action.key, *said, at),
+            "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*key, step_id, action.key, *said, at)
         )
         return said
 
