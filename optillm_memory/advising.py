@@ -93,6 +93,11 @@ class Adviser:
         expiry_s = self._settings.guard_expiry_days * _DAY_S
         return known_to_fail(past, here, episode_id=turn.episode_id, now=self._clock(), expiry_s=expiry_s)
 
+    def _action(self, tool: str, arguments: str) -> Action:
+        # As it is stored, for that is what it is compared with.
+        limit, secrets = self._settings.max_text, self._settings.redact
+        return action_of(storable(tool, limit, secrets=secrets), storable(arguments, limit, secrets=secrets))
+
     def _suggested(self, turn: Turn, action: Action, output: str, signature: str) -> list[tuple[KnownFix, str, float]]:
         """Return (fix that it rests on, corrected action, confidence), best first."""
         book, fixes = self._book(turn, action.tool, signature)

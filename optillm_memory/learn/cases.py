@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import SequenceMatcher
 from functools import cached_property
 
 _TOKEN = re.compile(r"""(?:'[^'\n]{0,2000}'|"[^"\n]{0,2000}"|\\.|[^\s'"\\])+|\S""")
-_QUOTED = re.compile(r"""(?<![\w])(?:'([^'\n]{1,200})'|"([^"\n]{1,200})"|`([^`'\n]{1,200})[`'])(?!\w)""")
+_QUOTED = re.compile(r"""(?<![\w])(?:'((?:[^'\n]|(?<=\w)'(?=\w)){1,200})'|"([^"\n]{1,200})"|`([^`'\n]{1,200})[`'])(?!\w)""")
 _WORD = re.compile(r"[\w.+@%~/:-]*[\w+@%~/]")
 _MEANT = re.compile(
     r"did you mean|you meant|most similar|similar (?:command|choice)|perhaps you|candidates are|instead|closest",
@@ -23,6 +23,7 @@ _PATH = re.compile(r"[\w.~-]{0,200}(?:/[\w.~+-]{1,200}){1,40}/?")
 _LINES, _CHARS, _WORDS = 200, 12_000, 1_500
 WRAPPERS = frozenset(("sudo", "env", "time", "nohup", "command"))
 CLOSE = 0.5
+_LONG_WORD = 60
 
 
 class Case:
@@ -171,29 +172,29 @@ class Case:
     def near(self, word: str, where: str) -> str | None:
         """Return the word most like another: in what the output proposes, in all of the output, or among known words.
 
-        `any` takes the first of the three that has one.
+        `any` takes the likest of the three, with an advance for what is proposed and for the same program's words.
         """
         key = (word, where)
         if key not in self._near:
-            self._near[key] = self._nearest(word, where)
+            best = max(self._nearest(word, where), key=lambda found: found[1], default=None)
+            self._near[key] = best[0] if best else None
         return self._near[key]
 
-    def _nearest(self, word: str, where: str) -> str | None:
-        if where == "any":
-            return self.near(word, "suggested") or self.near(word, "output") or self.near(word, "known")
-        if where == "suggested":
-            return nearest(word, self.suggested)
-        if where == "output":
-            return nearest(word, self._pool)
-        if self.vocabulary is None:
-            return None
-        first = bool(self.tokens) and word == self.tokens[self.head]
-        own = nearest(word, self.vocabulary.words(self.program, first=first))
-        return own or (None if first else nearest(word, self.vocabulary.words("", first=False)))
+    def _nearest(self, word: str, where: str) -> Iterator[tuple[str, float]]:
+        if where in ("any", "suggested"):
+            yield from likest(word, self.suggested, 0.3)
+        if where in ("any", "output"):
+            yield from likest(word, self._pool, 0.05)
+        if where in ("any", "known") and self.vocabulary is not None:
+            first = bool(self.tokens) and word == self.tokens[self.head]
+            yield from likest(word, self.vocabulary.words(self.program, first=first), 0.15)
+            if not first:
+                yield from likest(word, self.vocabulary.words("", first=False), 0.0)
 
     @cached_property
     def _pool(self) -> list[str]:
-        return list(dict.fromkeys(self.words))
+        bare = (w.lstrip("-") for w in self.words)
+        return list(dict.fromkeys(w for w in (*self.words, *bare) if w))
 
     @cached_property
     def _near(self) -> dict[tuple[str, str], str | None]:
@@ -223,23 +224,33 @@ class Vocabulary:
         return tuple(self._programs) if first else tuple(self._after.get(program, ()))
 
 
-def nearest(word: str, pool: Sequence[str]) -> str | None:
-    """Return the word of the pool most like another, None where none is close; equal words do not count."""
+def likest(word: str, pool: Sequence[str], advance: float) -> Iterator[tuple[str, float]]:
+    """Yield the word of the pool most like another with how like it is, where one is close; equal words do not count.
+
+    Likeness is difflib's ratio; swapped letters and the same beginning count a little more.
+    """
     best, best_ratio = None, CLOSE
     matcher = SequenceMatcher(autojunk=False)
-    matcher.set_seq2(word.lower())
+    lowered = word[:_LONG_WORD].lower()
+    matcher.set_seq2(lowered)
+    letters = sorted(lowered)
     for other in pool:
-        if other == word or len(other) > 60:  # noqa: PLR2004
+        if other == word or not other or len(other) > _LONG_WORD:
+            continue
+        # The ratio's cheap upper bound first.
+        if 2 * min(len(other), len(lowered)) / (len(other) + len(lowered)) + 0.15 <= best_ratio:
             continue
         matcher.set_seq1(other.lower())
-        if matcher.real_quick_ratio() + 0.15 >= best_ratio and matcher.quick_ratio() + 0.15 >= best_ratio:
-            ratio = matcher.ratio()
-            if ratio < CLOSE:
-                continue
-            ratio += 0.1 * (sorted(word) == sorted(other)) + 0.05 * (word[0] == other[0])
-            if ratio > best_ratio or best is None:
-                best, best_ratio = other, ratio
-    return best
+        if matcher.quick_ratio() + 0.15 <= best_ratio:
+            continue
+        ratio = matcher.ratio()
+        if ratio < CLOSE:
+            continue
+        ratio += 0.1 * (sorted(other.lower()) == letters) + 0.05 * (lowered[:1] == other[:1].lower())
+        if best is None or ratio > best_ratio:
+            best, best_ratio = other, ratio
+    if best is not None:
+        yield best, best_ratio + advance
 
 
 def _balanced(text: str) -> bool:

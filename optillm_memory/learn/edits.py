@@ -193,7 +193,7 @@ def _propose(program: Program, case: Case) -> str | None:
     _, number, how = program
     if number >= len(case.proposals):
         return None
-    proposal = case.proposals[number]
+    proposal = [safe(w) for w in case.proposals[number]]
     if how == "alone":
         return " ".join(proposal)
     words = case.tokens[case.head :]
@@ -205,6 +205,12 @@ def _propose(program: Program, case: Case) -> str | None:
     if how == "flags":
         rest = [w for w in rest if w.startswith("-")]
     return " ".join([*case.tokens[: case.head], *words[: max(at, 1)], *proposal[1:], *rest])
+
+
+def safe(word: str) -> str:
+    """Return a word of the output as it may stand in an action."""
+    # A lone quotation mark in the output is a part of a name; in an action it would open a text.
+    return word.replace("'", "\\'") if word.count("'") == 1 and '"' not in word else word
 
 
 def _covered(word: str, proposal: list[str]) -> bool:
@@ -261,6 +267,11 @@ def _at(items: list[str], index: int) -> str | None:
     return items[index] if -len(items) <= index < len(items) else None
 
 
+def _name(items: list[str], index: int) -> str | None:
+    found = _at(items, index)
+    return None if found is None else safe(found)
+
+
 def _word(expression: Expression, case: Case) -> str | None:
     index = select(expression[1], case)
     return None if index is None else case.tokens[index]
@@ -288,15 +299,15 @@ def _proposed(expression: Expression, case: Case) -> str | None:
     _, number, start, whole = expression
     if number >= len(case.proposals):
         return None
-    words = case.proposals[number][start:]
+    words = [safe(w) for w in case.proposals[number][start:]]
     return (" ".join(words) if whole else words[0]) if words else None
 
 
 _EXPRESSIONS = {
     "text": lambda expression, _case: expression[1],
     "word": _word,
-    "quoted": lambda expression, case: _at(case.quoted, expression[1]),
-    "suggested": lambda expression, case: _at(case.suggested, expression[1]),
+    "quoted": lambda expression, case: _name(case.quoted, expression[1]),
+    "suggested": lambda expression, case: _name(case.suggested, expression[1]),
     "path": lambda expression, case: _at(case.paths, expression[1]),
     "after": lambda expression, case: case.after(expression[1]),
     "proposed": _proposed,

@@ -17,6 +17,7 @@ from optillm_memory.learn.edits import (
     Selector,
     apply,
     cost,
+    safe,
     expression_cost,
     select,
     selector_cost,
@@ -164,7 +165,7 @@ def _contents(case: Case, words: list[str], replaced: list[int]) -> list[tuple[E
     joined = " ".join(words)
     for number, proposal in enumerate(case.proposals):
         for start in range(min(len(proposal), 6)):
-            if " ".join(proposal[start:]) == joined:
+            if " ".join(safe(w) for w in proposal[start:]) == joined:
                 found.append((("proposed", number, start, True),))
     sources: list[list[Expression]] = []
     for offset, word in enumerate(words):
@@ -201,7 +202,7 @@ def _expressions(text: str, case: Case, own: str | None) -> list[Expression]:
                 inner = TRANSFORMS[name](word)
                 if inner and inner != word:
                     found += _affixed(inner, text, ("map", name, expression))
-    for kind, items in (("quoted", case.quoted), ("suggested", case.suggested), ("path", case.paths)):
+    for kind, items in (("quoted", [safe(w) for w in case.quoted]), ("suggested", [safe(w) for w in case.suggested]), ("path", case.paths)):
         for number, item in enumerate(items):
             if item == text:
                 found.append((kind, number))
@@ -209,7 +210,7 @@ def _expressions(text: str, case: Case, own: str | None) -> list[Expression]:
                 found += _mapped(item, text, (kind, number))
                 found += _affixed(item, text, (kind, number))
     for number, proposal in enumerate(case.proposals):
-        found += [("proposed", number, i, False) for i, word in enumerate(proposal[:8]) if word == text]
+        found += [("proposed", number, i, False) for i, word in enumerate(proposal[:8]) if safe(word) == text]
     if len(text) > 1:
         for word, after in zip(case.words, case.words[1:], strict=False):
             if after == text and case.after(word) == text and word.isalpha():
