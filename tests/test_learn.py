@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -278,11 +279,11 @@ def comparable(store: SqliteStore) -> list[Any]:
     with store._readers.borrow() as db:
         names = dict(db.execute("SELECT id, namespace FROM scopes"))
         words = db.execute(
-            "SELECT memory_id, lower(memories_fts.task) FROM memories_fts JOIN memories ON number = memories_fts.rowid "
+            "SELECT memory_id, memories_fts.words FROM memories_fts JOIN memories ON number = memories_fts.rowid "
             "ORDER BY 1"
         ).fetchall()
     rows = [(r[0], names[r[1]], *r[2:]) if len(r) > 3 else r for r in store.derived()]
-    return [*rows, *words]
+    return [*rows, *((name, re.sub(r"\bs\d+x", "", said)) for name, said in words)]
 
 
 @settings(max_examples=60, deadline=None)

@@ -7,6 +7,8 @@ import re
 
 from sqlite_utils import Database, Migrations
 
+from optillm_memory.store.rows import scoped_words
+
 migrations = Migrations("optillm_memory")
 
 
@@ -28,6 +30,9 @@ def m002_steps_attempts_and_fixes(db: Database) -> None:
     """Give steps an id of their own and a branch, and make room for what is learned from them."""
     for statement in _M002:
         db.execute(statement)
+    found = db.execute("SELECT number, scope_id, task FROM memories WHERE status = 'verified'").fetchall()
+    for number, scope_id, task in found:
+        db.execute("INSERT INTO memories_fts(rowid, words) VALUES (?, ?)", [number, scoped_words(scope_id, task)])
 
 
 _NUMBERED = re.compile(r"m\d{3}_")
@@ -103,6 +108,10 @@ _M002 = (
     "ALTER TABLE prefixes ADD COLUMN trace_id TEXT",
     "ALTER TABLE injections ADD COLUMN suggestion TEXT",
     "ALTER TABLE traces ADD COLUMN extra_calls INTEGER NOT NULL DEFAULT 0",
+    # A scope's words are terms of its own: a query reads its own postings, and learns nothing of how others speak.
+    "DROP TABLE memories_vocab",
+    "DROP TABLE memories_fts",
+    "CREATE VIRTUAL TABLE memories_fts USING fts5(words, tokenize = 'unicode61 remove_diacritics 0')",
     # Derived: what each observation says, and the fixes that follow from it.
     """CREATE TABLE attempts(
         scope_id INTEGER NOT NULL, episode_id TEXT NOT NULL, step_id TEXT NOT NULL, action_key TEXT NOT NULL,

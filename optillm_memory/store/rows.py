@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from optillm_memory.conversation.parse import key_of
+from optillm_memory.recall.rank import words
 from optillm_memory.records import Feedback, KnownFix, MemoryRecord, Scope, Trace
 
+_WORDS_KEPT = 400
 SCOPE_ID = "SELECT id FROM scopes WHERE tenant = ? AND namespace = ? AND user_id = ? AND agent_id = ?"
 
 _TRACE_COLUMNS = (
@@ -62,9 +65,14 @@ FIRST_EVIDENCE = """
     ORDER BY created_at, trace_id LIMIT 1"""
 
 
-def scope_token(scope_id: int) -> str:
-    """Return the word that stands for a scope in the full-text index: no query reads past it."""
-    return f"scope{scope_id}x"
+def scoped(scope_id: int, word: str) -> str:
+    """Return the term that stands for a scope's word in the full-text index: no query reads past its scope."""
+    return f"s{scope_id}x{word}"
+
+
+def scoped_words(scope_id: int, task: str) -> str:
+    """Return the text under which a memory of a scope is found by its words."""
+    return " ".join(scoped(scope_id, word) for word in words(key_of(task), _WORDS_KEPT))
 
 
 def trace_values(trace: Trace, scope_id: int) -> tuple[Any, ...]:

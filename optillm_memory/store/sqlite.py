@@ -95,11 +95,12 @@ class SqliteStore:
             return []
         with self._readers.borrow() as db:
             scope_id = self._scope_id(db, scope)
-            postings = {word: self._postings(db, scope_id, _quoted(word), depth) for word in query}
+            postings = {word: self._postings(db, _term(scope_id, word), depth) for word in query}
             # A word that is everywhere tells nothing; where the query has no other, what holds all of them does.
             telling = {w: found for w, found in postings.items() if len(found) < depth}
             if not any(telling.values()):
-                together = self._postings(db, scope_id, f"({' AND '.join(map(_quoted, query))})", depth)
+                every = " AND ".join(_term(scope_id, word) for word in query)
+                together = self._postings(db, every, depth)
                 telling = dict.fromkeys(query, together) if together else postings
             total = 1 + max(map(len, postings.values()))
             weights = {word: math.log(1 + total / (1 + len(found))) for word, found in postings.items()}
@@ -109,14 +110,13 @@ class SqliteStore:
                     scores[number] += weights[word]
             best = heapq.nsmallest(limit, scores, key=lambda n: (-scores[n], n))
             texts = dict(
-                db.execute(f"SELECT rowid, task FROM memories_fts WHERE rowid IN ({_marks(best)})", best).fetchall()
+                db.execute(f"SELECT number, task FROM memories WHERE number IN ({_marks(best)})", best).fetchall()
             )
         found = [(number, coverage(query, texts[number], weights)) for number in best]
         return sorted(found, key=lambda pair: (-pair[1], len(texts[pair[0]]), pair[0]))
 
-    def _postings(self, db: Connection, scope_id: int, words: str, depth: int) -> list[int]:
+    def _postings(self, db: Connection, match: str, depth: int) -> list[int]:
         # No bm25() and no vocabulary table: both walk every posting to count it; this stops when there are many.
-        match = f'scope : "{rows.scope_token(scope_id)}" AND task : {words}'
         numbers = db.execute(_POSTINGS, (match, depth)).fetchone()[0]
         return [int(number) for number in numbers.split(",")] if numbers else []
 
@@ -342,8 +342,8 @@ class SqliteStore:
 _POSTINGS = "SELECT group_concat(rowid) FROM (SELECT rowid FROM memories_fts WHERE memories_fts MATCH ? LIMIT ?)"
 
 
-def _quoted(word: str) -> str:
-    return '"' + word.replace('"', '""').replace("\x00", "") + '"'
+def _term(scope_id: int, word: str) -> str:
+    return '"' + rows.scoped(scope_id, word).replace('"', '""').replace("\x00", "") + '"'
 
 
 def _marks(values: Sequence[Any]) -> str:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
-
-from optillm_memory.conversation.actions import Action, action_of
+from optillm_memory.conversation.actions import action_of
 from optillm_memory.conversation.observation import read
-from optillm_memory.learn.attempts import OUTPUT_LIMIT, Attempt, message_of, nature_of, shortened
+from optillm_memory.learn.attempts import OUTPUT_LIMIT, Attempt, inferred_id, message_of, nature_of, shortened
 from optillm_memory.learn.fixes import Fix, FixEvidence, fix_status
-from optillm_memory.records import Scope, Step, Verdict
+from optillm_memory.records import Scope, Step
 from optillm_memory.store.connection import Connection
 
 STEPS_MOST = 400  # of one episode: what lies further back has been learned from
@@ -63,22 +61,24 @@ class StepTables:
     def attempts(self, scope: Scope, episode_id: str) -> list[Attempt]:
         """Return the observed steps of an episode with what their observations say, in order.
 
-        What an observation says is read once and kept; feedback `inferred-<step id>` that was retracted makes it
-        unknown.
+        What an observation says is read once and kept; feedback `inferred-<step id>-…` that was retracted makes
+        it unknown.
         """
         key = (self.scope_id(scope), episode_id)
+        unread = self._db.execute(
+            f"SELECT steps.step_id, tool, arguments, observation, created_at FROM {_OBSERVED} AND verdict IS NULL", key
+        ).fetchall()
+        for row in unread:
+            self._read(key, *row)
         found = self._db.execute(
-            "SELECT steps.step_id, parent_id, coalesce(made_by, steps.trace_id), tool, arguments, "
-            "CASE WHEN verdict IS NULL THEN observation END, verdict, basis, signature, message, output, "
-            "coalesce(at, created_at) FROM steps JOIN traces USING (trace_id) "
-            "LEFT JOIN attempts ON attempts.scope_id = steps.scope_id AND attempts.episode_id = steps.episode_id "
-            "AND attempts.step_id = steps.step_id WHERE steps.scope_id = ? AND steps.episode_id = ? "
-            "AND observation IS NOT NULL ORDER BY created_at, ordinal",
-            key,
-        ).fetchall()[-STEPS_MOST:]
-        names = [f"inferred-{row[0]}" for row in found]
+            "SELECT steps.step_id, parent_id, coalesce(made_by, steps.trace_id), tool, arguments, output, verdict, "
+            f"basis, signature, message, at, coalesce(made_by, '') FROM {_OBSERVED} "
+            "ORDER BY created_at DESC, ordinal DESC, steps.step_id LIMIT ?",
+            (*key, STEPS_MOST),
+        ).fetchall()[::-1]
+        names = {inferred_id(scope, episode_id, row[0]): row[0] for row in found}
         retracted = {
-            row[0].removeprefix("inferred-")
+            names[row[0]]
             for row in self._db.execute(
                 f"SELECT feedback_id FROM feedback WHERE tenant IN (?, '') AND retracts "
                 f"AND feedback_id IN ({', '.join('?' * len(names))})",
@@ -86,31 +86,27 @@ class StepTables:
             )
         }
         attempts = []
-        for step_id, parent, maker, tool, arguments, observation, *kept, at in found:
-            action = action_of(tool, arguments)
-            said = kept if kept[0] is not None else self._read(key, step_id, action, (tool, arguments, observation), at)
-            verdict, basis, signature, message, output = cast("tuple[Verdict, str, str, str, str]", said)
+        for step_id, parent, trace_id, tool, arguments, output, verdict, *said in found:
             if step_id in retracted and verdict != "unknown":
-                verdict = "unknown"
+                verdict = "unknown"  # noqa: PLW2901
                 self._db.execute(
                     "UPDATE attempts SET verdict = 'unknown' WHERE scope_id = ? AND episode_id = ? AND step_id = ?",
                     (*key, step_id),
                 )
-            attempts.append(Attempt(step_id, parent, maker, action, output, verdict, basis, signature, message, at))
+            action = action_of(tool, arguments)
+            attempts.append(Attempt(step_id, parent, trace_id, action, output, verdict, *said))
         return attempts
 
     def _read(
-        self, key: tuple[int, str], step_id: str, action: Action, step: tuple[str, str, str], at: float
-    ) -> list[str]:
-        tool, arguments, observation = step
+        self, key: tuple[int, str], step_id: str, tool: str, arguments: str, observation: str, at: float
+    ) -> None:
         reading = read(observation, tool=tool, arguments=arguments)
         signature = reading.signature.key if reading.signature else ""
-        said = [reading.verdict, nature_of(reading, observation), signature, message_of(reading, observation)]
-        said.append(shortened(observation))
+        said = (reading.verdict, nature_of(reading, observation), signature, message_of(reading, observation))
         self._db.execute(
-            "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*key, step_id, action.key, *said, at)
+            "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*key, step_id, action_of(tool, arguments).key, *said, shortened(observation), at),
         )
-        return said
 
     def advice_given(self, scope: Scope, episode_id: str) -> Mapping[str, Sequence[tuple[str, str]]]:
         """Return by trace the (memory id, suggested action) of the fixes that were injected in an episode."""
@@ -196,6 +192,10 @@ class StepTables:
         raise NotImplementedError
 
 
+_OBSERVED = """
+    steps JOIN traces USING (trace_id) LEFT JOIN attempts ON attempts.scope_id = steps.scope_id
+    AND attempts.episode_id = steps.episode_id AND attempts.step_id = steps.step_id
+    WHERE steps.scope_id = ? AND steps.episode_id = ? AND observation IS NOT NULL"""
 _TALLIES = """
     SELECT environment, sum(verified AND success), sum(verified AND NOT success), sum(NOT verified AND success),
            sum(NOT verified AND NOT success) FROM fix_evidence WHERE memory_id = ? GROUP BY environment"""

@@ -292,8 +292,7 @@ class Transaction(StepTables):
         searchable = state == "verified"
         if searchable and (known is None or known[1] != "verified"):
             self._db.execute(
-                "INSERT INTO memories_fts(rowid, scope, task) VALUES (?, ?, ?)",
-                (number, rows.scope_token(scope_id), key_of(task)),
+                "INSERT INTO memories_fts(rowid, words) VALUES (?, ?)", (number, rows.scoped_words(scope_id, task))
             )
         elif not searchable and known is not None and known[1] == "verified":
             self._db.execute("DELETE FROM memories_fts WHERE rowid = ?", (number,))
