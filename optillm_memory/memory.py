@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,16 +127,21 @@ class Memory:
         advice = self._adviser.on_answer(turn, conversation, choices[0].get("message") or {})
         if not advice:
             return turn, False
-        if turn.held_out:
-            return replace(turn, action="holdout"), False
-        if self.settings.guard == "advise":
+        if self.settings.guard == "advise" and not turn.held_out:
             self._recent.advise(turn.scope, turn.episode_id, advice)
             return turn, False
-        rendering = as_advice(advice, **self._block_limits(turn))
+        limits = self._block_limits(turn)
+        limits["token_budget"] -= sum(item.tokens for placement in turn.fresh for item in placement.items)
+        rendering = as_advice(advice, **limits)
         fresh = placed_at(conversation, len(conversation.messages) - 1, rendering)
         if fresh is None:
             return turn.skip("over_budget", memory_id=advice[0].memory_id), False
-        return turn.placing([p for p in turn.placements if p not in turn.fresh], *turn.fresh, fresh), True
+        if turn.held_out:
+            return replace(turn, action="holdout"), False
+        standing = [p for p in turn.placements if p not in turn.fresh]
+        if any(p.position == fresh.position and p.form == fresh.form for p in standing):
+            return turn.skip("advised_already"), False  # the very same request again: a place is written to once
+        return turn.placing(standing, *turn.fresh, fresh), True
 
     def guarded(self, turn: Turn, completion: Mapping[str, Any]) -> bool:
         """Whether the second answer is better behaved than the first: it says something, and repeats no failure."""
@@ -219,6 +224,12 @@ class Memory:
             raise NotFound(f"no memory {memory_id!r} in this scope")
         return found[0]
 
+    def described(self, memory_id: str, *, tenant: str | None = None) -> dict[str, Any]:
+        """Return a memory with its value, and a fix with its error and its evidence. Raises NotFound."""
+        record = self.memory(memory_id, tenant=tenant)
+        shown = {**asdict(record), "value": round(record.value, 4)}
+        return {**shown, "fix": self.store.fix_details(memory_id)} if record.kind == "fix" else shown
+
     def stats(self) -> dict[str, Any]:
         """Return counts of the store and the state of the encoder."""
         return {**self.store.stats(), "encoder": self.encoder.state, "encoder_reason": self.encoder.reason}
@@ -265,13 +276,13 @@ class Memory:
             for memory_id in rendering.over_budget:
                 turn = turn.skip("over_budget", memory_id=memory_id)
         if lot.held_out:
-            return replace(turn, action="holdout") if rendering is not None else turn
+            return replace(turn, action="holdout") if rendering is not None and rendering.injected else turn
         fresh = placed_at(conversation, position, rendering) if rendering is not None else None
         return turn.placing(standing, fresh)
 
     def _advised(self, turn: Turn, conversation: Conversation) -> tuple[Turn, Rendering | None]:
-        advice = [*self._recent.pending_advice(turn.scope, turn.episode_id)]
-        advice += self._adviser.on_results(turn, conversation)
+        pending = self._recent.pending_advice(turn.scope, turn.episode_id)
+        advice = self._adviser.on_results(turn, conversation, pending)
         rendering = as_advice(advice, **self._block_limits(turn)) if advice else None
         return (turn, rendering) if rendering else (turn.skip("nothing_relevant"), None)
 

@@ -136,7 +136,8 @@ def traces(limit: int, query: str, db: str | None, *, as_json: bool) -> None:
 def show(identifier: str, db: str | None, *, as_json: bool) -> None:
     """Show one trace or one memory, by its id."""
     with _open(db) as memory:
-        found = asdict(memory.memory(identifier)) if identifier.startswith("mem-") else memory.trace(identifier)
+        is_memory = identifier.startswith(("mem-", "fix-"))
+        found = memory.described(identifier) if is_memory else memory.trace(identifier)
     _print(found, as_json=as_json, text=lambda: render.mapping(found))
 
 

@@ -90,8 +90,8 @@ def memories() -> Answer:
 
 @blueprint.get("/memories/<memory_id>")
 def one_memory(memory_id: str) -> Answer:
-    """Return one memory of any status."""
-    return flask.jsonify(shown(_memory().memory(memory_id, tenant=_visible()))), 200
+    """Return one memory of any status; a fix with its error and its evidence."""
+    return flask.jsonify(_memory().described(memory_id, tenant=_visible())), 200
 
 
 @blueprint.get("/stats")

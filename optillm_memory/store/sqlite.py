@@ -247,6 +247,20 @@ class SqliteStore:
                 tallies.setdefault(memory_id, {})[where] = (right, wrong, likely, unlikely)
         return [rows.fix_of((*row, value_in(environment, tallies.get(row[0], {})))) for row in found]
 
+    def fix_details(self, memory_id: str) -> dict[str, Any]:
+        """Return what a fix mends and what says so."""
+        with self._readers.borrow() as db:
+            (shown,) = _objects(
+                db, "SELECT tool, field, signature, relation, output FROM fixes WHERE memory_id = ?", (memory_id,)
+            )
+            shown["evidence"] = _objects(
+                db,
+                "SELECT episode_id, trace_id, step_id, role, success, verified, environment FROM fix_evidence "
+                "WHERE memory_id = ? ORDER BY trace_id, step_id, role",
+                (memory_id,),
+            )
+        return shown
+
     def past_attempts(self, scope: Scope, action_key: str, *, environment: str, limit: int = 50) -> list[PastAttempt]:
         """Return the earlier tries of an action in one environment, latest first."""
         with self._readers.borrow() as db:
