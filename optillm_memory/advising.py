@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from optillm_memory.conversation.actions import Action, action_of
+from optillm_memory.conversation.actions import Action, action_of, normal_action
 from optillm_memory.conversation.observation import read
 from optillm_memory.conversation.parse import Conversation
 from optillm_memory.conversation.redact import storable
@@ -17,12 +15,14 @@ from optillm_memory.conversation.text import text_of
 from optillm_memory.decide.guard import known_to_fail
 from optillm_memory.inject.advice import Advice
 from optillm_memory.learn.attempts import environment_of, message_of
-from optillm_memory.learn.suggest import Example, FixBook, Suggestion
+from optillm_memory.learn.books import Books
+from optillm_memory.learn.suggest import Example, Suggestion
 from optillm_memory.records import KnownFix, PastAttempt, Scope, Step
 from optillm_memory.settings import Settings
 from optillm_memory.turn import Turn
 
-_BOOKS_KEPT = 64
+_LOOKED_AT = 16  # calls of one answer; a block holds a few items
+_REMEMBERED = 200  # steps back that a conversation is taken to remember what it tried
 _DAY_S = 86_400.0
 
 
@@ -49,41 +49,52 @@ class Adviser:
         self._source = source
         self._settings = settings
         self._clock = clock
-        self._books: OrderedDict[tuple[Any, ...], tuple[FixBook, list[KnownFix]]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._books = Books()
 
-    def on_results(self, turn: Turn, conversation: Conversation) -> list[Advice]:
-        """Return advice on the actions whose results came with this request and show a failure."""
+    def on_results(self, turn: Turn, conversation: Conversation, pending: Sequence[Advice] = ()) -> list[Advice]:
+        """Return advice on the actions whose results came with this request and show a failure.
+
+        `pending` is advice on what was asked for; what the results have settled is left out of it.
+        """
         found = []
-        for step in conversation.observed:
+        settled = set()
+        tried = self._tried(conversation)
+        for step in conversation.observed[:_LOOKED_AT]:
             reading = read(step.observation or "", tool=step.tool, arguments=step.arguments)
+            action = self._action(step.tool, step.arguments)
+            if reading.verdict == "success":
+                settled.add(_words(action, action.text))
             if reading.verdict != "failure":
                 continue
-            action = self._action(step.tool, step.arguments)
             signature = reading.signature.key if reading.signature else ""
             error = message_of(reading, step.observation or "")
             fixes = self._suggested(turn, action, step.observation or "", signature)
             past = self._source.past_attempts(turn.scope, action.key, environment=environment_of(turn.options.tags))
-            tried = {self._action(s.tool, s.arguments).key for s in conversation.steps}
             count = 1 + sum(p.verdict == "failure" and p.step_id != step.step_id for p in past)
             for fix, text, confidence in fixes:
                 # What this conversation has tried already is no news to it.
-                if fix.relation == "note" or Action(action.tool, action.field, text).key not in tried:
+                if fix.relation == "note" or _words(action, text) not in tried:
                     found.append(_advice(action, count, error, fix, text, confidence))
+                    settled.add(_words(action, action.text))
                     break
-        return found
+        return [*(a for a in pending if (a.tool, a.field, normal_action(a.action)) not in settled), *found]
 
     def on_answer(self, turn: Turn, conversation: Conversation, message: Mapping[str, Any]) -> list[Advice]:
         """Return advice on the actions of an answer that are known to fail; empty where there are none."""
         found = []
-        for tool, arguments in actions_in(message, conversation):
+        tried = self._tried(conversation)
+        for tool, arguments in actions_in(message, conversation)[:_LOOKED_AT]:
             action = self._action(tool, arguments)
             failures = self.failures_of(turn, action, conversation.steps)
             if not failures:
                 continue
             latest = failures[0]
             fixes = self._suggested(turn, action, latest.output, latest.signature)
-            fix, text, confidence = fixes[0] if fixes else (None, "", 0.0)
+            if any(fix.relation == "first" and _words(action, text) in tried for fix, text, _ in fixes):
+                continue  # what was missing has been done
+            told = {_words(action, action.text), *tried}
+            news = [f for f in fixes if f[0].relation == "note" or _words(action, f[1]) not in told]
+            fix, text, confidence = news[0] if news else (None, "", 0.0)
             found.append(_advice(action, len(failures), latest.message, fix, text, confidence))
         return found
 
@@ -93,6 +104,10 @@ class Adviser:
         expiry_s = self._settings.guard_expiry_days * _DAY_S
         return known_to_fail(past, here, episode_id=turn.episode_id, now=self._clock(), expiry_s=expiry_s)
 
+    def _tried(self, conversation: Conversation) -> set[tuple[str, str, str]]:
+        actions = [self._action(s.tool, s.arguments) for s in conversation.steps[-_REMEMBERED:]]
+        return {_words(action, action.text) for action in actions}
+
     def _action(self, tool: str, arguments: str) -> Action:
         # As it is stored, for that is what it is compared with.
         limit, secrets = self._settings.max_text, self._settings.redact
@@ -100,36 +115,33 @@ class Adviser:
 
     def _suggested(self, turn: Turn, action: Action, output: str, signature: str) -> list[tuple[KnownFix, str, float]]:
         """Return (fix that it rests on, corrected action, confidence), best first."""
-        book, fixes = self._book(turn, action.tool, signature)
+        fixes = self._source.known_fixes(
+            turn.scope,
+            action.tool,
+            signature,
+            environment=environment_of(turn.options.tags),
+            episode_id=turn.episode_id,
+        )
         same = [f for f in fixes if f.relation == "note" and f.signature == signature and signature]
-        noted = [(f, f.text, f.value) for f in same if Action(f.tool, f.field, f.action).key == action.key]
+        own = _words(action, action.text)
+        noted = [(f, f.text, f.value) for f in same if _words(Action(f.tool, f.field, ""), f.action) == own]
         suggestion: Suggestion | None = None
-        examples = [f for f in fixes if f.relation != "note"]
-        if examples:
-            suggestion = book.suggest(action.text, output, min_confidence=self._settings.fix_confidence)
+        usable = [f for f in fixes if f.relation != "note"]
+        if usable:
+            suggestion = self._books.suggest(
+                (turn.scope, action.tool),
+                # A value that moves a little makes no other book.
+                [Example(f.action, f.output, f.text, max(round(f.value, 1), 0.1)) for f in usable],
+                action.text,
+                output,
+                min_confidence=self._settings.fix_confidence,
+            )
         if suggestion is None:
             return noted[:1]
-        rests_on = examples[suggestion.support[0]]
+        rests_on = usable[suggestion.support[0]]
         if rests_on.field != action.field:
             return noted[:1]
         return [(rests_on, suggestion.action, suggestion.confidence), *noted[:1]]
-
-    def _book(self, turn: Turn, tool: str, signature: str) -> tuple[FixBook, list[KnownFix]]:
-        environment = environment_of(turn.options.tags)
-        key = (turn.scope, tool, environment, turn.episode_id, self._source.revision())
-        with self._lock:
-            if (kept := self._books.get(key)) is not None:
-                self._books.move_to_end(key)
-                return kept
-        fixes = self._source.known_fixes(
-            turn.scope, tool, signature, environment=environment, episode_id=turn.episode_id
-        )
-        book = FixBook([Example(f.action, f.output, f.text, f.value) for f in fixes if f.relation != "note"])
-        with self._lock:
-            self._books[key] = book, fixes
-            while len(self._books) > _BOOKS_KEPT:
-                self._books.popitem(last=False)
-        return book, fixes
 
 
 def actions_in(message: Mapping[str, Any], conversation: Conversation) -> list[tuple[str, str]]:
@@ -139,6 +151,11 @@ def actions_in(message: Mapping[str, Any], conversation: Conversation) -> list[t
         return calls
     command = command_in(text_of(message))
     return [(TEXT_TOOL, command)] if command else []
+
+
+def _words(action: Action, text: str) -> tuple[str, str, str]:
+    # Another folder or limit does not make a suggestion new.
+    return action.tool, action.field, normal_action(text)
 
 
 def _advice(action: Action, count: int, error: str, fix: KnownFix | None, text: str, confidence: float) -> Advice:

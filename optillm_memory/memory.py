@@ -134,14 +134,16 @@ class Memory:
         limits["token_budget"] -= sum(item.tokens for placement in turn.fresh for item in placement.items)
         rendering = as_advice(advice, **limits)
         fresh = placed_at(conversation, len(conversation.messages) - 1, rendering)
-        if fresh is None:
-            return turn.skip("over_budget", memory_id=advice[0].memory_id), False
-        if turn.held_out:
-            return replace(turn, action="holdout"), False
         standing = [p for p in turn.placements if p not in turn.fresh]
-        if any(p.position == fresh.position and p.form == fresh.form for p in standing):
-            return turn.skip("advised_already"), False  # the very same request again: a place is written to once
-        return turn.placing(standing, *turn.fresh, fresh), True
+        if fresh is None:
+            turn = turn.skip("over_budget", memory_id=advice[0].memory_id)
+        elif turn.held_out:
+            turn = replace(turn, action="holdout")
+        elif any(p.position == fresh.position and p.form == fresh.form for p in standing):
+            turn = turn.skip("advised_already")  # the very same request again: a place is written to once
+        else:
+            return turn.placing(standing, *turn.fresh, fresh), True
+        return turn, False
 
     def guarded(self, turn: Turn, completion: Mapping[str, Any]) -> bool:
         """Whether the second answer is better behaved than the first: it says something, and repeats no failure."""
@@ -161,11 +163,9 @@ class Memory:
         if not injected:
             turn = replace(turn, action="plain", injected=(), placements=(), fresh=())
         elapsed_ms = (time.perf_counter() - turn.started) * 1000
-        messages = [choice.get("message") or {} for choice in (response or {}).get("choices") or []]
         prefixes: list[str] = []
         if turn.conversation is not None and response is not None:
-            last = turn.conversation.prefixes[-1] if turn.conversation.prefixes else ""
-            prefixes = list(dict.fromkeys(conversations.extend_prefix(last, m) for m in messages))
+            prefixes = conversations.answer_prefixes(turn.conversation, response)
             self._recent.remember(turn.scope, turn.episode_id, prefixes, turn.placements)
         if turn.options.writes:
             self.store.post(lambda tx: self._recorder.record(tx, turn, response, error, prefixes, elapsed_ms))

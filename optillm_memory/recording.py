@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from optillm_memory.conversation import parse as conversations
+from optillm_memory.conversation.parse import Conversation
 from optillm_memory.conversation.redact import storable
+from optillm_memory.conversation.steps import calls_of, steps_of
 from optillm_memory.conversation.text import without_blocks
 from optillm_memory.learn import fold
 from optillm_memory.recall.service import EncoderService
@@ -42,6 +44,7 @@ class Recorder:
         if conversation is None:  # recall failed or was left out: what it would have found out is found out here
             conversation = conversations.parse(turn.body)
             turn = self._locate(replace(turn, conversation=conversation))
+            prefixes = conversations.answer_prefixes(conversation, response)
         usage = (response or {}).get("usage") or {}
         choices = (response or {}).get("choices") or []
         answer = answer_of(choices)
@@ -76,7 +79,7 @@ class Recorder:
                 tx.put_vectors([(key_hash(trace.task), vector.tobytes())], self._encoder.fingerprint)
             scope_id = tx.scope_id(trace.scope)
             known = tx.observed_steps(scope_id, trace.episode_id)
-            steps = [self._step(s) for s in conversation.steps if s.step_id not in known]
+            steps = [self._step(s) for s in _steps(conversation, choices, prefixes) if s.step_id not in known]
             observed = tx.add_steps(scope_id, trace.episode_id, trace.trace_id, steps)
             fold.trace_arrived(tx, trace)
             fold.steps_arrived(tx, trace, observed, received_at=time.time())
@@ -101,3 +104,12 @@ class Recorder:
         }
         value = self.stored(feedback.value) if isinstance(feedback.value, str) else feedback.value
         return replace(feedback, value=value, evidence=evidence)
+
+
+def _steps(conversation: Conversation, choices: Sequence[Mapping[str, Any]], prefixes: Sequence[str]) -> Sequence[Step]:
+    """Return a conversation's steps with those that its answer asks for: later on nothing else may tell who did."""
+    message = (choices[0].get("message") or {}) if len(choices) == 1 and prefixes else {}
+    if not calls_of(message, 0):
+        return conversation.steps
+    messages = [*conversation.messages, {**message, "role": "assistant"}]
+    return steps_of(messages, [*conversation.prefixes, prefixes[0]])

@@ -85,13 +85,15 @@ class Turn:
         if not placements:
             return self
         # Only where it is new is a suggestion to be followed; later on it is part of the conversation.
-        old = [replace(item, suggestion=None) for p in standing for item in p.items]
+        added = [item for p in made.values() for item in p.items]
+        again = {item.memory_id for item in added}
+        old = [replace(i, suggestion=None) for p in standing for i in p.items if i.memory_id not in again]
         return replace(
             self,
             action="inject",
             placements=tuple(placements),
             fresh=tuple(made.values()),
-            injected=(*old, *(item for p in made.values() for item in p.items)),
+            injected=(*old, *added),
             messages=place(self.sent, placements),
         )
 

@@ -109,6 +109,44 @@ def latency(sizes: str, repeats: int, seed: int, out: Path | None, data: Path | 
         click.echo(f"{size} traces  {json.dumps(values)}")
 
 
+@bench.command()
+@click.option("--limit", type=click.IntRange(1), help="How many tasks at most.")
+@click.option("--holdout", type=click.FloatRange(0, 1), default=0.5, show_default=True,
+              help="Share of episodes without memory in the third run.")  # fmt: skip
+@click.option("--seed", default=0, show_default=True, help="Seeds the order of the tasks.")
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file.")
+def agent(limit: int | None, holdout: float, seed: int, out: Path | None) -> None:
+    """Have an agent do real tasks, and again in a new process, with and without memory."""
+    from optillm_memory.bench import report
+    from optillm_memory.bench.agent import run
+    from optillm_memory.bench.agent_tasks import TASKS
+
+    tasks = TASKS[:limit]
+    with _bar(3 * len(tasks), "tasks") as bar:
+        figures = run(tasks, seed=seed, share=holdout, say=_say, tick=lambda: bar.update(1))
+    whole = report.report(figures, {"tasks": len(tasks), "holdout": holdout, "seed": seed, "encoder": "hashing"})
+    report.write(whole, out)
+    for name, values in figures.items():
+        click.echo(f"{name}  {json.dumps(values)}")
+
+
+@bench.command()
+@click.option("--data", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Rows with `command`, `output`, `fix`, perhaps `group` [default: the built-in ones].")  # fmt: skip
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here.")
+def fixes(data: Path | None, out: Path | None) -> None:
+    """Measure the corrections that memory suggests for failing commands: leave-one-out, and as a stream."""
+    from optillm_memory.bench import report
+    from optillm_memory.bench.fixes import load_rows, run
+
+    rows = load_rows(data)
+    with _bar(2 * len(rows), "suggestions") as bar:
+        figures = run(rows, tick=lambda _: bar.update(1))
+    report.write(report.report(figures, {"data": data.name if data else "fix_cases.jsonl"}), out)
+    stream = {f"stream {name}": value for name, value in figures.pop("stream").items()}
+    click.echo(render.mapping({**figures, **stream}))
+
+
 def _bar(length: int, label: str) -> Any:
     return click.progressbar(length=length, label=label, file=sys.stderr)
 

@@ -111,6 +111,13 @@ def extend_prefix(prefix: str, message: Mapping[str, Any]) -> str:
     return hashlib.blake2b(prefix.encode("ascii") + _canonical(message), digest_size=16).hexdigest()
 
 
+def answer_prefixes(conversation: Conversation, response: Mapping[str, Any] | None) -> list[str]:
+    """Return the prefixes with which a conversation goes on, one for each different choice of a response."""
+    last = conversation.prefixes[-1] if conversation.prefixes else ""
+    messages = [choice.get("message") or {} for choice in (response or {}).get("choices") or []]
+    return list(dict.fromkeys(extend_prefix(last, message) for message in messages))
+
+
 def _canonical(message: Mapping[str, Any]) -> bytes:
     # What every client keeps when it sends an answer back: role, text and calls. Other fields come and go.
     content = message.get("content")

@@ -22,12 +22,19 @@ _FENCE = re.compile(
     r"(.{0,20000}?)\n```",
     re.DOTALL | re.MULTILINE,
 )
+_TAGS = ("<execute>", "<command>", "<bash>", "<run>")
 _TAGGED = re.compile(r"<(execute|command|bash|run)>(.{1,20000}?)</\1>", re.DOTALL)
+_TAGGED_MOST = 8  # more are no commands: each one that is not closed is searched to its end
 _MARKED = re.compile(
-    r"\s{0,20}(?:<(?:output|observation|result|returncode|execution|stdout)\b|(?:observation|output|result|stdout|"
-    r"execution result|command output|tool output|exit code)\b[^\n]{0,80}[:\n]|\[(?:output|exit code)|exit:)",
+    r"\s{0,20}(?:<(?:output|observation|result|returncode|execution|stdout)\b|"
+    r"(?:observation|output|result|stdout|execution result|command output|tool output|exit code)"
+    r"(?:[ \t]{0,4}(?:\d{1,6}|[(\[][^\n]{0,60}[)\]]))?[ \t]{0,4}(?::|\n)|"
+    r"(?:output|result)s? (?:of|from) [^\n]{0,120}:[ \t]{0,4}\n|\[(?:output|exit code)|exit:)",
     re.IGNORECASE,
 )
+# The names of calls that have none: made up from their place.
+_MADE_UP = re.compile(r"call-\d+-(\d+)|function-\d+")
+_LEGACY = "function"
 TEXT_TOOL = "shell"
 
 
@@ -37,15 +44,16 @@ def steps_of(messages: Sequence[Mapping[str, Any]], prefixes: Sequence[str]) -> 
     A command in the text is a step only where the user turn after it reads as an observation.
     """
     steps: list[Step] = []
+    results = _results(messages)
     seen: Counter[tuple[str, str, str]] = Counter()
     for index, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
         calls = calls_of(message, index)
-        for call_id, tool, arguments in calls:
-            observation = _result(messages, index, call_id)
+        for number, (call_id, tool, arguments) in enumerate(calls):
+            observation = results.get((index, number))
             # A client's own id stays with its call wherever that goes; ids that are used again are counted.
-            own = call_id if not call_id.startswith(("call-", "function-")) else prefixes[index]
+            own = prefixes[index] if _MADE_UP.fullmatch(call_id) else call_id
             seen[own, tool, arguments] += 1
             step_id = _digest(own, tool, arguments, str(seen[own, tool, arguments]))
             steps.append(_step(step_id, steps, call_id, tool, arguments, observation, prefixes[index]))
@@ -60,7 +68,9 @@ def steps_of(messages: Sequence[Mapping[str, Any]], prefixes: Sequence[str]) -> 
 
 def command_in(text: str) -> str | None:
     """Return the one command that an answer asks to have run, None for none or several."""
-    found = [m.group(1) for m in _FENCE.finditer(text)] or [m.group(2) for m in _TAGGED.finditer(text)]
+    found = [m.group(1) for m in _FENCE.finditer(text)]
+    if not found and 0 < sum(text.count(tag) for tag in _TAGS) <= _TAGGED_MOST:
+        found = [m.group(2) for m in _TAGGED.finditer(text)]
     return found[0].strip() if len(found) == 1 and found[0].strip() else None
 
 
@@ -76,7 +86,9 @@ def is_observation(messages: Sequence[Mapping[str, Any]], index: int) -> bool:
     if command_in(text_of(messages[index - 1])) is None:
         return False
     text = text_of(messages[index])
-    return bool(_MARKED.match(text)) or unwrap(text).exit_code is not None
+    if _MARKED.match(text):
+        return True
+    return unwrap(text).exit_code is not None and not text.rstrip().endswith("?")  # people ask, tools do not
 
 
 def calls_of(message: Mapping[str, Any], index: int) -> list[tuple[str, str, str]]:
@@ -94,19 +106,28 @@ def calls_of(message: Mapping[str, Any], index: int) -> list[tuple[str, str, str
     return found
 
 
-def _result(messages: Sequence[Mapping[str, Any]], index: int, call_id: str) -> str | None:
-    # The result follows its call; where ids are used again, an equal id further on belongs to a later call.
-    for message in messages[index + 1 :]:
+def _results(messages: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], str]:
+    """Return the results by the index of the message that asked and the number of the call in it."""
+    results: dict[tuple[int, int], str] = {}
+    # The calls that wait, by id. Where ids are used again, a result belongs to the latest call of its id, and in one
+    # answer to the first that has none; a legacy result has no id and belongs to the answer before it.
+    waiting: dict[str, list[tuple[int, int]]] = {}
+    for index, message in enumerate(messages):
         role = message.get("role")
-        if role == "tool" and str(message.get("tool_call_id")) == call_id:
-            return _shown(message)
-        if role == "function" and call_id == f"function-{index}":
-            return _shown(message)
-        if role == "assistant" and (
-            call_id.startswith("function-") or any(c[0] == call_id for c in calls_of(message, -1))
-        ):
-            return None
-    return None
+        if role == "assistant":
+            waiting.pop(_LEGACY, None)
+            asked: dict[str, list[tuple[int, int]]] = {}
+            for number, (call_id, _, _) in enumerate(calls_of(message, index)):
+                made_up = _MADE_UP.fullmatch(call_id)
+                nameless = () if made_up is None else (_LEGACY,) if made_up[1] is None else ("",)
+                for name in (call_id, *nameless):
+                    asked.setdefault(name, []).append((index, number))
+            waiting.update(asked)
+        elif role in ("tool", "function"):
+            call_id = _LEGACY if role == "function" else str(message.get("tool_call_id") or "")
+            if queue := waiting.get(call_id):
+                results.setdefault(queue.pop(0), _shown(message))
+    return results
 
 
 def _shown(message: Mapping[str, Any]) -> str:

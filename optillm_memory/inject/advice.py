@@ -50,7 +50,8 @@ def as_advice(items: Sequence[Advice], *, max_items: int, token_budget: int) -> 
             break
         text = _lines(item, len(chosen) + 1)
         tokens = estimate_tokens(text)
-        if spent + tokens > token_budget:
+        # Half a fix is a wrong one; of the action that failed its beginning is enough.
+        if spent + tokens > token_budget or len(item.fix or "") > _LONGEST:
             left_out.append(item.memory_id)
             continue
         spent += tokens
@@ -64,13 +65,14 @@ def as_advice(items: Sequence[Advice], *, max_items: int, token_budget: int) -> 
 
 def _lines(item: Advice, number: int) -> str:
     times = "once" if item.count == 1 else f"{item.count} times"
-    lines = [f"{number}. this action failed {times}", quoted(item.action[:_LONGEST])]
+    action = item.action if len(item.action) <= _LONGEST else f"{item.action[:_LONGEST]}…"
+    lines = [f"{number}. this action failed {times}", quoted(action)]
     if item.fix is not None:
         where = f", as `{_name(item.field)}` of `{_name(item.tool)}`" if item.field else ""
         state = "verified" if item.verified else "not verified yet"
         lines += [
             f"   {_RELATIONS[item.relation]}{where} ({state}, confidence {item.confidence:.2f})",
-            quoted(item.fix[:_LONGEST]),
+            quoted(item.fix),
         ]
     if item.error:
         lines += ["   the error was", quoted(item.error)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,14 +12,18 @@ from optillm_memory.conversation.complaints import lines_of
 from optillm_memory.conversation.observation import Reading
 from optillm_memory.conversation.reports import report_of
 from optillm_memory.conversation.wrapping import unwrap
-from optillm_memory.records import Verdict
+from optillm_memory.records import Scope, Verdict
 
 OUTPUT_LIMIT = 4_000
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A step with what its observation says of it; `trace_id` is the trace that asked for it."""
+    """A step with what its observation says of it.
+
+    `trace_id` is the trace that asked for it, else the one that brought its observation; `asked_by` is the former
+    alone, empty where it is not known.
+    """
 
     step_id: str
     parent_id: str
@@ -30,6 +35,7 @@ class Attempt:
     signature: str
     message: str
     at: float
+    asked_by: str = ""
 
 
 def message_of(reading: Reading, observation: str) -> str:
@@ -70,6 +76,16 @@ def shortened(text: str) -> str:
     if len(text) <= OUTPUT_LIMIT:
         return text
     return f"{text[: OUTPUT_LIMIT // 2]}\n…\n{text[-OUTPUT_LIMIT // 2 :]}"
+
+
+def inferred_id(scope: Scope, episode_id: str, step_id: str) -> str:
+    """Return the id of the feedback that a step's observation amounts to.
+
+    The episode is in it, for clients that number their calls give steps of two episodes the same id.
+    """
+    where = f"{scope.tenant}\x1f{scope.namespace}\x1f{scope.user_id}\x1f{scope.agent_id}\x1f{episode_id}"
+    digest = hashlib.blake2b(where.encode("utf-8", "replace"), digest_size=6).hexdigest()
+    return f"inferred-{step_id}-{digest}"
 
 
 def environment_of(tags: Mapping[str, str]) -> str:

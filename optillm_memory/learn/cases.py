@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import SequenceMatcher
 from functools import cached_property
 
 _TOKEN = re.compile(r"""(?:'[^'\n]{0,2000}'|"[^"\n]{0,2000}"|\\.|[^\s'"\\])+|\S""")
-_QUOTED = re.compile(r"""(?<![\w])(?:'((?:[^'\n]|(?<=\w)'(?=\w)){1,200})'|"([^"\n]{1,200})"|`([^`'\n]{1,200})[`'])(?!\w)""")
-_WORD = re.compile(r"[\w.+@%~/:-]*[\w+@%~/]")
+_QUOTED = re.compile(
+    r"""(?<![\w])(?:'((?:[^'\n]|(?<=\w)'(?=\w)){1,200})'|"([^"\n]{1,200})"|`([^`'\n]{1,200})[`'])(?!\w)"""
+)
+_WORD = re.compile(r"[\w.+@%~/:-]+")
 _MEANT = re.compile(
     r"did you mean|you meant|most similar|similar (?:command|choice)|perhaps you|candidates are|instead|closest",
     re.IGNORECASE,
 )
-_COMPLAINT = re.compile(
+COMPLAINT = re.compile(
     r"\b(?:unknown|unrecogni[sz]ed|invalid|illegal|ambiguous|undefined|missing|error|fatal|cannot|can't|not|no such)\b",
     re.IGNORECASE,
 )
-_PATH = re.compile(r"[\w.~-]{0,200}(?:/[\w.~+-]{1,200}){1,40}/?")
-_LINES, _CHARS, _WORDS = 200, 12_000, 1_500
+_PATH = re.compile(r"[\w.~+/-]+")
+_OPERATOR = re.compile(r"\s(?:&&|\|\||;|\|)\s")
+_ASSIGNMENT = re.compile(r"\w{1,50}=")
+_LINES, _CHARS, _WORDS, _POOL, _FAULTS = 200, 12_000, 1_500, 400, 80
 WRAPPERS = frozenset(("sudo", "env", "time", "nohup", "command"))
 CLOSE = 0.5
-_LONG_WORD = 60
+_LONG_WORD, _LONGEST_PATH = 60, 400
 
 
 class Case:
@@ -40,13 +45,13 @@ class Case:
     @cached_property
     def tokens(self) -> list[str]:
         """The action's words; a quoted text is one word, an unbalanced quote a word's part."""
-        return _TOKEN.findall(self.action) if _balanced(self.action) else self.action.split()
+        return tokenize(self.action)
 
     @cached_property
     def head(self) -> int:
         """The index of the program's name, past `sudo` and the like and past assignments."""
         for index, token in enumerate(self.tokens):
-            if token not in WRAPPERS and not re.match(r"\w{1,50}=", token):
+            if token not in WRAPPERS and not _ASSIGNMENT.match(token):
                 return index
         return 0
 
@@ -73,7 +78,7 @@ class Case:
     @cached_property
     def words(self) -> list[str]:
         """The output's words, in order."""
-        return [w for w in (w.strip(":.,") for w in _WORD.findall(self.output)[:_WORDS]) if w]
+        return _words(self.output)[:_WORDS]
 
     @cached_property
     def quoted(self) -> list[str]:
@@ -91,7 +96,7 @@ class Case:
         known = set(self.vocabulary.words(self.program, first=False)) if self.vocabulary else set()
         programs = set(self.vocabulary.words("", first=True)) if self.vocabulary else set()
         found: list[tuple[float, int, str]] = []
-        for index, token in enumerate(self.tokens):
+        for index, token in enumerate(self.tokens[:_FAULTS]):
             parts = [p for p in _parts(token) if len(p) > 1 and any(c.isalnum() for c in p)]
             part = next((p for p in parts if p in quoted or p in complained), None)
             part = part or next((p for p in parts if p in mentioned), None)
@@ -107,8 +112,8 @@ class Case:
 
     @cached_property
     def _complained(self) -> set[str]:
-        lines = [line for line in self.lines[:40] if _COMPLAINT.search(line)][:4]
-        return {w.strip(":.,") for line in lines for w in _WORD.findall(line)}
+        lines = [line for line in self.lines[:40] if COMPLAINT.search(line)][:4]
+        return {w for line in lines for w in _words(line)}
 
     @cached_property
     def suggested(self) -> list[str]:
@@ -148,7 +153,7 @@ class Case:
                     text = text[len(lead) :]
             if line[:1] in " \t" and text.count(" ") and re.match(r"[\w./-]+ ", text):
                 found.append(text)
-        split = [(_TOKEN.findall(t) if _balanced(t) else t.split()) for t in dict.fromkeys(found)]
+        split = [words for text in dict.fromkeys(found) if (words := tokenize(text))]
         # What starts with the failing program comes first: that is what it proposes instead.
         split.sort(key=lambda words: posixpath.basename(words[0]) != self.program)
         return split[:6]
@@ -156,7 +161,8 @@ class Case:
     @cached_property
     def paths(self) -> list[str]:
         """Paths in the output, each once."""
-        return list(dict.fromkeys(_PATH.findall(self.output)))[:12]
+        found = (w.rstrip(".-") for w in _PATH.findall(self.output) if "/" in w and len(w) <= _LONGEST_PATH)
+        return list(dict.fromkeys(w for w in found if w.strip("/.~")))[:12]
 
     def after(self, keyword: str) -> str | None:
         """Return the output's word that follows a keyword."""
@@ -172,20 +178,26 @@ class Case:
     def near(self, word: str, where: str) -> str | None:
         """Return the word most like another: in what the output proposes, in all of the output, or among known words.
 
-        `any` takes the likest of the three, with an advance for what is proposed and for the same program's words.
+        `where` is suggested, output or known; `any` takes the likest of the three, with an advance for what is proposed
+        and for the same program's words.
         """
+        found = self._nearest(word, where)
+        return found[0] if found else None
+
+    def _nearest(self, word: str, where: str) -> tuple[str, float] | None:
         key = (word, where)
         if key not in self._near:
-            best = max(self._nearest(word, where), key=lambda found: found[1], default=None)
-            self._near[key] = best[0] if best else None
+            self._near[key] = max(self._near_words(word, where), key=lambda found: found[1], default=None)
         return self._near[key]
 
-    def _nearest(self, word: str, where: str) -> Iterator[tuple[str, float]]:
-        if where in ("any", "suggested"):
+    def _near_words(self, word: str, where: str) -> Iterator[tuple[str, float]]:
+        if where == "any":
+            yield from (f for source in ("suggested", "output", "known") if (f := self._nearest(word, source)))
+        elif where == "suggested":
             yield from likest(word, self.suggested, 0.3)
-        if where in ("any", "output"):
+        elif where == "output":
             yield from likest(word, self._pool, 0.05)
-        if where in ("any", "known") and self.vocabulary is not None:
+        elif self.vocabulary is not None:
             first = bool(self.tokens) and word == self.tokens[self.head]
             yield from likest(word, self.vocabulary.words(self.program, first=first), 0.15)
             if not first:
@@ -194,34 +206,53 @@ class Case:
     @cached_property
     def _pool(self) -> list[str]:
         bare = (w.lstrip("-") for w in self.words)
-        return list(dict.fromkeys(w for w in (*self.words, *bare) if w))
+        return list(dict.fromkeys(w for w in (*self.words, *bare) if w))[:_POOL]
 
     @cached_property
-    def _near(self) -> dict[tuple[str, str], str | None]:
+    def _near(self) -> dict[tuple[str, str], tuple[str, float] | None]:
         return {}
 
 
 class Vocabulary:
     """Words that worked before: program names, and the words that stood after each of them."""
 
-    def __init__(self) -> None:
-        """Start empty."""
-        self._programs: dict[str, int] = {}
-        self._after: dict[str, dict[str, int]] = {}
+    def __init__(self, actions: Iterable[str] = ()) -> None:
+        """Count the words of actions that worked."""
+        self._programs: Counter[str] = Counter()
+        self._after: dict[str, Counter[str]] = {}
+        for action in actions:
+            self.add(action)
 
-    def add(self, action: str, count: int = 1) -> None:
-        """Count the words of an action that worked; -1 takes it out again."""
-        for part in re.split(r"\s(?:&&|\|\||;|\|)\s", action):
-            case = Case(part, "")
-            if case.tokens:
-                _count(self._programs, case.program, count)
-                for index in case.arguments[:2]:
-                    for program in (case.program, ""):
-                        _count(self._after.setdefault(program, {}), case.tokens[index], count)
+    def add(self, action: str) -> None:
+        """Count the words of one more action that worked."""
+        for program, after in _vocables(action):
+            self._programs[program] += 1
+            for name in (program, ""):
+                self._after.setdefault(name, Counter()).update(after)
 
     def words(self, program: str, *, first: bool) -> Sequence[str]:
         """Return the known program names, or the words known to follow one (any, for the empty name)."""
         return tuple(self._programs) if first else tuple(self._after.get(program, ()))
+
+    def without(self, action: str) -> Vocabulary:
+        """Return this vocabulary as if it had never seen one of the actions that it counted; this one stays."""
+        other = Vocabulary()
+        other._programs, other._after = self._programs, self._after
+        for program, after in _vocables(action):
+            other._programs = _less(other._programs, [program])
+            other._after = {**other._after, program: _less(other._after.get(program, Counter()), after)}
+            other._after[""] = _less(other._after.get("", Counter()), after)
+        return other
+
+
+def tokenize(text: str) -> list[str]:
+    """Split an action into words: a quoted text is one word; where quotation marks do not match, blanks alone count."""
+    return _TOKEN.findall(text) if balanced(text) else text.split()
+
+
+def balanced(text: str) -> bool:
+    """Tell whether the quotation marks of a text come in pairs."""
+    return text.count("'") % 2 == 0 and text.count('"') % 2 == 0
 
 
 def likest(word: str, pool: Sequence[str], advance: float) -> Iterator[tuple[str, float]]:
@@ -253,19 +284,26 @@ def likest(word: str, pool: Sequence[str], advance: float) -> Iterator[tuple[str
         yield best, best_ratio + advance
 
 
-def _balanced(text: str) -> bool:
-    return text.count("'") % 2 == 0 and text.count('"') % 2 == 0
-
-
 def _parts(token: str) -> list[str]:
     bare = token.strip("'\"")
     return [token, bare, *re.split(r"[:=,]", bare)]
 
 
-def _count(counts: dict[str, int], word: str, by: int) -> None:
-    counts[word] = counts.get(word, 0) + by
-    if counts[word] <= 0:
-        del counts[word]
+def _words(text: str) -> list[str]:
+    return [w for w in (w.rstrip(".:-").strip(":.,") for w in _WORD.findall(text)) if w]
+
+
+def _vocables(action: str) -> Iterator[tuple[str, list[str]]]:
+    for part in _OPERATOR.split(action):
+        case = Case(part, "")
+        if case.tokens:
+            yield case.program, [case.tokens[index] for index in case.arguments[:2]]
+
+
+def _less(counts: Counter[str], words: Iterable[str]) -> Counter[str]:
+    fewer = Counter(counts)
+    fewer.subtract(words)
+    return +fewer
 
 
 def _host(text: str) -> str | None:

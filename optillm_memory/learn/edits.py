@@ -15,12 +15,18 @@ Program = tuple[Any, ...]
 Selector = tuple[Any, ...]
 Expression = tuple[Any, ...]
 _LONGEST = 4_000
+_CUT = 1.0
+
+
+def thaw(value: Any) -> Any:
+    """Return a program as it was before it went through JSON: its lists are tuples again."""
+    return tuple(thaw(part) for part in value) if isinstance(value, list) else value
 
 
 def apply(program: Program, case: Case) -> str | None:
     """Return the action that the program makes of a case; None where it does not fit or changes nothing."""
     made = _PROGRAMS[program[0]](program, case)
-    if made is None or not made.strip() or made == case.action or len(made) > _LONGEST:
+    if made is None or not made.strip() or made.split() == case.action.split() or len(made) > _LONGEST:
         return None
     return made
 
@@ -55,29 +61,32 @@ def select(selector: Selector, case: Case) -> int | None:
     return index if 0 <= index < len(case.tokens) else None
 
 
+def literals(program: Program) -> list[str]:
+    """Return the texts that a program spells out, rather than takes from the case at hand."""
+    kind = program[0]
+    if kind in ("text", "is", "whole"):
+        return [program[1]]
+    if kind in ("affix", "wrap"):
+        return [program[1], program[2], *(literals(program[3]) if kind == "affix" else ())]
+    if kind == "replace":
+        return [program[2], program[3], *literals(program[4])]
+    return [text for part in program if isinstance(part, tuple) and part for text in _nested(part)]
+
+
+def _nested(part: Program) -> list[str]:
+    if isinstance(part[0], str):
+        return literals(part)
+    return [text for inner in part if isinstance(inner, tuple) and inner for text in _nested(inner)]
+
+
 def cost(program: Program) -> float:
     """Return how special a program is: the longer its own texts and the more parts, the dearer (in rough bits)."""
-    kind, *parts = program
-    if kind == "whole":
-        return 12.0 + 0.25 * len(parts[0])
-    if kind == "propose":
-        return 3.0 + parts[0]
-    if kind == "named":
-        return 1.5 + parts[0] + expression_cost(parts[1])
-    if kind == "each_named":
-        return 3.0
-    if kind == "wrap":
-        return 2.0 + 0.12 * (len(parts[0]) + len(parts[1]))
-    if kind == "characters":
-        return 4.0
-    if kind == "spaced":
-        return 2.0
-    if kind == "chain":
-        return 1.0 + sum(_piece_cost(piece) for piece in parts[1])
-    if kind == "without":
-        return 2.5
+    return float(_PROGRAM_COST[program[0]](*program[1:]))
+
+
+def _hunks_cost(hunks: Program) -> float:
     total = 0.0
-    for anchor, count, side, expressions in parts[0]:
+    for anchor, count, side, expressions in hunks:
         total += 1.0 + selector_cost(anchor) + 0.2 * count + (0.3 if side else 0.0)
         total += sum(expression_cost(e) for e in expressions)
     return total
@@ -100,25 +109,47 @@ def selector_cost(selector: Selector) -> float:
 def expression_cost(expression: Expression) -> float:
     """Return an expression's share of a program's cost."""
     kind, *parts = expression
-    if kind == "word":
-        return 0.5 + selector_cost(parts[0])
-    if kind == "own":
-        return 0.3
-    if kind == "after":
-        return 4.5
-    if kind == "map":
-        return 1.0 + expression_cost(parts[1])
-    if kind == "near":
-        return 1.0 + expression_cost(parts[1]) + {"any": 0.0, "suggested": 0.4, "output": 0.4, "known": 0.7}[parts[0]]
-    if kind == "affix":
-        return 2.0 + 0.3 * (len(parts[0]) + len(parts[1])) + expression_cost(parts[2])
-    if kind == "replace":
-        return 2.0 + 0.3 * (len(parts[1]) + len(parts[2])) + expression_cost(parts[3])
-    if kind == "text":
-        return 2.0 + 0.3 * min(len(parts[0]), 30)
-    return 1.5 + sum(0.4 * p for p in parts if isinstance(p, int))
+    if kind in _EXPRESSION_COST:
+        return float(_EXPRESSION_COST[kind](*parts))
+    return 1.5 + sum(0.4 * part for part in parts if isinstance(part, int))
 
 
+def _cut(before: str, after: str) -> float:
+    # Letters put onto a word's own letters are seldom meant: that is how chance explains a word.
+    return _CUT if before[-1:].isalnum() or after[:1].isalnum() else 0.0
+
+
+def _replaced_cost(_where: str, old: str, new: str, inner: Expression) -> float:
+    return 2.0 + 0.3 * (len(old) + len(new)) + max(_cut(old, ""), _cut(new, "")) + expression_cost(inner)
+
+
+def _affixed_cost(before: str, after: str, inner: Expression) -> float:
+    return 2.0 + 0.3 * (len(before) + len(after)) + _cut(before, after) + expression_cost(inner)
+
+
+_NEAR_COST = {"any": 1.0, "suggested": 1.4, "output": 1.4, "known": 1.7}
+_PROGRAM_COST: dict[str, Callable[..., float]] = {
+    "hunks": _hunks_cost,
+    "named": lambda number, expression: 1.5 + 0.4 * number + expression_cost(expression),
+    "each_named": lambda _where: 3.0,
+    "propose": lambda number, _how: 3.0 + number,
+    "wrap": lambda before, after, _quoted: 2.0 + 0.3 * (len(before) + len(after)) + _cut(before, after),
+    "characters": lambda _old, _new: 4.0,
+    "without": lambda _word: 2.5,
+    "spaced": lambda: 2.0,
+    "chain": lambda _operator, pieces: 1.0 + sum(_piece_cost(piece) for piece in pieces),
+    "whole": lambda fix: 12.0 + 0.25 * len(fix),
+}
+_EXPRESSION_COST: dict[str, Callable[..., float]] = {
+    "own": lambda: 0.3,
+    "word": lambda selector: 0.5 + selector_cost(selector),
+    "after": lambda _keyword: 4.5,
+    "map": lambda _name, inner: 1.0 + expression_cost(inner),
+    "near": lambda where, inner: _NEAR_COST[where] + expression_cost(inner),
+    "affix": _affixed_cost,
+    "replace": _replaced_cost,
+    "text": lambda text: 2.0 + 0.3 * min(len(text), 30),
+}
 _SELECTOR_COST = {"start": 0.6, "first": 0.7, "repeated": 0.4, "end": 0.8, "named": 0.5, "flag": 0.8, "argument": 0.7}
 
 
@@ -185,7 +216,9 @@ def _without(program: Program, case: Case) -> str | None:
 def _wrap(program: Program, case: Case) -> str:
     _, before, after, quoted = program
     action = case.action.strip()
-    return before + (action.replace('"', '\\"') if quoted else action) + after
+    if quoted:
+        action = action.replace('"', '\\"')
+    return f"{before}{action}{after}"
 
 
 def _propose(program: Program, case: Case) -> str | None:
@@ -249,7 +282,7 @@ def _spaced(_program: Program, case: Case) -> str | None:
     return " ".join([*case.tokens[: case.head], start, name[len(start) :], *case.tokens[case.head + 1 :]])
 
 
-_PROGRAMS = {
+_PROGRAMS: dict[str, Callable[[Program, Case], str | None]] = {
     "hunks": _hunks,
     "wrap": _wrap,
     "characters": lambda program, case: case.action.replace(program[1], program[2]),
@@ -303,7 +336,7 @@ def _proposed(expression: Expression, case: Case) -> str | None:
     return (" ".join(words) if whole else words[0]) if words else None
 
 
-_EXPRESSIONS = {
+_EXPRESSIONS: dict[str, Callable[[Expression, Case], str | None]] = {
     "text": lambda expression, _case: expression[1],
     "word": _word,
     "quoted": lambda expression, case: _name(case.quoted, expression[1]),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import lru_cache
 from typing import Literal
 
 from optillm_memory.conversation.actions import Action, normal_action
@@ -17,9 +19,13 @@ Relation = Literal["instead", "first", "note"]
 WINDOW = 8
 _ALIKE = 0.6
 _SHARED = 0.34
+_COMPARED = 400  # characters of two actions that are held against each other
 _NOTE = 1_000
 _FIRST_MOST = 3  # actions in between that may together be what a repeated action needed
 _LOOKS = frozenset(("cat", "ls", "head", "tail", "pwd", "which", "find", "tree", "less", "echo", "type", "file", "wc"))
+_WRITES = re.compile(
+    r"(?<![0-9&<=-])>{1,2}(?!\s{0,4}(?:/dev/null|&))|\|\s{0,4}(?:tee|xargs|sh|bash)\b|-(?:delete|exec)\b"
+)
 # What was tested or compiled was wrong, not the action that tested or compiled it.
 ABOUT_SOMETHING_ELSE = frozenset(("test_summary", "compiler"))
 
@@ -39,7 +45,8 @@ class Fix:
 
     def memory_id(self, scope: Scope) -> str:
         """Return the id of the memory that says so: the same fix of the same failure in a scope is one memory."""
-        parts = (scope.tenant, scope.namespace, scope.user_id, scope.agent_id, self.action.key, self.signature)
+        action = Action(self.action.tool, self.action.field, self.action.text)
+        parts = (scope.tenant, scope.namespace, scope.user_id, scope.agent_id, action.key, self.signature)
         text = "\x1f".join((*parts, self.relation, normal_action(self.text)))
         return "fix-" + hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=12).hexdigest()
 
@@ -64,18 +71,25 @@ def mine(attempts: Sequence[Attempt]) -> list[tuple[Fix, Attempt]]:
     that is alike, or the same action after something else was done first.
     """
     found: list[tuple[Fix, Attempt]] = []
+    last = {a.parent_id: a for a in attempts}
+    words = {a.step_id: normal_action(a.action.text) for a in attempts}
     for failed in attempts:
         if failed.verdict != "failure" or not failed.action.text.strip():
             continue
         between: list[Attempt] = []
-        for later in _after(failed, attempts):
-            if later.action.key == failed.action.key:
+        for later in _after(failed, last):
+            if later.asked_by and later.asked_by == failed.asked_by:
+                continue  # asked for in the same answer: nobody had seen the failure yet
+            same = words[later.step_id] == words[failed.step_id]
+            if same and later.action.key == failed.action.key:
                 if later.verdict == "success" and (done := _between(between)):
                     relation, text = _told(done, failed.action)
                     found.append((Fix(failed.action, failed.output, failed.signature, relation, text), later))
                 if later.verdict != "unknown":
                     break
-            elif failed.basis not in ABOUT_SOMETHING_ELSE and _repairs(failed, later, attempts):
+            elif same:
+                pass  # the same words with another folder or another limit: no other action to tell of
+            elif failed.basis not in ABOUT_SOMETHING_ELSE and _repairs(failed, later, last):
                 text = later.action.text
                 found.append((Fix(failed.action, failed.output, failed.signature, "instead", text), later))
                 break
@@ -105,7 +119,7 @@ def shown(standing: Iterable[Feedback], attempts: Sequence[Attempt], answer: str
         action = Action("shell", "", answer)
     else:
         return None
-    known = failed[0] if failed and failed[0].action.key == action.key else None
+    known = failed[0] if failed and _is(failed[0].action, action.text) else None
     text = str(demonstrations[-1].value)
     if normal_action(text) == normal_action(action.text):
         return None
@@ -154,9 +168,8 @@ def value_in(environment: str, tallies: Mapping[str, tuple[int, int, int, int]])
     return good / (good + bad)
 
 
-def _after(failed: Attempt, attempts: Sequence[Attempt]) -> list[Attempt]:
+def _after(failed: Attempt, last: Mapping[str, Attempt]) -> list[Attempt]:
     # The steps that follow on the same branch, nearest first; where it forks, the branch that was gone last.
-    last = {a.parent_id: a for a in attempts}
     chain: list[Attempt] = []
     at = failed.step_id
     while at in last and len(chain) < WINDOW:
@@ -165,16 +178,16 @@ def _after(failed: Attempt, attempts: Sequence[Attempt]) -> list[Attempt]:
     return chain
 
 
-def _repairs(failed: Attempt, later: Attempt, attempts: Sequence[Attempt]) -> bool:
+def _repairs(failed: Attempt, later: Attempt, last: Mapping[str, Attempt]) -> bool:
     alike = later.verdict != "failure" and _same_intent(failed.action, later.action)
-    return alike and _worked(later, attempts)
+    return alike and _worked(later, last)
 
 
-def _worked(later: Attempt, attempts: Sequence[Attempt]) -> bool:
+def _worked(later: Attempt, last: Mapping[str, Attempt]) -> bool:
     # No word of success is enough where nothing complained and the agent did not try the same again.
     if later.verdict == "success":
         return True
-    return not any(_same_intent(later.action, after.action) for after in _after(later, attempts))
+    return not any(_same_intent(later.action, after.action) for after in _after(later, last))
 
 
 def _same_intent(failed: Action, later: Action) -> bool:
@@ -186,18 +199,32 @@ def _same_intent(failed: Action, later: Action) -> bool:
     shared = len(set(one) & set(other)) / len(set(one) | set(other))
     if shared >= _SHARED and (one[0] == other[0] or one[0] in other or len(one) > 1):
         return True
-    return SequenceMatcher(None, failed.text[:1000], later.text[:1000], autojunk=False).ratio() >= _ALIKE
+    return _alike(failed.text[:_COMPARED], later.text[:_COMPARED])
+
+
+@lru_cache(maxsize=8192)  # an episode is mined again with each of its steps
+def _alike(one: str, other: str) -> bool:
+    matcher = SequenceMatcher(None, one, other, autojunk=False)
+    bounds = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)  # each is an upper bound of the next
+    return all(bound() >= _ALIKE for bound in bounds)
 
 
 def _between(between: Sequence[Attempt]) -> list[Action]:
     # What was done in between, less what failed and what only looked.
-    done = [a.action for a in between if a.verdict != "failure" and (a.action.text.split() or [""])[0] not in _LOOKS]
+    done = [a.action for a in between if a.verdict != "failure" and not _only_looks(a.action.text)]
     return done if len(done) <= _FIRST_MOST else []
 
 
+def _only_looks(text: str) -> bool:
+    return (text.split() or [""])[0] in _LOOKS and not _WRITES.search(text)
+
+
 def _told(done: Sequence[Action], action: Action) -> tuple[Relation, str]:
-    if all((a.tool, a.field) == (action.tool, action.field) for a in done):
-        return "first", " && ".join(a.text.strip() for a in done)
+    alike = all((a.tool, a.field) == (action.tool, action.field) for a in done)
+    if alike and (len(done) == 1 or action.field or not action.text.startswith("{")):
+        lines = [a.text.strip() for a in done]
+        shell = action.field in ("", "command", "cmd", "bash_command") and not any("\n" in line for line in lines)
+        return "first", (" && " if shell else "\n").join(lines)
     return "note", "\n".join(f"{a.tool}: {a.text.strip()[:_NOTE]}" for a in done)
 
 

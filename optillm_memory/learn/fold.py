@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from optillm_memory.errors import InvalidField
-from optillm_memory.learn.attempts import Attempt
+from optillm_memory.learn.attempts import Attempt, inferred_id
 from optillm_memory.learn.exemplars import Learned, learn
 from optillm_memory.learn.fixes import FixEvidence, followed, mine, shown
 from optillm_memory.learn.outcomes import effective
@@ -131,15 +131,16 @@ def steps_arrived(log: Log, trace: Trace, fresh: Sequence[Step], *, received_at:
     acted: dict[str, None] = {}
     for attempt in relearn_steps(log, trace.scope, trace.episode_id):
         if attempt.step_id in new and attempt.verdict != "unknown" and attempt.trace_id != trace.trace_id:
-            log.add_feedback(trace.scope.tenant, None, inferred(attempt, received_at), received_at)
+            said = inferred(trace.scope, trace.episode_id, attempt, trace.created_at)
+            log.add_feedback(trace.scope.tenant, None, said, received_at)
             acted[attempt.trace_id] = None
     relearn(log, acted)
 
 
-def inferred(attempt: Attempt, now: float) -> Feedback:
+def inferred(scope: Scope, episode_id: str, attempt: Attempt, now: float) -> Feedback:
     """Return the feedback that an observation amounts to; retracting it makes the step's outcome unknown."""
     return Feedback(
-        feedback_id=f"inferred-{attempt.step_id}",
+        feedback_id=inferred_id(scope, episode_id, attempt.step_id),
         metric="success",
         value=attempt.verdict == "success",
         source="inferred",

@@ -17,24 +17,34 @@ from optillm_memory.learn.edits import (
     Selector,
     apply,
     cost,
-    safe,
     expression_cost,
+    safe,
     select,
     selector_cost,
 )
 
-MOST_PROGRAMS = 60
+MOST_PROGRAMS = 16
 _PER_WORD, _PER_HUNK, _ANCHORS = 6, 14, 6
 _AFFIX = 40
+_MOST_CHARS, _MOST_WORDS = 4_000, 80
+_INNER = ("dirname", "basename", "without_slash", "unquoted", "bare")
 _NEAR = ("any", "suggested", "output", "known")
 
 
 def induce(case: Case, fix: str) -> list[Program]:
-    """Return programs that turn the case into the fix, the simplest first, `MOST_PROGRAMS` at most."""
+    """Return programs that turn the case into the fix, the simplest first, `MOST_PROGRAMS` at most.
+
+    Each of them, applied to the case, gives the fix (white space collapsed). The last is the fix itself.
+    A long action or fix is explained as a whole only: what stands before and after it, and the fix as it is.
+    """
     fix = " ".join(fix.split()) if "\n" not in fix else fix.strip()
-    found = {*_single(case, fix), *_fitting(_chains(case, fix), case, fix)}
+    if max(len(case.action), len(fix)) > _MOST_CHARS or max(len(case.tokens), len(_words(fix))) > _MOST_WORDS:
+        found = _fitting(_wrapped(case, fix), case, fix)
+    else:
+        found = {*_single(case, fix), *_fitting(_chains(case, fix), case, fix)}
+    found.discard(("whole", fix))
     ranked = sorted(found, key=lambda p: (cost(p), repr(p)))[: MOST_PROGRAMS - 1]
-    return [*ranked, ("whole", fix)]
+    return [*ranked, *_fitting([("whole", fix)], case, fix)]
 
 
 def _single(case: Case, fix: str) -> list[Program]:
@@ -58,8 +68,8 @@ def _chains(case: Case, fix: str) -> Iterable[Program]:
             options.append([("same",)])
             continue
         sources = [_expressions(word, case, None)[:4] for word in _words(piece)[:12]]
-        made = itertools.islice(itertools.product(*sources), 400)
-        made = sorted(made, key=lambda c: sum(expression_cost(e) for e in c))[:8]
+        every = itertools.islice(itertools.product(*sources), 400)
+        made = sorted(every, key=lambda c: sum(expression_cost(e) for e in c))[:8]
         options.append([*_single(case, piece)[:8], *(("words", content) for content in made)])
     for combination in itertools.islice(itertools.product(*options), 120):
         yield ("chain", "&&", combination)
@@ -73,17 +83,24 @@ def _wholesale(case: Case, fix: str) -> Iterable[Program]:
     yield from (("each_named", where) for where in _NEAR)
     yield ("spaced",)
     yield from (("without", token) for token in dict.fromkeys(case.tokens))
-    for quoted in (False, True):
-        action = case.action.strip()
-        before, found, after = fix.partition(action.replace('"', '\\"') if quoted else action)
-        if found and len(action) > 1:
-            yield ("wrap", before, after, quoted)
+    yield from _wrapped(case, fix)
     old, new = set(case.action) - set(fix), set(fix) - set(case.action)
     if len(old) == 1 and len(case.action) == len(fix):
         changed = {b for a, b in zip(case.action, fix, strict=True) if a != b}
         yield from (("characters", old.copy().pop(), b) for b in changed | new)
     for number in range(len(case.proposals)):
         yield from (("propose", number, how) for how in ("rest", "flags", "alone"))
+
+
+def _wrapped(case: Case, fix: str) -> Iterable[Program]:
+    action = case.action.strip()
+    if not action:
+        return
+    for quoted in (True, False):
+        before, found, after = fix.partition(action.replace('"', '\\"') if quoted else action)
+        if found and len(action) > 1 and (not quoted or before.endswith('"')):
+            yield ("wrap", before, after, quoted)
+            break
 
 
 def _named(case: Case, fix: str) -> Iterable[Program]:
@@ -164,9 +181,9 @@ def _contents(case: Case, words: list[str], replaced: list[int]) -> list[tuple[E
     found: list[tuple[Expression, ...]] = []
     joined = " ".join(words)
     for number, proposal in enumerate(case.proposals):
-        for start in range(min(len(proposal), 6)):
-            if " ".join(safe(w) for w in proposal[start:]) == joined:
-                found.append((("proposed", number, start, True),))
+        shown = [safe(w) for w in proposal]
+        starts = (start for start in range(min(len(shown), 6)) if " ".join(shown[start:]) == joined)
+        found += [(("proposed", number, start, True),) for start in starts]
     sources: list[list[Expression]] = []
     for offset, word in enumerate(words):
         own = replaced[offset] if offset < len(replaced) else replaced[-1] if replaced else None
@@ -189,33 +206,41 @@ def _expressions(text: str, case: Case, own: str | None) -> list[Expression]:
         found += _mapped(own, text, ("own",))
         found += _spelled(own, text, ("own",))
     for index, word in enumerate(case.tokens):
-        if word == own:
-            continue
-        for selector in _selectors(case, index):
-            expression = ("word", selector)
-            if word == text:
-                found.append(expression)
-                continue
-            found += _mapped(word, text, expression)
-            found += _spelled(word, text, expression) if len(word) < 4 else _affixed(word, text, expression)  # noqa: PLR2004
-            for name in ("dirname", "basename", "without_slash", "unquoted", "bare"):
-                inner = TRANSFORMS[name](word)
-                if inner and inner != word:
-                    found += _affixed(inner, text, ("map", name, expression))
-    for kind, items in (("quoted", [safe(w) for w in case.quoted]), ("suggested", [safe(w) for w in case.suggested]), ("path", case.paths)):
+        if word != own:
+            for selector in _selectors(case, index):
+                found += _from_word(word, text, ("word", selector))
+    found += _from_output(case, text)
+    return sorted(dict.fromkeys(found), key=lambda e: (expression_cost(e), repr(e)))
+
+
+def _from_word(word: str, text: str, expression: Expression) -> list[Expression]:
+    if word == text:
+        return [expression]
+    found = _mapped(word, text, expression)
+    # A part of a short word may be anything: a flag's letter, a mistyped sign.
+    found += _spelled(word, text, expression) if len(word) < 4 else _affixed(word, text, expression)  # noqa: PLR2004
+    for name in _INNER:
+        inner = TRANSFORMS[name](word)
+        if inner and inner != word:
+            found += _affixed(inner, text, ("map", name, expression))
+    return found
+
+
+def _from_output(case: Case, text: str) -> list[Expression]:
+    found: list[Expression] = []
+    for kind, items in (("quoted", case.quoted), ("suggested", case.suggested), ("path", case.paths)):
         for number, item in enumerate(items):
-            if item == text:
-                found.append((kind, number))
-            else:
-                found += _mapped(item, text, (kind, number))
-                found += _affixed(item, text, (kind, number))
+            name = item if kind == "path" else safe(item)
+            expression = (kind, number)
+            made = [*_mapped(name, text, expression), *_affixed(name, text, expression)]
+            found += [expression] if name == text else made
     for number, proposal in enumerate(case.proposals):
         found += [("proposed", number, i, False) for i, word in enumerate(proposal[:8]) if safe(word) == text]
     if len(text) > 1:
-        for word, after in zip(case.words, case.words[1:], strict=False):
+        for word, after in itertools.pairwise(case.words):
             if after == text and case.after(word) == text and word.isalpha():
                 found.append(("after", word.lower()))
-    return sorted(dict.fromkeys(found), key=lambda e: (expression_cost(e), repr(e)))
+    return found
 
 
 def _mapped(value: str, text: str, expression: Expression) -> list[Expression]:

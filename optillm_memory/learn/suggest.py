@@ -1,47 +1,335 @@
-"""Placeholder until the ranking is in: the simplest program of the most similar example."""
+"""Suggestions: the corrected action for a failing one, from examples of failing actions that were mended.
+
+Programs induced from the nearest examples vote. Each example spreads its weight over the programs that explain it, by
+their simplicity and by what they did on the other near examples (right, or applicable and wrong), as in the posterior
+over programs of Bayesian program learning (Liang, Jordan & Klein 2010); a program's success on the example that it was
+induced from is by construction and does not count. Equal results add up. The share of the votes is turned into a
+confidence by logistic calibration (Platt 1999) that starts from fixed constants.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from optillm_memory.learn.cases import Case
-from optillm_memory.learn.edits import apply
+import numpy as np
+from numpy.typing import NDArray
+
+from optillm_memory.learn.affinity import View, rarity, repeats
+from optillm_memory.learn.cases import Case, Vocabulary, balanced
+from optillm_memory.learn.edits import Program, apply, cost, literals
 from optillm_memory.learn.induce import induce
+
+# How many examples are looked at, and how little an example may weigh beside the nearest to be asked for programs.
+_NEIGHBOURS, _LEAST = 24, 0.02
+# exp(affinity) of an example that is no evidence: what stands against all that is known.
+_BACKGROUND = math.exp(3.0)
+_COST, _BORROWED, _RIGHT, _WRONG = 0.7, 1.0, 2.0, 1.5
+_EVIDENCE_POWER, _EVIDENCE_FLOOR = 0.6, math.exp(-6.0)
+_RIGHT_OFFSET, _WRONG_OFFSET = 0.11, 0.45
+_ABSTAIN = 0.02  # less of the votes than this is noise
+_UNRELATED = 2.75  # a nearest example with less affinity than this has nothing to say
+_SUPPORT, _FEW = 0.05, 0.3
+_CALIBRATE_FROM, _CALIBRATE_ON, _CALIBRATE_AGAIN = 30, 32, 1.25
+_SIGNS = frozenset("/:.@")
+Floats = NDArray[np.float64]
+Best = tuple[str, float, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
+    """A failing action, what it printed, and the action that worked; `weight` in (0, 1] is how much that is believed.
+
+    Raises ValueError for a weight outside of (0, 1].
+    """
+
     action: str
     output: str
     fix: str
     weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.weight <= 1:
+            raise ValueError(f"weight must be in (0, 1], but is {self.weight}")
+
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
+    """A corrected action, the probability that it is right, and the examples that it rests on, nearest first."""
+
     action: str
     confidence: float
     support: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Calibrator:
+    """Turns a share of the votes into a probability: logistic in the share's log odds, rising."""
+
+    slope: float = 1.0
+    offset: float = 0.6
+
+    def __call__(self, share: float) -> float:
+        """Return the probability that a result with this share of the votes is right."""
+        return 1.0 / (1.0 + math.exp(-(self.slope * _log_odds(share) + self.offset)))
+
+    def fitted(self, shares: Sequence[float], right: Sequence[bool]) -> Calibrator:
+        """Return a calibrator for what was seen, shrunk towards this one (a Gaussian prior; few labels change little).
+
+        Newton's method on two parameters; raises ValueError where the lengths differ.
+        """
+        if len(shares) != len(right):
+            raise ValueError(f"{len(shares)} shares but {len(right)} labels")
+        design = np.array([[_log_odds(s), 1.0] for s in shares], dtype=np.float64).reshape(-1, 2)
+        labels = np.array(right, dtype=np.float64)
+        start = np.array([self.slope, self.offset])
+        precision = np.diag([1 / 0.15**2, 1 / 0.3**2])
+        at = start.copy()
+        for _ in range(30):
+            chance = 1.0 / (1.0 + np.exp(-np.clip(design @ at, -30, 30)))
+            gradient = design.T @ (labels - chance) - precision @ (at - start)
+            step = np.linalg.solve((design.T * (chance * (1 - chance))) @ design + precision, gradient)
+            at += np.clip(step, -1, 1)
+            if float(np.abs(step).max()) < 1e-6:  # noqa: PLR2004
+                break
+        return Calibrator(max(float(at[0]), 0.1), float(at[1]))
+
+
 class FixBook:
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = list(examples)
+    """Examples of mended actions, and what they suggest for another failing action.
+
+    Nothing is computed before the first suggestion; programs are induced for the nearest examples only and kept.
+    """
+
+    def __init__(self, examples: Iterable[Example], *, calibrator: Calibrator | None = None) -> None:
+        """Take the examples; with a calibrator of one's own, the book does not fit one to its examples."""
+        self._examples = list(examples)
+        self._given = calibrator
+        self._fitted: tuple[int, Calibrator] | None = None
+        self._forget()
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """The examples; a suggestion's `support` counts from the first."""
+        return tuple(self._examples)
+
+    def add(self, example: Example) -> None:
+        """Add an example; what was computed is computed again when it is next asked for."""
+        self._examples.append(example)
+        self._forget()
 
     def suggest(self, action: str, output: str, *, min_confidence: float = 0.0) -> Suggestion | None:
-        words = set((action + " " + output).split())
-        best = None
-        for i, e in enumerate(self.examples):
-            other = set((e.action + " " + e.output).split())
-            score = len(words & other) / max(len(words | other), 1)
-            if e.action == action:
-                score += 1
-            for p in induce(Case(e.action, e.output), e.fix)[:3]:
-                made = apply(p, Case(action, output))
-                if made and (best is None or score > best[0]):
-                    best = (score, made, i)
-                    break
-        if best is None or best[0] < 0.3:
+        """Return the likeliest corrected action; None where nothing fits or it is less sure than that."""
+        if not self._examples or not action.strip():
             return None
-        return Suggestion(best[1], min(0.9, best[0]), (best[2],))
+        found = self.best(action, output)
+        suggestion = None if found is None else self.judged(found)
+        return suggestion if suggestion and suggestion.confidence >= min_confidence else None
+
+    def judged(self, found: Best) -> Suggestion:
+        """Return what `best` found as a suggestion with its confidence."""
+        made, share, support = found
+        return Suggestion(made, self.calibrator(share) * self._trust(support), support)
+
+    def _trust(self, support: Sequence[int]) -> float:
+        # A fix that is half believed is right half as often; few examples have not shown yet what they are worth.
+        believed = max((self._examples[e].weight for e in support), default=1.0)
+        count = len(self._examples)
+        return believed * (1.0 - _FEW / math.sqrt(count) if count < _CALIBRATE_FROM else 1.0)
+
+    @property
+    def calibrator(self) -> Calibrator:
+        """What turns shares into confidences: the one that was given, or one fitted to some of the book's own examples.
+
+        Each of them is suggested for from the others; below 30 examples the constants stand. It is fitted once, and
+        again when a quarter more examples have come.
+        """
+        if self._given:
+            return self._given
+        count = len(self._examples)
+        if count < _CALIBRATE_FROM:
+            return Calibrator()
+        if self._fitted is None or count >= _CALIBRATE_AGAIN * self._fitted[0]:
+            self._fitted = count, Calibrator().fitted(*self.rehearse(_CALIBRATE_ON))
+        return self._fitted[1]
+
+    @calibrator.setter
+    def calibrator(self, calibrator: Calibrator) -> None:
+        self._given = calibrator
+
+    def nearest(self, action: str, output: str) -> int | None:
+        """Return the index of the example that is nearest to a case; None for an empty book."""
+        near, _ = self._nearest(View(Case(action, output, self._vocabulary)), None)
+        return near[0] if near else None
+
+    def rehearse(self, most: int) -> tuple[list[float], list[bool]]:
+        """Suggest for examples from all the others; return the shares and whether the result was the example's fix.
+
+        At most `most` examples, evenly spaced, are tried.
+        """
+        shares: list[float] = []
+        right: list[bool] = []
+        count = len(self._examples)
+        for index in (i * count // min(most, count) for i in range(min(most, count))):
+            example = self._examples[index]
+            found = self.best(example.action, example.output, without=index)
+            if found is not None:
+                shares.append(found[1])
+                right.append(normal(found[0]) == normal(example.fix))
+        return shares, right
+
+    def best(
+        self, action: str, output: str, *, without: int | None = None
+    ) -> tuple[str, float, tuple[int, ...]] | None:
+        """Return the result with most of the votes, its share of them, and the examples behind it; None for none.
+
+        `without` leaves one example out, as if it had never been seen.
+        """
+        vocabulary = self._vocabulary
+        if without is not None:
+            vocabulary = vocabulary.without(self._examples[without].fix)
+        case = Case(action, output, vocabulary)
+        near, affinity = self._nearest(View(case), without)
+        if not near or affinity[0] < _UNRELATED:
+            return None
+        weights = np.array([self._examples[e].weight for e in near])
+        votes = np.exp(affinity) * weights
+        evidence = np.exp(_EVIDENCE_POWER * (affinity - affinity[0])) * weights + _EVIDENCE_FLOOR
+        asked = [e for e, vote in zip(near, votes, strict=True) if vote >= _LEAST * votes.max()]
+        here, results = self._results(case, near, asked)
+        shares = _shares(results, here, votes, evidence, [self._borrowed(e) for e in near])
+        total = float(votes.sum()) + _BACKGROUND
+        fit = [(made, by) for made, by in shares.items() if not _spoilt(action, made)]
+        if not fit:
+            return None
+        made, by = max(fit, key=lambda item: (float(item[1].sum()), -len(item[0]), item[0]))
+        share = float(by.sum())
+        if share < _ABSTAIN * total:
+            return None
+        return made, share / total, tuple(e for e, part in zip(near, by, strict=True) if part >= _SUPPORT * share)
+
+    def _forget(self) -> None:
+        self._cases: dict[int, Case] = {}
+        self._views: dict[int, View] = {}
+        self._induced: dict[int, list[Program]] = {}
+        self._made: dict[int, dict[Program, str | None]] = {}
+        self._borrowing: dict[int, dict[Program, int]] = {}
+        self._idf: tuple[dict[str, float], dict[str, float]] | None = None
+        self._vocabulary = Vocabulary(example.fix for example in self._examples)
+
+    def _case(self, index: int) -> Case:
+        if index not in self._cases:
+            example = self._examples[index]
+            self._cases[index] = Case(example.action, example.output, self._vocabulary.without(example.fix))
+        return self._cases[index]
+
+    def _nearest(self, view: View, without: int | None) -> tuple[list[int], Floats]:
+        if not self._views:
+            self._views = {index: View(self._case(index)) for index in range(len(self._examples))}
+        if self._idf is None:
+            self._idf = rarity(v.words for v in self._views.values()), rarity(v.line for v in self._views.values())
+        words, line = self._idf
+        scored = [(-view.affinity(v, words, line), index) for index, v in self._views.items() if index != without]
+        nearest = sorted(scored)[:_NEIGHBOURS]
+        return [index for _, index in nearest], np.array([-score for score, _ in nearest])
+
+    def _programs(self, index: int) -> list[Program]:
+        if index not in self._induced:
+            self._induced[index] = induce(self._case(index), self._examples[index].fix)
+        return self._induced[index]
+
+    def _borrowed(self, index: int) -> _Borrowing:
+        return _Borrowing(self._case(index), self._borrowing.setdefault(index, {}))
+
+    def _results(
+        self, case: Case, near: Sequence[int], asked: Sequence[int]
+    ) -> tuple[dict[Program, str | None], dict[Program, list[bool | None]]]:
+        # What each program makes here, and on each near example: right, wrong, or None where it does not apply.
+        pool = sorted({p for e in asked for p in self._programs(e)}, key=lambda p: (cost(p), repr(p)))
+        here: dict[Program, str | None] = {}
+        results: dict[Program, list[bool | None]] = {}
+        wanted = [normal(self._examples[e].fix) for e in near]
+        # Programs that do the same are kept apart: that there are many ways to the same result speaks for it.
+        for program in pool:
+            made = [self._outcome(program, e) for e in near]
+            here[program] = _made(program, case)
+            results[program] = [None if m is None else m == w for m, w in zip(made, wanted, strict=True)]
+        return here, results
+
+    def _outcome(self, program: Program, index: int) -> str | None:
+        made = self._made.setdefault(index, {})
+        if program not in made:
+            made[program] = _made(program, self._case(index))
+        return made[program]
+
+
+def normal(action: str) -> str:
+    """Return an action with each run of white space as one blank: two actions that differ in blanks alone are one."""
+    return " ".join(action.split())
+
+
+def _shares(
+    results: Mapping[Program, Sequence[bool | None]],
+    here: Mapping[Program, str | None],
+    votes: Floats,
+    evidence: Floats,
+    borrowed: Sequence[_Borrowing],
+) -> dict[str, Floats]:
+    # The votes for each result, example by example.
+    programs = list(results)
+    right = np.array([[r is True for r in results[p]] for p in programs]).reshape(len(programs), len(votes))
+    wrong = np.array([[r is False for r in results[p]] for p in programs]).reshape(len(programs), len(votes))
+    against = _WRONG * np.log(wrong @ evidence + _WRONG_OFFSET)
+    simple = np.array([-_COST * cost(p) for p in programs])
+    successes = right @ evidence
+    found: dict[str, Floats] = {}
+    for e in range(len(votes)):
+        explain = np.flatnonzero(right[:, e])
+        if not len(explain):
+            continue
+        elsewhere = np.maximum(successes[explain] - evidence[e], 0.0)
+        weight = simple[explain] - against[explain] + _RIGHT * np.log(elsewhere + _RIGHT_OFFSET)
+        weight -= _BORROWED * np.array([borrowed[e](programs[p]) for p in explain])
+        weight = np.exp(weight - weight.max())
+        weight *= votes[e] / weight.sum()
+        for p, part in zip(explain.tolist(), weight.tolist(), strict=True):
+            made = here[programs[p]]
+            if made is not None:
+                found.setdefault(made, np.zeros(len(votes)))[e] += part
+    return found
+
+
+def _made(program: Program, case: Case) -> str | None:
+    made = apply(program, case)
+    return None if made is None else made.strip() if "\n" in made else normal(made)
+
+
+def _spoilt(action: str, made: str) -> bool:
+    # What opens a quotation that it does not close, or says a word twice in a row, was mended into something worse.
+    if balanced(action) and not balanced(made.replace("\\'", "").replace('\\"', "")):
+        return True
+    return repeats(made) and not repeats(action)
+
+
+class _Borrowing:
+    """Counts how many of an example's own words a program spells out: such a program is about that example alone."""
+
+    def __init__(self, case: Case, kept: dict[Program, int]) -> None:
+        self._case, self._kept = case, kept
+
+    def __call__(self, program: Program) -> int:
+        if program not in self._kept:
+            spelled = " ".join(literals(program))
+            rest = " ".join(self._case.tokens[self._case.head + 1 :])
+            words = set(re.findall(r"\w{2,}", rest)).intersection(re.findall(r"\w{2,}", spelled))
+            # Where names are short a piece of a path or an address has no word of its own.
+            pieces = [w for w in spelled.split() if len(w) > 1 and _SIGNS.intersection(w) and w in rest]
+            self._kept[program] = len(words) or len(pieces)
+        return self._kept[program]
+
+
+def _log_odds(share: float) -> float:
+    share = min(max(share, 0.001), 0.999)
+    return math.log(share / (1.0 - share))

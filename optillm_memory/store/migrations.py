@@ -99,8 +99,9 @@ _M002 = (
         call_id TEXT NOT NULL, ordinal INTEGER NOT NULL, tool TEXT NOT NULL, arguments TEXT NOT NULL,
         observation TEXT, trace_id TEXT NOT NULL, made_by TEXT, PRIMARY KEY(scope_id, episode_id, step_id))
         WITHOUT ROWID""",
-    """INSERT INTO steps_by_id SELECT scope_id, episode_id, call_id, '', call_id, ordinal, tool, arguments, observation,
-        trace_id, NULL FROM steps""",
+    """INSERT INTO steps_by_id SELECT scope_id, episode_id, call_id,
+        coalesce(lag(call_id) OVER (PARTITION BY scope_id, episode_id ORDER BY ordinal, call_id), ''), call_id, ordinal,
+        tool, arguments, observation, trace_id, NULL FROM steps""",
     "DROP TABLE steps",
     "ALTER TABLE steps_by_id RENAME TO steps",
     "CREATE INDEX steps_made_by ON steps(made_by)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+
 from optillm_memory.conversation.actions import action_of
 from optillm_memory.conversation.observation import read
 from optillm_memory.learn.attempts import OUTPUT_LIMIT, Attempt, inferred_id, message_of, nature_of, shortened
@@ -34,7 +35,7 @@ class StepTables:
                 "SELECT observation IS NOT NULL FROM steps WHERE scope_id = ? AND episode_id = ? AND step_id = ?", key
             ).fetchone()
             if known is None:
-                maker = self._maker(scope_id, step.made)
+                maker = self._maker(scope_id, episode_id, step.made)
                 self._db.execute(
                     "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (*key, step.parent_id, step.call_id, step.ordinal, step.tool, step.arguments, step.observation,
@@ -97,9 +98,7 @@ class StepTables:
             attempts.append(Attempt(step_id, parent, trace_id, action, output, verdict, *said))
         return attempts
 
-    def _read(
-        self, key: tuple[int, str], step_id: str, tool: str, arguments: str, observation: str, at: float
-    ) -> None:
+    def _read(self, key: tuple[int, str], step_id: str, tool: str, arguments: str, observation: str, at: float) -> None:
         reading = read(observation, tool=tool, arguments=arguments)
         signature = reading.signature.key if reading.signature else ""
         said = (reading.verdict, nature_of(reading, observation), signature, message_of(reading, observation))
@@ -182,9 +181,11 @@ class StepTables:
         else:
             self._db.execute(_UPDATE_FIX, (*values, known[0]))
 
-    def _maker(self, scope_id: int, made: str) -> str | None:
+    def _maker(self, scope_id: int, episode_id: str, made: str) -> str | None:
+        # The same conversation may have been held in another episode: what became of it is not this one's.
         row = self._db.execute(
-            "SELECT trace_id FROM prefixes WHERE scope_id = ? AND hash = ?", (scope_id, made)
+            "SELECT trace_id FROM prefixes WHERE scope_id = ? AND hash = ? AND episode_id = ?",
+            (scope_id, made, episode_id),
         ).fetchone()
         return row[0] if row else None
 

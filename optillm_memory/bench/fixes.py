@@ -1,0 +1,233 @@
+"""`bench fixes`: how often memory names the action that mends a failing one, and how far its confidence holds."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optillm_memory.bench.report import quantile
+from optillm_memory.errors import InvalidField
+from optillm_memory.learn.suggest import Calibrator, Example, FixBook, normal
+
+FIX_CASES = Path(__file__).with_name("fix_cases.jsonl")
+FOLDS = 10
+WANTED = 0.95
+_BINS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A failing command with what it printed and the acceptable corrections, best first; `group` is for scoring."""
+
+    command: str
+    output: str
+    fix: tuple[str, ...]
+    group: str | None = None
+
+    def example(self) -> Example:
+        """Return the row as memory holds it: with its best correction."""
+        return Example(self.command, self.output, self.fix[0])
+
+    def accepts(self, action: str) -> bool:
+        """Tell whether an action is one of the acceptable corrections, white space aside."""
+        return normal(action) in {normal(fix) for fix in self.fix}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What was suggested for a row: its confidence (0 for none) and whether it was right."""
+
+    confidence: float
+    right: bool
+
+
+def load_rows(path: Path | None = None) -> list[Row]:
+    """Read rows from a JSONL file with the fields `command`, `output`, `fix` and perhaps `group`; else our own rows.
+
+    `fix` is a text or a list of texts. Further fields and empty lines are ignored. Raises InvalidField, naming the
+    field with its file and line, for a bad row and a file without rows, and OSError where the file cannot be read.
+    """
+    file = path or FIX_CASES
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidField("file", f"{file} is not UTF-8 text: {error}") from error
+    lines = enumerate(text.split("\n"), start=1)
+    rows = [_row(line, f"{file}, line {number}") for number, line in lines if line.strip()]
+    if not rows:
+        raise InvalidField("file", f"{file} holds no rows")
+    return rows
+
+
+def run(rows: Sequence[Row], *, tick: Callable[[int], None] = lambda _done: None) -> dict[str, Any]:
+    """Measure suggestions for rows; return the figures, those of the stream under `stream`.
+
+    Leave-one-out: each row is predicted from all the others. Its calibrator is fitted to suggestions among the rows
+    outside of its fold (one of ten, by its place in the file), so the row contributes neither to the ranking nor to the
+    labels of its calibrator. Stream: row i is predicted from the rows before it, with a calibrator fitted to what came
+    of those; its time holds what each new example undoes in the book's caches. `replay` repeats the nearest example's
+    correction as it is, the baseline. Ticks twice a row.
+    """
+    answers, replayed = _leave_one_out(rows, tick)
+    streamed, stream_replayed, taken = _stream(rows, tick)
+    return {
+        "rows": len(rows),
+        **figures(answers),
+        "top1_learnable": _learnable(answers, rows),
+        "ms_p50": _milliseconds(rows),
+        "replay": _share(replayed),
+        "stream": {
+            **figures(streamed),
+            "top1_learnable": _learnable(streamed, rows),
+            "ms_p50": round(quantile(taken, 0.5), 2),
+            "replay": _share(stream_replayed),
+        },
+    }
+
+
+def figures(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Return `top1`, `answered`, `coverage_at_95` and `calibration_error` of answers."""
+    return {
+        "top1": top1(answers),
+        "answered": _share([a.confidence > 0 for a in answers]),
+        "coverage_at_95": coverage(answers),
+        "calibration_error": calibration_error(answers),
+    }
+
+
+def top1(answers: Sequence[Answer]) -> float:
+    """Return the share of right answers."""
+    return _share([a.right for a in answers])
+
+
+def _learnable(answers: Sequence[Answer], rows: Sequence[Row]) -> float | None:
+    groups = Counter(row.group for row in rows)
+    kept = [a for a, row in zip(answers, rows, strict=True) if groups[row.group] > 1]
+    return top1(kept) if kept and None not in groups else None
+
+
+def coverage(answers: Sequence[Answer], wanted: float = WANTED) -> float:
+    """Return the largest share of rows, taken by falling confidence, of which at least `wanted` are right.
+
+    Equal confidences are taken together or not at all.
+    """
+    ordered = sorted(answers, key=lambda a: -a.confidence)
+    most = right = 0
+    for taken, answer in enumerate(ordered, start=1):
+        right += answer.right
+        last = taken == len(ordered) or ordered[taken].confidence < answer.confidence
+        if last and answer.confidence > 0 and right >= wanted * taken:
+            most = taken
+    return round(most / len(answers), 4) if answers else 0.0
+
+
+def calibration_error(answers: Sequence[Answer]) -> float:
+    """Return the expected calibration error of what was answered, over ten bins of equal count (Naeini et al. 2015)."""
+    ordered = sorted((a for a in answers if a.confidence > 0), key=lambda a: a.confidence)
+    total = 0.0
+    for number in range(_BINS):
+        part = ordered[number * len(ordered) // _BINS : (number + 1) * len(ordered) // _BINS]
+        total += abs(sum(a.confidence - a.right for a in part))
+    return round(total / len(ordered), 4) if ordered else 0.0
+
+
+def _leave_one_out(rows: Sequence[Row], tick: Callable[[int], None]) -> tuple[list[Answer], list[bool]]:
+    examples = [row.example() for row in rows]
+    calibrators = [_calibrator(examples, fold) for fold in range(min(FOLDS, len(rows)))]
+    answers: list[Answer] = []
+    replayed: list[bool] = []
+    for index, row in enumerate(rows):
+        others = examples[:index] + examples[index + 1 :]
+        book = FixBook(others, calibrator=calibrators[index % FOLDS])
+        suggestion = book.suggest(row.command, row.output)
+        answers.append(
+            Answer(suggestion.confidence, row.accepts(suggestion.action)) if suggestion else Answer(0.0, right=False)
+        )
+        replayed.append(_replays(book, row))
+        tick(index + 1)
+    return answers, replayed
+
+
+def _calibrator(examples: Sequence[Example], fold: int) -> Calibrator:
+    outside = [example for index, example in enumerate(examples) if index % FOLDS != fold]
+    return Calibrator().fitted(*FixBook(outside).rehearse(len(outside)))
+
+
+def _stream(rows: Sequence[Row], tick: Callable[[int], None]) -> tuple[list[Answer], list[bool], list[float]]:
+    book = FixBook([], calibrator=Calibrator())
+    answers: list[Answer] = []
+    replayed: list[bool] = []
+    shares: list[float] = []
+    right: list[bool] = []
+    taken: list[float] = []
+    for index, row in enumerate(rows):
+        started = time.perf_counter()
+        found = book.best(row.command, row.output)
+        taken.append(1000 * (time.perf_counter() - started))
+        answer = Answer(0.0, right=False)
+        if found is not None:
+            suggestion = book.judged(found)
+            answer = Answer(suggestion.confidence, row.accepts(suggestion.action))
+            shares.append(found[1])
+            right.append(answer.right)
+            book.calibrator = Calibrator().fitted(shares, right)
+        answers.append(answer)
+        replayed.append(_replays(book, row))
+        book.add(row.example())
+        tick(len(rows) + index + 1)
+    return answers, replayed, taken
+
+
+def _replays(book: FixBook, row: Row) -> bool:
+    nearest = book.nearest(row.command, row.output)
+    return nearest is not None and row.accepts(book.examples[nearest].fix)
+
+
+def _milliseconds(rows: Sequence[Row]) -> float:
+    # A suggestion from a book of all rows that has its calibrator, as in a server that has been up for a while.
+    book = FixBook([row.example() for row in rows], calibrator=Calibrator())
+    book.suggest(rows[0].command, rows[0].output)
+    taken = []
+    for row in rows:
+        started = time.perf_counter()
+        book.suggest(row.command, row.output)
+        taken.append(1000 * (time.perf_counter() - started))
+    return round(quantile(taken, 0.5), 2)
+
+
+def _share(values: Iterable[bool]) -> float:
+    kept = list(values)
+    return round(sum(kept) / len(kept), 4) if kept else 0.0
+
+
+def _row(line: str, place: str) -> Row:
+    try:
+        row: Any = json.loads(line)
+    except ValueError as error:
+        raise InvalidField("row", f"{place} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise InvalidField("row", f"{place} is not a JSON object")
+    fix = row.get("fix")
+    fixes = [fix] if isinstance(fix, str) else fix
+    if not isinstance(fixes, list) or not fixes or not all(isinstance(f, str) and f.strip() for f in fixes):
+        raise InvalidField("fix", f"must be a text or a list of texts, none empty, in {place}, but is {fix!r:.80}")
+    group = row.get("group")
+    if group is not None and not isinstance(group, str):
+        raise InvalidField("group", f"must be a text in {place}, but is {group!r:.80}")
+    command, output = _text(row, "command", place), _text(row, "output", place, empty=True)
+    return Row(command, output, tuple(fixes), group)
+
+
+def _text(row: dict[str, Any], name: str, place: str, *, empty: bool = False) -> str:
+    if name not in row:
+        raise InvalidField(name, f"missing in {place}")
+    value = row[name]
+    if not isinstance(value, str) or not (empty or value.strip()):
+        kind = "a text" if empty else "a text that is not empty"
+        raise InvalidField(name, f"must be {kind} in {place}, but is {value!r:.80}")
+    return value

@@ -1,0 +1,101 @@
+"""Affinity: how near one failing case is to another, from what was run, how it is formed, and what it printed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
+from itertools import pairwise
+
+from optillm_memory.learn.cases import COMPLAINT, Case, balanced
+
+_BOTH_PROPOSE = 2.0
+_WORD = re.compile(r"[a-z]{2,}")
+_TOKEN = re.compile(r"\w+|#")
+_MASK = re.compile(r"""'[^'\n]{1,200}'|"[^"\n]{1,200}"|`[^`'\n]{1,200}[`']|[\w.~/+-]*/[\w.~/+-]*|\d+""")
+
+
+class View:
+    """What of a case tells how near it is to another."""
+
+    def __init__(self, case: Case) -> None:
+        own = set(re.findall(r"\w+", case.action[:4_000].lower()))
+        text = case.output[:3_000].lower()
+        self.empty = not text.strip()
+        self.words = {w for w in _WORD.findall(text) if w not in own}
+        # The first line that complains, without what is this case's alone.
+        lines = [line.strip() for line in case.lines if line.strip()]
+        salient = next((line for line in lines if COMPLAINT.search(line)), lines[0] if lines else "")
+        self.line = set(_TOKEN.findall(_MASK.sub(" # ", salient[:400].lower()))) - own - {"#"}
+        self.program = case.program
+        self.rest = set(case.tokens[case.head + 1 :])
+        self.shape = [_kind(token) for token in case.tokens[case.head :]]
+        self.subcommand = case.tokens[case.arguments[0]] if case.arguments else ""
+        self.fault = case.named[0][0] - case.head if case.named else None
+        self.proposes = bool(case.suggested)
+        self.quoted = bool(case.named) and case.named[0][1] in case.quoted
+        self._case = case
+
+    @cached_property
+    def traits(self) -> set[str]:
+        """What is unusual about the action's form."""
+        tokens = self._case.tokens
+        found = {"unbalanced": not balanced(self._case.action), "repeats": repeats(self._case.action)}
+        found |= {"operator": "operator" in self.shape, "address": "address" in self.shape, "alone": len(tokens) == 1}
+        found |= {f"head {kind}": self.shape[:1] == [kind] for kind in ("here", "path", "dotted")}
+        if tokens:
+            found |= {
+                "folder": tokens[-1].endswith("/"),
+                "symbol": not tokens[0][0].isalnum() and tokens[0][0] not in "./~",
+            }
+        return {name for name, there in found.items() if there}
+
+    def affinity(self, other: View, words: Mapping[str, float], line: Mapping[str, float]) -> float:
+        """Return how near another case is, as a sum of likenesses (about 12 for the same case again)."""
+        same = self.program == other.program
+        silent = self.empty and other.empty
+        alike = 3.0 * _overlap(self.words, other.words, words) + 2.0 * _overlap(self.line, other.line, line)
+        alike += 2.0 * same + 1.0 * (same and silent) + 1.5 * _jaccard(self.rest, other.rest)
+        alike += 1.0 * (bool(self.subcommand) and self.subcommand == other.subcommand)
+        alike += 1.0 * (self.shape == other.shape) + 0.5 * (self.fault == other.fault)
+        alike += _BOTH_PROPOSE * (self.proposes and other.proposes)
+        alike += 0.5 * (self.quoted == other.quoted) + (2.5 if silent else 1.5) * _jaccard(self.traits, other.traits)
+        return alike
+
+
+def _kind(token: str) -> str:
+    if not any(c.isalnum() for c in token):
+        return "path" if token in ("/", ".", "~") else "operator"
+    if token.startswith(("-", "./")):
+        return "flag" if token[0] == "-" else "here"
+    for sign, kind in (("://", "address"), ("/", "path"), (".", "dotted")):
+        if sign in token:
+            return kind
+    return "quoted" if token[0] in "\"'" else "word" if token.isalpha() else "other"
+
+
+def rarity(sets: Iterable[Collection[str]]) -> dict[str, float]:
+    """Return how rare each word is among sets of words (as in TF-IDF); the empty word stands for one never seen."""
+    kept = list(sets)
+    counts = Counter(word for words in kept for word in words)
+    return {"": math.log(1 + len(kept)), **{word: math.log(1 + len(kept) / n) for word, n in counts.items()}}
+
+
+def _overlap(a: set[str], b: set[str], rarity: Mapping[str, float]) -> float:
+    both = a & b
+    if not both:
+        return 0.0
+    unseen = rarity[""]
+    return sum(rarity.get(w, unseen) for w in sorted(both)) / sum(rarity.get(w, unseen) for w in sorted(a | b))
+
+
+def _jaccard(a: set[str], b: set[str]) -> float:
+    return len(a & b) / len(a | b) if a or b else 0.0
+
+
+def repeats(action: str) -> bool:
+    """Tell whether a word of an action stands there twice in a row."""
+    words = action.split()
+    return any(a == b for a, b in pairwise(words))

@@ -1,0 +1,71 @@
+"""Books of fixes, kept between requests: inducing programs and fitting a calibrator take longer than a request may."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+
+from optillm_memory.learn.suggest import Calibrator, Example, FixBook, Suggestion
+
+KEPT = 64
+_FIT_FROM = 30
+_GROWN = 1.25
+
+
+class Books:
+    """Fix books by their content, and calibrators by owner (a scope's tool); both are safe to share among threads.
+
+    A calibrator is fitted behind the request that first needs it; until it is there, the constants stand.
+    """
+
+    def __init__(self, *, background: bool = True) -> None:
+        """Fit in the background; `background` False fits at once, for tests and benches."""
+        self._background = background
+        self._lock = threading.Lock()
+        self._books: OrderedDict[tuple[Hashable, tuple[Example, ...]], tuple[FixBook, threading.Lock]] = OrderedDict()
+        self._fitted: OrderedDict[Hashable, tuple[int, Calibrator]] = OrderedDict()
+        self._fitting = False
+
+    def suggest(
+        self, owner: Hashable, examples: Sequence[Example], action: str, output: str, *, min_confidence: float
+    ) -> Suggestion | None:
+        """Return what these examples suggest for a failing action, with what was learned of the owner's confidences.
+
+        A book is asked by one thread at a time; the first that asks fills its caches for all.
+        """
+        book, lock = self._book(owner, examples)
+        with lock:
+            return book.suggest(action, output, min_confidence=min_confidence)
+
+    def _book(self, owner: Hashable, examples: Sequence[Example]) -> tuple[FixBook, threading.Lock]:
+        key = (owner, tuple(examples))
+        with self._lock:
+            known = self._books.get(key)
+            count, calibrator = self._fitted.get(owner, (0, Calibrator()))
+            if known is None:
+                known = self._books[key] = FixBook(examples, calibrator=calibrator), threading.Lock()
+            self._books.move_to_end(key)
+            while len(self._books) > KEPT:
+                self._books.popitem(last=False)
+            fit = len(examples) >= max(_FIT_FROM, _GROWN * count) and not self._fitting
+            self._fitting = self._fitting or fit
+        if fit and self._background:
+            threading.Thread(target=self._fit, args=key, name="agent-memory-calibrate", daemon=True).start()
+        elif fit:
+            self._fit(*key)
+        return known
+
+    def _fit(self, owner: Hashable, examples: tuple[Example, ...]) -> None:
+        try:
+            calibrator = FixBook(examples).calibrator
+            with self._lock:
+                self._fitted[owner] = len(examples), calibrator
+                self._fitted.move_to_end(owner)
+                while len(self._fitted) > KEPT:
+                    self._fitted.popitem(last=False)
+                for (whose, _), (book, _) in self._books.items():
+                    if whose == owner:
+                        book.calibrator = calibrator
+        finally:
+            self._fitting = False
