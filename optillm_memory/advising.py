@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from optillm_memory.conversation.parse import Conversation
 from optillm_memory.conversation.redact import storable
 from optillm_memory.conversation.steps import TEXT_TOOL, calls_of, command_in
 from optillm_memory.conversation.text import text_of
-from optillm_memory.decide.guard import known_to_fail
+from optillm_memory.decide.guard import known_to_fail, same_but_for_names
 from optillm_memory.inject.advice import Advice
 from optillm_memory.learn.attempts import environment_of, message_of
 from optillm_memory.learn.books import Books
@@ -21,6 +22,8 @@ from optillm_memory.records import KnownFix, PastAttempt, Scope, Step
 from optillm_memory.settings import Settings
 from optillm_memory.turn import Turn
 
+_NAME = re.compile(r"\w{2,}")
+_PROVEN = 0.5  # the value from which on a fix of this very action needs no other's word
 _LOOKED_AT = 16  # calls of one answer; a block holds a few items
 _REMEMBERED = 200  # steps back that a conversation is taken to remember what it tried
 _DAY_S = 86_400.0
@@ -36,6 +39,9 @@ class Source(Protocol):
         self, scope: Scope, tool: str, signature: str, *, environment: str, episode_id: str, limit: int = 200
     ) -> list[KnownFix]:
         """Return the fixes of a tool's failures that may be suggested."""
+
+    def worked(self, scope: Scope, action_key: str, *, environment: str, limit: int = 200) -> list[str]:
+        """Return the texts of actions that worked and start with the same word as this one."""
 
     def past_attempts(self, scope: Scope, action_key: str, *, environment: str, limit: int = 50) -> list[PastAttempt]:
         """Return the earlier tries of an action."""
@@ -87,6 +93,7 @@ class Adviser:
             action = self._action(tool, arguments)
             failures = self.failures_of(turn, action, conversation.steps)
             if not failures:
+                found += self._alike(turn, action, tried)
                 continue
             latest = failures[0]
             fixes = self._suggested(turn, action, latest.output, latest.signature)
@@ -97,6 +104,31 @@ class Adviser:
             fix, text, confidence = news[0] if news else (None, "", 0.0)
             found.append(_advice(action, len(failures), latest.message, fix, text, confidence))
         return found
+
+    def _alike(self, turn: Turn, action: Action, tried: set[tuple[str, str, str]]) -> list[Advice]:
+        """Return advice where an action with other names failed for a reason that has nothing to do with its names.
+
+        None where an action of this form has worked, or the error speaks of a name: then it may well work with others.
+        """
+        if _words(action, action.text) in tried:
+            return []
+        fixes = self._fixes(turn, action.tool, "")
+        for fix in fixes:
+            names = same_but_for_names(action.text, fix.action) if fix.field == action.field else None
+            reading = read(fix.output, tool=fix.tool, arguments=fix.action) if names else None
+            if names is None or reading is None or fix.relation == "note":
+                continue
+            error = message_of(reading, fix.output)
+            if not error or any(part in error for name in names for part in _NAME.findall(name)):
+                continue
+            worked = self._source.worked(turn.scope, action.key, environment=environment_of(turn.options.tags))
+            if any(same_but_for_names(action.text, text) is not None for text in worked):
+                return []
+            said = [
+                s for s in self._suggested(turn, action, fix.output, fix.signature) if _words(action, s[1]) not in tried
+            ]
+            return [_advice(action, 1, error, *said[0])] if said else []
+        return []
 
     def failures_of(self, turn: Turn, action: Action, here: Sequence[Step]) -> list[PastAttempt]:
         """Return the failures that speak against an action now."""
@@ -113,18 +145,21 @@ class Adviser:
         limit, secrets = self._settings.max_text, self._settings.redact
         return action_of(storable(tool, limit, secrets=secrets), storable(arguments, limit, secrets=secrets))
 
+    def _fixes(self, turn: Turn, tool: str, signature: str) -> list[KnownFix]:
+        environment = environment_of(turn.options.tags)
+        return self._source.known_fixes(
+            turn.scope, tool, signature, environment=environment, episode_id=turn.episode_id
+        )
+
     def _suggested(self, turn: Turn, action: Action, output: str, signature: str) -> list[tuple[KnownFix, str, float]]:
         """Return (fix that it rests on, corrected action, confidence), best first."""
-        fixes = self._source.known_fixes(
-            turn.scope,
-            action.tool,
-            signature,
-            environment=environment_of(turn.options.tags),
-            episode_id=turn.episode_id,
-        )
+        fixes = self._fixes(turn, action.tool, signature)
         same = [f for f in fixes if f.relation == "note" and f.signature == signature and signature]
         own = _words(action, action.text)
         noted = [(f, f.text, f.value) for f in same if _words(Action(f.tool, f.field, ""), f.action) == own]
+        proven = [f for f in fixes if f.relation != "note" and _words(Action(f.tool, f.field, ""), f.action) == own]
+        if proven and (best := max(proven, key=lambda f: (f.signature == signature, f.value))).value >= _PROVEN:
+            return [(best, best.text, best.value), *noted[:1]]  # this very action: what worked, word for word
         suggestion: Suggestion | None = None
         usable = [f for f in fixes if f.relation != "note"]
         if usable:

@@ -228,7 +228,7 @@ class Memory:
         """Return a memory with its value, and a fix with its error and its evidence. Raises NotFound."""
         record = self.memory(memory_id, tenant=tenant)
         shown = {**asdict(record), "value": round(record.value, 4)}
-        return {**shown, "fix": self.store.fix_details(memory_id)} if record.kind == "fix" else shown
+        return {**shown, "fix": self.store.fix_details(record.scope, memory_id)} if record.kind == "fix" else shown
 
     def stats(self) -> dict[str, Any]:
         """Return counts of the store and the state of the encoder."""

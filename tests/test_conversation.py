@@ -14,9 +14,9 @@ from optillm_memory import InvalidField
 from optillm_memory.conversation.feedback import parse_feedback
 from optillm_memory.conversation.options import KEYS, Options, parse_options
 from optillm_memory.conversation.parse import key_of, parse
-from optillm_memory.conversation.text import BLOCK_CLOSE, BLOCK_OPEN, without_blocks
 from optillm_memory.conversation.recent import Recent
 from optillm_memory.conversation.redact import redact, storable
+from optillm_memory.conversation.text import BLOCK_CLOSE, BLOCK_OPEN, without_blocks
 from optillm_memory.records import Placement, Scope
 
 ANY_TEXT = st.text(st.characters())  # with lone surrogates and NUL

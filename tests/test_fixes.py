@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from agents import DONE, ERROR, RIGHT, WRONG, Agent, attempt, chain, fixes, judge, mend, work
-from builders import SCOPE, feedback, lexical_memory
+from builders import SCOPE, assistant, feedback, lexical_memory
 
 from optillm_memory.conversation.actions import Action, action_of
 from optillm_memory.conversation.observation import read
@@ -20,8 +20,7 @@ from optillm_memory.records import Scope
 TRACEBACK = (
     "Traceback (most recent call last):\n  File \"app.py\"\nModuleNotFoundError: No module named 'yaml'\nExit code: 1"
 )
-FAILED_TEST = "FAILED test_app.py::test_sum - assert 1 == 2\n=== 1 failed in 0.02s ===\nExit code: 1"
-PASSED_TEST = "=== 1 passed in 0.02s ===\nExit code: 0"
+DENIED = "fatal: unable to access: denied\nExit code: 128"
 
 
 def mined(*attempts: Attempt) -> list[tuple[str, str, str, str]]:
@@ -294,6 +293,19 @@ def test_the_same_words_in_another_episode_are_not_judged(tmp_path: Path) -> Non
         assert [memory.trace(t.trace_id)["outcome"]["verdict"] for t in asked] == ["unknown", "failure"]
 
 
+def test_feedback_that_waited_for_a_trace_without_steps_verifies(tmp_path: Path) -> None:
+    """Success told before its trace is there, which brings no new step, verifies what the episode's steps show."""
+    with lexical_memory(tmp_path) as memory:
+        agent = mend(memory, success=None)
+        agent.messages.append({"role": "user", "content": "thanks"})
+        turn = agent.begin()
+        said = {"trace_id": turn.trace_id, "metric": "success", "value": True, "source": "code"}
+        assert memory.feedback(said)[0].status == "pending"
+        assert fixes(memory) == [(WRONG, RIGHT, "candidate")]
+        agent.answered(assistant("You are welcome."), turn)
+        assert fixes(memory) == [(WRONG, RIGHT, "verified")]
+
+
 # -- followed advice -------------------------------------------------------------------------------
 
 
@@ -329,20 +341,28 @@ def test_following_confirms_or_weakens_a_fix(tmp_path: Path) -> None:
         assert (fix.status, fix.successes, fix.used_successes) == ("verified", 2, 1)
     with lexical_memory(tmp_path / "b") as memory:
         mend(memory, success=None)
-        work(
-            memory, [(WRONG, ERROR), (RIGHT, "fatal: unable to access: denied\nExit code: 128")], task="publish it now"
-        )
+        work(memory, [(WRONG, ERROR), (RIGHT, DENIED)], task="publish it now")
         assert fixes(memory) == [(WRONG, RIGHT, "quarantined")]
         third = Agent(memory, "publish once more")
         third.act(WRONG, ERROR)
         assert third.begin().injected == ()
 
 
+def test_a_followed_failure_is_inferred_even_where_the_episode_went_well(tmp_path: Path) -> None:
+    """That an episode ended well says nothing against the fix that failed in it: its failure is not verified."""
+    with lexical_memory(tmp_path) as memory:
+        mend(memory)
+        script = [(WRONG, ERROR), (RIGHT, DENIED), ("echo > log", "")]
+        work(memory, script, task="publish it now", success=True)
+        (fix,) = [m for m in memory.store.list_memories(None) if m.kind == "fix" and m.answer == RIGHT]
+        assert (fix.status, fix.successes, fix.failures, fix.used_failures) == ("verified", 1, 0, 1)
+
+
 def test_a_failure_in_one_environment_costs_there_only(tmp_path: Path) -> None:
     """A fix that fails under other tags stays verified, and is worth less there than where it worked."""
     with lexical_memory(tmp_path) as memory:
         mend(memory, tags={"os": "linux"})
-        bad = [(WRONG, ERROR), (RIGHT, "fatal: unable to access: denied\nExit code: 128")]
+        bad = [(WRONG, ERROR), (RIGHT, DENIED)]
         work(memory, bad, task="publish it now", tags={"os": "windows"})
         assert fixes(memory) == [(WRONG, RIGHT, "verified")]
         values = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agents import DONE, ERROR, RIGHT, WRONG, Agent, call, calling, fixes, mend, result, work
-from builders import NOW, assistant, feedback, lexical_memory, trace
+from agents import DONE, ERROR, RIGHT, WRONG, Agent, call, calling, fixes, mend, mistyped, result, work
+from builders import NOW, assistant, feedback, lexical_memory, response, trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +33,8 @@ APP = "python app.py"
 TRACEBACK = (
     "Traceback (most recent call last):\n  File \"app.py\"\nModuleNotFoundError: No module named 'y'\nExit code: 1"
 )
+FAILED_TEST = "FAILED test_app.py::test_sum - assert 1 == 2\n=== 1 failed in 0.02s ===\nExit code: 1"
+PASSED_TEST = "=== 1 passed in 0.02s ===\nExit code: 0"
 PAIRS = [(WRONG, ERROR), (RIGHT, DONE), (RIGHT, "?"), (APP, TRACEBACK), ("pip install y", DONE), (APP, DONE)]
 
 
@@ -180,3 +183,45 @@ def test_a_day_of_agents_is_the_same_after_a_rebuild(tmp_path: Path) -> None:
         again = Agent(memory, "and once more")
         again.act(WRONG, ERROR)
         assert [i.suggestion for i in again.begin().injected] == [RIGHT]
+
+
+def test_a_test_that_an_edit_mended_leaves_a_note_and_no_blame(tmp_path: Path) -> None:
+    """A test run that fails and passes after an edit tells of the edit at the same failure; to run it is no fault."""
+    edit = {"path": "app.py", "text": "1 + 1"}
+    with lexical_memory(tmp_path) as memory:
+        agent = Agent(memory)
+        agent.act("pytest -q", FAILED_TEST)
+        agent.act(edit, "ok", tool="edit")
+        agent.act("pytest -q", PASSED_TEST)
+        agent.close(success=True)
+        note = f"edit: {json.dumps(edit)}"
+        assert fixes(memory) == [("pytest -q", note, "verified")]
+        later = Agent(memory, "test it again")
+        turn = later.begin()
+        assert memory.guard(turn, response(calling("pytest -q"))) == (turn, False)
+        later.act("pytest -q", FAILED_TEST)
+        told = later.begin()
+        assert [i.suggestion for i in told.injected] == [note]
+        assert "what was done before it worked" in told.messages[-1]["content"]
+
+
+def test_a_fix_that_nothing_shows_any_more_is_gone(tmp_path: Path) -> None:
+    """Where its only origin is taken back, that it was followed elsewhere does not keep a fix."""
+    with lexical_memory(tmp_path) as memory:
+        first = mend(memory, success=None)
+        agent = Agent(memory, "publish it now")
+        turn = agent.begin()
+        agent.answered(calling(call("git comit -m x", "call_1")), turn)
+        agent.messages.append(result("call_1", mistyped("comit", "commit")))
+        agent.act("git commit -m x", DONE)
+        agent.close()
+        (fix_id,) = {i.memory_id for i in agent.turns[1].injected}
+        assert memory.memory(fix_id).used_successes == 2
+        (said,) = memory.trace(first.turns[0].trace_id)["feedback"]
+        memory.feedback({"feedback_id": said["feedback_id"], "value": None})
+        assert memory.memory(fix_id).status == "withdrawn"
+        assert {e["role"] for e in memory.described(fix_id)["fix"]["evidence"]} == {"followed"}
+        before = memory.store.derived()
+        memory.rebuild()
+        assert memory.store.derived() == before
+        assert WRONG not in [task for task, _, _ in fixes(memory)]

@@ -15,7 +15,6 @@ from optillm_memory.conversation.text import BLOCK_OPEN
 from optillm_memory.decide.guard import known_to_fail
 from optillm_memory.inject.place import strip
 from optillm_memory.inject.render import MARK
-from optillm_memory.learn.suggest import Suggestion
 from optillm_memory.records import PastAttempt, Step, Verdict
 
 DAY = 86_400.0
@@ -187,9 +186,9 @@ def test_a_suggestion_to_do_the_same_is_none(tmp_path: Path, monkeypatch: pytest
     """Where what is suggested is the failing action itself, or was tried here, only the failure is told."""
     with lexical_memory(tmp_path) as memory:
         mend(memory)
+        (known,) = memory.store.known_fixes(Scope("local"), "bash", "", environment="{}", episode_id="")
         proposed = [f" {WRONG}"]
-        suggest = lambda *_, **__: Suggestion(proposed[0], 0.9, (0,))  # noqa: E731
-        monkeypatch.setattr(memory._adviser._books, "suggest", suggest)
+        monkeypatch.setattr(memory._adviser, "_suggested", lambda *_: [(known, proposed[0], 0.9)])
         agent, again, turn = about_to(memory, WRONG)
         assert again
         assert [(i.kind, i.suggestion) for i in turn.injected] == [("failure", None)]
@@ -304,7 +303,7 @@ def test_a_fix_that_is_told_twice_is_followed_twice(tmp_path: Path) -> None:
     with lexical_memory(tmp_path) as memory:
         mend(memory)
         agent = Agent(memory)
-        for word, meant in (("comit", "commit"), ("stash-pop", "stash pop")):
+        for word, meant in (("comit", "commit"), ("fecth", "fetch")):
             agent.act(f"git {word}", mistyped(word, meant))
             turn = agent.act(f"git {meant}", DONE)
             assert [i.suggestion for i in turn.injected] == [f"git {meant}"]

@@ -18,7 +18,22 @@ PACKAGE = Path(optillm_memory.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # In the order of the data: a room imports from rooms above it and from the vocabulary.
 VOCABULARY = {"records", "errors", "settings"}
-ORDER = ["conversation", "recall", "decide", "inject", "learn", "store", "turn", "advising", "recording", "upkeep", "memory", "host", "cli", "bench"]
+ORDER = [
+    "conversation",
+    "recall",
+    "decide",
+    "inject",
+    "learn",
+    "store",
+    "turn",
+    "advising",
+    "recording",
+    "upkeep",
+    "memory",
+    "host",
+    "cli",
+    "bench",
+]
 # Loaded into other people's processes: they import nothing of the package, and nothing that is not there anyway.
 CLIENTS = {"pytest_plugin": {"pytest"}}
 

@@ -171,7 +171,7 @@ def _stream(rows: Sequence[Row], tick: Callable[[int], None]) -> tuple[list[Answ
         taken.append(1000 * (time.perf_counter() - started))
         answer = Answer(0.0, right=False)
         if found is not None:
-            suggestion = book.judged(found)
+            suggestion = book.judged(found, row.command, row.output)
             answer = Answer(suggestion.confidence, row.accepts(suggestion.action))
             shares.append(found[1])
             right.append(answer.right)

@@ -75,13 +75,6 @@ def _field_of(told: Mapping[str, Any]) -> str | None:
     return next((k for k in _FIELDS if k in texts and len(told[k].split()) > 1), None)
 
 
-def arguments_with(arguments: str, action: Action, text: str) -> str:
-    """Return a call's arguments with another text in the action's field."""
-    if not action.field:
-        return text
-    return json.dumps({**json.loads(arguments), action.field: text})
-
-
 def normal_action(text: str) -> str:
     """Return an action's text without what differs although the action is the same."""
     normal = _FLEETING.sub("<fleeting>", " ".join(text[:_KEY_LIMIT].split()))

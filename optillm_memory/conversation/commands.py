@@ -144,7 +144,23 @@ def _program(words: list[str]) -> tuple[str, list[str]]:
     return "", []
 
 
+def _writes(name: str, words: list[str]) -> bool:
+    """Whether a program that shows things is used to make or remove some."""
+    if name == "find":
+        return any(w in ("-delete", "-exec", "-execdir", "-ok") for w in words)
+    if name == "sort" and any(w.startswith(("-o", "--output")) for w in words):
+        return True
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        before, mark, after = word.partition(">")
+        target = (after or following).lstrip(">")
+        if mark and before in ("", "1") and target not in ("", "/dev/null", "&1", "&2"):
+            return True
+    return False
+
+
 def _is_viewer(name: str, words: list[str]) -> bool:
+    if _writes(name, words):
+        return False
     if name == "sed":
         return not any(w.startswith(("-i", "--in-place")) for w in words)
     if name in _VIEWING_VERBS:

@@ -80,7 +80,7 @@ def _telling(command: Command, found: list[Found]) -> list[Found]:
 
 def _judge(shown: Shown, command: Command, lines: Sequence[str], found: list[Found]) -> tuple[Verdict, str]:
     said = None if command.views else _said(command, lines, found)
-    complaint = _complaint(command, lines, found) if command.views else None
+    complaint = _complaint(command, lines, found, coded=bool(shown.exit_code)) if command.views else None
     if shown.exit_code is not None and (shown.firm or not command.views or complaint):
         return _by_code(shown.exit_code, command, said, complains=complaint is not None)
     if shown.http_status is not None and not (command.views and not command.dedicated):
@@ -115,11 +115,15 @@ def _seen(command: Command, lines: Sequence[str]) -> tuple[Verdict, str]:
     return "unknown", ""
 
 
-def _complaint(command: Command, lines: Sequence[str], found: list[Found]) -> str | None:
-    """Return the basis of a viewing tool's own complaint: it names the tool, and what the tool was asked for."""
+def _complaint(command: Command, lines: Sequence[str], found: list[Found], *, coded: bool) -> str | None:
+    """Return the basis of a viewing tool's own complaint: it names the tool, and what the tool was asked for.
+
+    With an exit code that says so as well (`coded`), a first or last line that names the tool is enough.
+    """
     for error in found:
         alone = command.single or error.line == len(lines) - 1
-        if alone and _is_own(command, error) and _mentions(command, lines[error.line]):
+        outer = coded and error.line in (0, len(lines) - 1)
+        if alone and _is_own(command, error) and (outer or _mentions(command, lines[error.line])):
             return error.shape.basis
     if command.dedicated and lines:
         for line in (lines[0], lines[-1]):

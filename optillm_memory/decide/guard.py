@@ -9,6 +9,7 @@ from optillm_memory.records import PastAttempt, Step
 # A test or a build that failed may well pass now, a server may be back: only the action itself is to blame here.
 _NOT_THE_ACTION = frozenset(("test_summary", "compiler", "http"))
 _CHANGEABLE = ("http|", "curl|", "tool|timeout")
+_WORDS_MOST = 40
 
 
 def known_to_fail(
@@ -34,3 +35,17 @@ def known_to_fail(
 
 def _about_something_else(attempt: PastAttempt) -> bool:
     return attempt.basis in _NOT_THE_ACTION or attempt.signature.lower().startswith(_CHANGEABLE)
+
+
+def same_but_for_names(action: str, known: str) -> list[str] | None:
+    """Return the words in which a known action differs from this one, where nothing but names differs; else None.
+
+    The program, the flags and the number of words are the same, and at most half of the words are others.
+    """
+    one, other = action.split(), known.split()
+    if len(one) != len(other) or not one or len(one) > _WORDS_MOST or one[0] != other[0]:
+        return None
+    differing = [(a, b) for a, b in zip(one, other, strict=True) if a != b]
+    if not differing or 2 * len(differing) > len(one) or any(w.startswith("-") for pair in differing for w in pair):
+        return None
+    return [b for _, b in differing]

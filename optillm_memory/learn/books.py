@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
-from optillm_memory.learn.suggest import Calibrator, Example, FixBook, Suggestion
+from optillm_memory.learn.suggest import Calibrator, Example, FixBook, Suggestion, normal
 
 KEPT = 64
 _FIT_FROM = 30
-_GROWN = 1.25
+_GROWN = 1.5
+_REHEARSED = 32
+_PAUSE_S = 0.05  # between rehearsals, so that requests have the interpreter in between
 
 
 class Books:
@@ -58,7 +61,14 @@ class Books:
 
     def _fit(self, owner: Hashable, examples: tuple[Example, ...]) -> None:
         try:
-            calibrator = FixBook(examples).calibrator
+            book, shares, right = FixBook(examples, calibrator=Calibrator()), [], []
+            for index in range(0, len(examples), max(1, len(examples) // _REHEARSED)):
+                example = examples[index]
+                if (found := book.best(example.action, example.output, without=index)) is not None:
+                    shares.append(found[1])
+                    right.append(normal(found[0]) == normal(example.fix))
+                time.sleep(_PAUSE_S if self._background else 0)
+            calibrator = Calibrator().fitted(shares, right)
             with self._lock:
                 self._fitted[owner] = len(examples), calibrator
                 self._fitted.move_to_end(owner)

@@ -70,6 +70,8 @@ def literals(program: Program) -> list[str]:
         return [program[1], program[2], *(literals(program[3]) if kind == "affix" else ())]
     if kind == "replace":
         return [program[2], program[3], *literals(program[4])]
+    if kind == "swaps":
+        return [new for _, new in program[1]]
     return [text for part in program if isinstance(part, tuple) and part for text in _nested(part)]
 
 
@@ -135,6 +137,7 @@ _PROGRAM_COST: dict[str, Callable[..., float]] = {
     "propose": lambda number, _how: 3.0 + number,
     "wrap": lambda before, after, _quoted: 2.0 + 0.3 * (len(before) + len(after)) + _cut(before, after),
     "characters": lambda _old, _new: 4.0,
+    "swaps": lambda pairs: 2.0 + sum(1.0 + 0.15 * (len(old) + len(new)) for old, new in pairs),
     "without": lambda _word: 2.5,
     "spaced": lambda: 2.0,
     "chain": lambda _operator, pieces: 1.0 + sum(_piece_cost(piece) for piece in pieces),
@@ -282,10 +285,23 @@ def _spaced(_program: Program, case: Case) -> str | None:
     return " ".join([*case.tokens[: case.head], start, name[len(start) :], *case.tokens[case.head + 1 :]])
 
 
+def _swaps(program: Program, case: Case) -> str | None:
+    # One text after the other is replaced, each behind the one before.
+    text, at = case.action, 0
+    for old, new in program[1]:
+        found = text.find(old, at)
+        if found < 0:
+            return None
+        text = text[:found] + new + text[found + len(old) :]
+        at = found + len(new)
+    return text
+
+
 _PROGRAMS: dict[str, Callable[[Program, Case], str | None]] = {
     "hunks": _hunks,
     "wrap": _wrap,
     "characters": lambda program, case: case.action.replace(program[1], program[2]),
+    "swaps": _swaps,
     "named": _named,
     "each_named": _each_named,
     "without": _without,

@@ -196,6 +196,8 @@ def _same_intent(failed: Action, later: Action) -> bool:
     one, other = failed.text.split(), later.text.split()
     if not one or not other:
         return False
+    if set(one) <= set(other):
+        return True  # the same with more to it, or after something else
     shared = len(set(one) & set(other)) / len(set(one) | set(other))
     if shared >= _SHARED and (one[0] == other[0] or one[0] in other or len(one) > 1):
         return True

@@ -7,6 +7,7 @@ be had from the failing action and its output is a hypothesis; examples that agr
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
@@ -27,6 +28,8 @@ MOST_PROGRAMS = 16
 _PER_WORD, _PER_HUNK, _ANCHORS = 6, 14, 6
 _AFFIX = 40
 _MOST_CHARS, _MOST_WORDS = 4_000, 80
+_PIECE = re.compile(r"\w+|\s+|[^\w\s]")
+_MOST_PIECES, _MOST_PAIRS = 600, 6
 _INNER = ("dirname", "basename", "without_slash", "unquoted", "bare")
 _NEAR = ("any", "suggested", "output", "known")
 
@@ -54,7 +57,10 @@ def _single(case: Case, fix: str) -> list[Program]:
 
 def _fitting(candidates: Iterable[Program], case: Case, fix: str) -> set[Program]:
     wanted = _words(fix)
-    return {p for p in candidates if (made := apply(p, case)) is not None and _words(made) == wanted}
+    made = ((p, apply(p, case)) for p in candidates)
+    if "\n" in fix or "\n" in case.action:  # where lines are, white space has a meaning
+        return {p for p, text in made if text is not None and text.strip() == fix.strip()}
+    return {p for p, text in made if text is not None and _words(text) == wanted}
 
 
 def _chains(case: Case, fix: str) -> Iterable[Program]:
@@ -82,6 +88,8 @@ def _words(action: str) -> list[str]:
 def _wholesale(case: Case, fix: str) -> Iterable[Program]:
     yield from (("each_named", where) for where in _NEAR)
     yield ("spaced",)
+    if "\n" in case.action or "(" in case.action:
+        yield from _swapped(case.action, fix)
     yield from (("without", token) for token in dict.fromkeys(case.tokens))
     yield from _wrapped(case, fix)
     old, new = set(case.action) - set(fix), set(fix) - set(case.action)
@@ -90,6 +98,24 @@ def _wholesale(case: Case, fix: str) -> Iterable[Program]:
         yield from (("characters", old.copy().pop(), b) for b in changed | new)
     for number in range(len(case.proposals)):
         yield from (("propose", number, how) for how in ("rest", "flags", "alone"))
+
+
+def _swapped(action: str, fix: str) -> Iterable[Program]:
+    # Code: the pieces that differ, each with what stands beside it where it would fit anywhere.
+    one, other = _PIECE.findall(action), _PIECE.findall(fix)
+    if max(len(one), len(other)) > _MOST_PIECES:
+        return
+    for beside in (0, 1, 2):
+        pairs = []
+        for tag, low, high, first, last in SequenceMatcher(None, one, other, autojunk=False).get_opcodes():
+            if tag == "equal":
+                continue
+            more = beside or (1 if low == high else 0)
+            before, after = min(more, low, first), min(more, len(one) - high, len(other) - last)
+            old, new = one[low - before : high + after], other[first - before : last + after]
+            pairs.append(("".join(old), "".join(new)))
+        if 0 < len(pairs) <= _MOST_PAIRS:
+            yield ("swaps", tuple(pairs))
 
 
 def _wrapped(case: Case, fix: str) -> Iterable[Program]:

@@ -34,6 +34,10 @@ _UNRELATED = 2.75  # a nearest example with less affinity than this has nothing 
 _SUPPORT, _FEW = 0.05, 0.3
 _CALIBRATE_FROM, _CALIBRATE_ON, _CALIBRATE_AGAIN = 30, 32, 1.25
 _SIGNS = frozenset("/:.@")
+_NAME = re.compile(r"\w{2,80}")
+_GRAVE = frozenset(
+    ("-D", "-f", "-r", "-rf", "-fr", "-R", "--force", "--hard", "--delete", "-delete", "rm", "reset", "drop")
+)
 Floats = NDArray[np.float64]
 Best = tuple[str, float, tuple[int, ...]]
 
@@ -125,13 +129,14 @@ class FixBook:
         if not self._examples or not action.strip():
             return None
         found = self.best(action, output)
-        suggestion = None if found is None else self.judged(found)
+        suggestion = None if found is None else self.judged(found, action, output)
         return suggestion if suggestion and suggestion.confidence >= min_confidence else None
 
-    def judged(self, found: Best) -> Suggestion:
-        """Return what `best` found as a suggestion with its confidence."""
+    def judged(self, found: Best, action: str, output: str) -> Suggestion:
+        """Return what `best` found for a case as a suggestion with its confidence."""
         made, share, support = found
-        return Suggestion(made, self.calibrator(share) * self._trust(support), support)
+        care = caution(made, action, output, self._examples[support[0]]) if support else 1.0
+        return Suggestion(made, self.calibrator(share) * self._trust(support) * care, support)
 
     def _trust(self, support: Sequence[int]) -> float:
         # A fix that is half believed is right half as often; few examples have not shown yet what they are worth.
@@ -250,7 +255,7 @@ class FixBook:
         pool = sorted({p for e in asked for p in self._programs(e)}, key=lambda p: (cost(p), repr(p)))
         here: dict[Program, str | None] = {}
         results: dict[Program, list[bool | None]] = {}
-        wanted = [normal(self._examples[e].fix) for e in near]
+        wanted = [_form(self._examples[e].fix) for e in near]
         # Programs that do the same are kept apart: that there are many ways to the same result speaks for it.
         for program in pool:
             made = [self._outcome(program, e) for e in near]
@@ -303,7 +308,34 @@ def _shares(
 
 def _made(program: Program, case: Case) -> str | None:
     made = apply(program, case)
-    return None if made is None else made.strip() if "\n" in made else normal(made)
+    return None if made is None else _form(made)
+
+
+def _form(action: str) -> str:
+    # Where lines are, white space has a meaning.
+    return action.strip() if "\n" in action else normal(action)
+
+
+def caution(made: str, action: str, output: str, example: Example) -> float:
+    """Return by how much less a suggestion is to be trusted than the votes say, for what it would do if it is wrong.
+
+    A word of the example's own action (a file, a module, a value) that this case does not have was carried over; and
+    what deletes or forces is not to be carried from an action of another intent.
+    """
+    if normal(action) == normal(example.action):
+        return 1.0
+    here = f"{action}\n{output}"
+    theirs = set(_NAME.findall(example.action)) - set(_NAME.findall(here))
+    if theirs.intersection(_NAME.findall(made)):
+        return 0.3
+    grave = [word for word in made.split() if word in _GRAVE and word not in here.split()]
+    return 0.5 if grave and _intent(action) != _intent(example.action) else 1.0
+
+
+def _intent(action: str) -> tuple[str, ...]:
+    words = action.split()
+    plain = [w for w in words if not w.startswith("-")]
+    return (*plain[:2], *sorted(w for w in words if w.startswith("-")))
 
 
 def _spoilt(action: str, made: str) -> bool:

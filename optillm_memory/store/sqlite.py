@@ -247,19 +247,36 @@ class SqliteStore:
                 tallies.setdefault(memory_id, {})[where] = (right, wrong, likely, unlikely)
         return [rows.fix_of((*row, value_in(environment, tallies.get(row[0], {})))) for row in found]
 
-    def fix_details(self, memory_id: str) -> dict[str, Any]:
-        """Return what a fix mends and what says so."""
+    def fix_details(self, scope: Scope, memory_id: str) -> dict[str, Any]:
+        """Return what a fix of a scope mends and what says so; of one that is withdrawn only the latter."""
         with self._readers.borrow() as db:
-            (shown,) = _objects(
-                db, "SELECT tool, field, signature, relation, output FROM fixes WHERE memory_id = ?", (memory_id,)
+            key = (self._scope_id(db, scope), memory_id)
+            found = _objects(
+                db,
+                "SELECT tool, field, signature, relation, output FROM fixes WHERE scope_id = ? AND memory_id = ?",
+                key,
             )
+            shown: dict[str, Any] = found[0] if found else {}
             shown["evidence"] = _objects(
                 db,
                 "SELECT episode_id, trace_id, step_id, role, success, verified, environment FROM fix_evidence "
-                "WHERE memory_id = ? ORDER BY trace_id, step_id, role",
-                (memory_id,),
+                "WHERE scope_id = ? AND memory_id = ? ORDER BY trace_id, step_id, role",
+                key,
             )
         return shown
+
+    def worked(self, scope: Scope, action_key: str, *, environment: str, limit: int = 200) -> list[str]:
+        """Return the texts of actions that worked and start with the same word as this one, latest first."""
+        tool, field, text = action_key.split("\x1f")[:3]
+        start = f"{tool}\x1f{field}\x1f{text.split(' ')[0]}"
+        with self._readers.borrow() as db:
+            found = db.execute(
+                "SELECT action_key, tags FROM attempts JOIN steps USING (scope_id, episode_id, step_id) "
+                "JOIN traces USING (trace_id) WHERE attempts.scope_id = ? AND action_key >= ? AND action_key < ? "
+                "AND verdict = 'success' ORDER BY at DESC LIMIT ?",
+                (self._scope_id(db, scope), start, start + "\U0010ffff", limit),
+            ).fetchall()
+        return [key.split("\x1f")[2] for key, tags in found if environment_of(json.loads(tags)) == environment]
 
     def past_attempts(self, scope: Scope, action_key: str, *, environment: str, limit: int = 50) -> list[PastAttempt]:
         """Return the earlier tries of an action in one environment, latest first."""

@@ -167,7 +167,13 @@ class StepTables:
             return  # followed before it was mined, as it can be while the log is read again
         rows = self._db.execute(_TALLIES, (memory_id,)).fetchall()
         tallies = [tuple(int(n) for n in row[1:5]) for row in rows]
-        state = fix_status(tallies)  # type: ignore[arg-type]
+        # That it was followed is no origin: where nothing shows it any more, it is gone, as after a rebuild.
+        shows = self._db.execute(
+            "SELECT 1 FROM fix_evidence WHERE memory_id = ? AND role <> 'followed' LIMIT 1", (memory_id,)
+        ).fetchone()
+        state = fix_status(tallies) if shows else "withdrawn"  # type: ignore[arg-type]
+        if not shows:
+            self._db.execute("DELETE FROM fixes WHERE memory_id = ?", (memory_id,))
         right, wrong, likely, unlikely = (sum(t[i] for t in tallies) for i in range(4))
         first = self._db.execute(
             "SELECT created_at FROM fix_evidence JOIN traces USING (trace_id) WHERE memory_id = ? "
