@@ -13,7 +13,7 @@ from optillm_memory.conversation.parse import Conversation
 from optillm_memory.conversation.redact import storable
 from optillm_memory.conversation.steps import TEXT_TOOL, calls_of, command_in
 from optillm_memory.conversation.text import text_of
-from optillm_memory.decide.guard import known_to_fail, same_but_for_names
+from optillm_memory.decide.guard import known_to_fail, of_same_form, same_but_for_names
 from optillm_memory.inject.advice import Advice
 from optillm_memory.learn.attempts import environment_of, message_of
 from optillm_memory.learn.books import Books
@@ -114,15 +114,15 @@ class Adviser:
             return []
         fixes = self._fixes(turn, action.tool, "")
         for fix in fixes:
-            names = same_but_for_names(action.text, fix.action) if fix.field == action.field else None
-            reading = read(fix.output, tool=fix.tool, arguments=fix.action) if names else None
-            if names is None or reading is None or fix.relation == "note":
+            places = same_but_for_names(action.text, fix.action) if fix.field == action.field else None
+            if places is None or fix.relation == "note":
                 continue
-            error = message_of(reading, fix.output)
+            error = message_of(read(fix.output, tool=fix.tool, arguments=fix.action), fix.output)
+            names = [fix.action.split()[place] for place in places]
             if not error or any(part in error for name in names for part in _NAME.findall(name)):
                 continue
             worked = self._source.worked(turn.scope, action.key, environment=environment_of(turn.options.tags))
-            if any(same_but_for_names(action.text, text) is not None for text in worked):
+            if any(of_same_form(action.text, text, places) for text in worked):
                 return []
             said = [
                 s for s in self._suggested(turn, action, fix.output, fix.signature) if _words(action, s[1]) not in tried

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from optillm_memory.conversation.actions import action_of, arguments_with
+from optillm_memory.conversation.actions import action_of
 
 
 @pytest.mark.parametrize(
@@ -57,11 +57,3 @@ def test_which_actions_are_the_same() -> None:
     assert all(action_of("t", a).key == action_of("t", b).key for a, b in same)
     assert all(action_of("t", a).key != action_of("t", b).key for a, b in other)
     assert action_of("t", "ls").key != action_of("u", "ls").key
-
-
-def test_an_action_with_other_words() -> None:
-    """A call's arguments can be given another action, and keep the rest."""
-    given = '{"command": "git pussh", "timeout": 5}'
-    action = action_of("bash", given)
-    assert json.loads(arguments_with(given, action, "git push")) == {"command": "git push", "timeout": 5}
-    assert arguments_with("git pussh", action_of("bash", "git pussh"), "git push") == "git push"

@@ -123,7 +123,7 @@ def test_a_repeated_failure_is_stopped_with_what_worked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "answer",
-    [calling(RIGHT), calling(WRONG.replace("main", "next")), assistant(f"```bash\n{WRONG}\n```"), assistant(""),
+    [calling(RIGHT), calling(WRONG.replace("git", "hg")), assistant(f"```bash\n{WRONG}\n```"), assistant(""),
      {"role": "assistant", "tool_calls": [{"id": "x", "function": {"name": "other", "arguments": "{"}}]}],
 )  # fmt: skip
 def test_other_answers_go_out(tmp_path: Path, answer: JSON) -> None:

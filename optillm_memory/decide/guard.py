@@ -37,15 +37,23 @@ def _about_something_else(attempt: PastAttempt) -> bool:
     return attempt.basis in _NOT_THE_ACTION or attempt.signature.lower().startswith(_CHANGEABLE)
 
 
-def same_but_for_names(action: str, known: str) -> list[str] | None:
-    """Return the words in which a known action differs from this one, where nothing but names differs; else None.
+def same_but_for_names(action: str, known: str) -> list[int] | None:
+    """Return the places of the words in which an action differs from a known one, where nothing but names differs.
 
-    The program, the flags and the number of words are the same, and at most half of the words are others.
+    None otherwise: the program, the flags and the number of words are the same, and at most half of the words others.
     """
     one, other = action.split(), known.split()
     if len(one) != len(other) or not one or len(one) > _WORDS_MOST or one[0] != other[0]:
         return None
-    differing = [(a, b) for a, b in zip(one, other, strict=True) if a != b]
-    if not differing or 2 * len(differing) > len(one) or any(w.startswith("-") for pair in differing for w in pair):
+    places = [i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b]
+    if not places or 2 * len(places) > len(one) or any(w[i].startswith("-") for w in (one, other) for i in places):
         return None
-    return [b for _, b in differing]
+    return places
+
+
+def of_same_form(action: str, text: str, places: Sequence[int]) -> bool:
+    """Whether a text is the action but for the words at these places."""
+    one, other = action.split(), text.split()
+    return len(one) == len(other) and all(
+        a == b or i in places for i, (a, b) in enumerate(zip(one, other, strict=True))
+    )

@@ -319,6 +319,8 @@ TRANSFORMS: dict[str, Callable[[str], str | None]] = {
     "basename": lambda t: posixpath.basename(t.rstrip("/")) or None,
     "without_slash": lambda t: t.rstrip("/") or None,
     "without_extension": lambda t: posixpath.splitext(t)[0] or None,
+    "quoted": lambda t: f"'{t}'" if "'" not in t else None,
+    "double_quoted": lambda t: f'"{t}"' if '"' not in t else None,
     "unquoted": lambda t: t.strip("'\"`"),
     "host": _host,
     "parent_domain": lambda t: t.partition(".")[2] or None,
