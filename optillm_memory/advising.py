@@ -36,9 +36,17 @@ class Source(Protocol):
         """Return what changes whenever any memory does."""
 
     def known_fixes(
-        self, scope: Scope, tool: str, signature: str, *, environment: str, episode_id: str, limit: int = 200
+        self,
+        scope: Scope,
+        tool: str,
+        signature: str,
+        *,
+        environment: str,
+        episode_id: str,
+        start: str = "",
+        limit: int = 200,
     ) -> list[KnownFix]:
-        """Return the fixes of a tool's failures that may be suggested."""
+        """Return the fixes of a tool's failures that may be suggested; `start` is what their actions begin with."""
 
     def worked(self, scope: Scope, action_key: str, *, environment: str, limit: int = 200) -> list[str]:
         """Return the texts of actions that worked and start with the same word as this one."""
@@ -110,10 +118,10 @@ class Adviser:
 
         None where an action of this form has worked, or the error speaks of a name: then it may well work with others.
         """
-        if _words(action, action.text) in tried:
+        words = action.text.split()
+        if not words or _words(action, action.text) in tried:
             return []
-        fixes = self._fixes(turn, action.tool, "")
-        for fix in fixes:
+        for fix in self._fixes(turn, action.tool, "", start=words[0]):
             places = same_but_for_names(action.text, fix.action) if fix.field == action.field else None
             if places is None or fix.relation == "note":
                 continue
@@ -145,10 +153,10 @@ class Adviser:
         limit, secrets = self._settings.max_text, self._settings.redact
         return action_of(storable(tool, limit, secrets=secrets), storable(arguments, limit, secrets=secrets))
 
-    def _fixes(self, turn: Turn, tool: str, signature: str) -> list[KnownFix]:
+    def _fixes(self, turn: Turn, tool: str, signature: str, start: str = "") -> list[KnownFix]:
         environment = environment_of(turn.options.tags)
         return self._source.known_fixes(
-            turn.scope, tool, signature, environment=environment, episode_id=turn.episode_id
+            turn.scope, tool, signature, environment=environment, episode_id=turn.episode_id, start=start
         )
 
     def _suggested(self, turn: Turn, action: Action, output: str, signature: str) -> list[tuple[KnownFix, str, float]]:

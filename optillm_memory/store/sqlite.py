@@ -222,21 +222,30 @@ class SqliteStore:
             return [self._described(db, rows.trace_of(row)) for row in found]
 
     def known_fixes(
-        self, scope: Scope, tool: str, signature: str, *, environment: str, episode_id: str, limit: int = 200
+        self,
+        scope: Scope,
+        tool: str,
+        signature: str,
+        *,
+        environment: str,
+        episode_id: str,
+        start: str = "",
+        limit: int = 200,
     ) -> list[KnownFix]:
         """Return the fixes of a tool's failures that may be suggested, those of the same error first.
 
-        What rests on the asking episode alone is left out.
+        `start` is what the failing actions begin with. What rests on the asking episode alone is left out.
         """
         with self._readers.borrow() as db:
             scope_id = self._scope_id(db, scope)
             found = db.execute(
                 "SELECT memory_id, status, tool, field, action, output, signature, relation, text FROM fixes "
                 "JOIN memories USING (memory_id) WHERE fixes.scope_id = ? AND tool = ? "
-                "AND status IN ('verified', 'candidate') AND EXISTS (SELECT 1 FROM fix_evidence WHERE success "
+                "AND substr(action, 1, length(?)) = ? AND status IN ('verified', 'candidate') "
+                "AND EXISTS (SELECT 1 FROM fix_evidence WHERE success "
                 "AND fix_evidence.memory_id = fixes.memory_id AND episode_id <> ?) "
                 "ORDER BY signature = ? DESC, revision DESC, memory_id LIMIT ?",
-                (scope_id, tool, episode_id, signature, limit),
+                (scope_id, tool, start, start, episode_id, signature, limit),
             ).fetchall()
             tallies: dict[str, dict[str, tuple[int, int, int, int]]] = {}
             for memory_id, where, *counts in db.execute(
