@@ -35,6 +35,13 @@ def m002_steps_attempts_and_fixes(db: Database) -> None:
         db.execute("INSERT INTO memories_fts(rowid, words) VALUES (?, ?)", [number, scoped_words(scope_id, task)])
 
 
+@migrations()
+def m003_calls_proposals_and_decisions(db: Database) -> None:
+    """Make room for a request's inner model calls, for what the gate would have said, and for the arms chosen."""
+    for statement in _M003:
+        db.execute(statement)
+
+
 _NUMBERED = re.compile(r"m\d{3}_")
 _M001 = (
     "CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID",
@@ -129,4 +136,32 @@ _M002 = (
         role TEXT NOT NULL, success INTEGER NOT NULL, verified INTEGER NOT NULL, trace_id TEXT NOT NULL,
         environment TEXT NOT NULL, PRIMARY KEY(memory_id, scope_id, episode_id, step_id, role)) WITHOUT ROWID""",
     "CREATE INDEX fix_evidence_episode ON fix_evidence(scope_id, episode_id)",
+)
+_M003 = (
+    # What else must be equal for an answer to be reused; empty where reuse is out of the question.
+    "ALTER TABLE traces ADD COLUMN partition TEXT NOT NULL DEFAULT ''",
+    # What a held-out request would have had in its prompt: the other half of every comparison.
+    "ALTER TABLE injections ADD COLUMN withheld INTEGER NOT NULL DEFAULT 0",
+    # The log goes on: the model calls that an approach made for one trace.
+    """CREATE TABLE calls(
+        trace_id TEXT NOT NULL, ordinal INTEGER NOT NULL, model TEXT NOT NULL, prompt_tokens INTEGER NOT NULL,
+        completion_tokens INTEGER NOT NULL, latency_ms REAL NOT NULL, messages TEXT NOT NULL, answer TEXT, error TEXT,
+        PRIMARY KEY(trace_id, ordinal)) WITHOUT ROWID""",
+    # What memory would have answered (or did): the gate is a fold over these and their labels.
+    """CREATE TABLE proposals(
+        trace_id TEXT PRIMARY KEY, scope_id INTEGER NOT NULL, partition TEXT NOT NULL, answer TEXT NOT NULL,
+        memory_ids TEXT NOT NULL, memory_id TEXT NOT NULL, score REAL NOT NULL, exact INTEGER NOT NULL,
+        vetoes TEXT NOT NULL, served INTEGER NOT NULL, audit INTEGER NOT NULL, reason TEXT NOT NULL,
+        parts TEXT NOT NULL) WITHOUT ROWID""",
+    "CREATE INDEX proposals_scope ON proposals(scope_id, trace_id)",
+    "CREATE INDEX proposals_memory ON proposals(memory_id)",
+    """CREATE TABLE decisions(
+        trace_id TEXT PRIMARY KEY, scope_id INTEGER NOT NULL, arm TEXT NOT NULL, propensity REAL NOT NULL,
+        reason TEXT NOT NULL, cluster INTEGER NOT NULL, probabilities TEXT NOT NULL) WITHOUT ROWID""",
+    "CREATE INDEX decisions_scope ON decisions(scope_id, trace_id)",
+    # Derived: whether a proposal was right, where feedback tells.
+    """CREATE TABLE labels(
+        trace_id TEXT PRIMARY KEY, scope_id INTEGER NOT NULL, correct INTEGER NOT NULL, revision INTEGER NOT NULL)
+        WITHOUT ROWID""",
+    "CREATE INDEX labels_scope ON labels(scope_id, revision)",
 )

@@ -74,7 +74,8 @@ class Transaction(StepTables):
             ],
         )  # fmt: skip
         self._db.executemany(
-            "INSERT INTO injections VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            "INSERT INTO injections(trace_id, memory_id, kind, score, tokens, suggestion) VALUES (?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT DO NOTHING",
             [(trace.trace_id, i.memory_id, i.kind, i.score, i.tokens, i.suggestion) for i in injected],
         )
         return True
@@ -317,7 +318,16 @@ class Transaction(StepTables):
 
     def clear_derived(self) -> list[str]:
         """Empty what is derived from the log; return all trace ids in order, to be folded again."""
-        for table in ("memories", "memories_fts", "contributions", "outcomes", "attempts", "fixes", "fix_evidence"):
+        for table in (
+            "memories",
+            "memories_fts",
+            "contributions",
+            "outcomes",
+            "attempts",
+            "fixes",
+            "fix_evidence",
+            "labels",
+        ):
             self._db.execute(f"DELETE FROM {table}")
         self._next("generation")
         return [row[0] for row in self._db.execute("SELECT trace_id FROM traces ORDER BY created_at, trace_id")]
