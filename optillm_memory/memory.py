@@ -24,11 +24,13 @@ from optillm_memory.inject.advice import as_advice
 from optillm_memory.inject.place import still_anchored
 from optillm_memory.inject.render import Rendering, as_block, as_turns, placed_at
 from optillm_memory.learn import fold
+from optillm_memory.learn.forms import form_named
 from optillm_memory.recall.encoder import Encoder, load_encoder
 from optillm_memory.recall.recaller import Recaller
 from optillm_memory.recall.service import EncoderService
 from optillm_memory.recording import Recorder
 from optillm_memory.records import Feedback, FeedbackReceipt, Hit, MemoryRecord, Placement, Scope
+from optillm_memory.reusing import Reuser, Shadow
 from optillm_memory.settings import Settings
 from optillm_memory.store.sqlite import SqliteStore
 from optillm_memory.turn import Turn
@@ -52,13 +54,16 @@ class Memory:
         """Open the database and start to load the encoder behind it. Raises StoreTooNew."""
         self.settings = settings or Settings.from_env()
         self._clock = clock
-        self.store = SqliteStore(self.settings.path, queue_size=self.settings.queue_size)
+        normal = form_named(self.settings.answer_form)
+        self.store = SqliteStore(self.settings.path, queue_size=self.settings.queue_size, normal=normal)
         self.encoder = EncoderService(encoder or (lambda: load_encoder(self.settings.encoder)))
         self._recaller = Recaller(self.store)
         self._recent = Recent()
         self._salt: bytes | None = None
         self._recorder = Recorder(self.settings, self.encoder, self._located)
         self._adviser = Adviser(self.store, self.settings, clock)
+        self._reuser = Reuser(self.store, self._recaller, self.encoder, normal, self.settings.reuse_audit)
+        self._shadow = Shadow(self._considered, self._propose)
         self._upkeep = Upkeep(self.store, self.encoder)
 
     @classmethod
@@ -66,9 +71,15 @@ class Memory:
         """Open a database file with settings by keyword."""
         return cls(Settings.from_env(**{"db": str(path), **settings}))
 
+    def settle(self) -> None:
+        """Wait until every request that was finished is in the log, with what memory would have answered."""
+        self._shadow.flush()
+        self.store.flush()
+
     def close(self) -> None:
         """Write what is queued and let go of the file."""
         self._upkeep.close()
+        self._shadow.close()
         self.encoder.close()
         self.store.close()
 
@@ -138,7 +149,7 @@ class Memory:
         if fresh is None:
             turn = turn.skip("over_budget", memory_id=advice[0].memory_id)
         elif turn.held_out:
-            turn = replace(turn, action="holdout")
+            turn = replace(turn, action="holdout", withheld=(*turn.withheld, *fresh.items))
         elif any(p.position == fresh.position and p.form == fresh.form for p in standing):
             turn = turn.skip("advised_already")  # the very same request again: a place is written to once
         else:
@@ -169,6 +180,8 @@ class Memory:
             self._recent.remember(turn.scope, turn.episode_id, prefixes, turn.placements)
         if turn.options.writes:
             self.store.post(lambda tx: self._recorder.record(tx, turn, response, error, prefixes, elapsed_ms))
+            if turn.conversation is not None and turn.options.reads and turn.decision is None:
+                self._shadow.submit(turn)
 
     def feedback(
         self,
@@ -234,6 +247,12 @@ class Memory:
         """Return counts of the store and the state of the encoder."""
         return {**self.store.stats(), "encoder": self.encoder.state, "encoder_reason": self.encoder.reason}
 
+    def why(self, trace_id: str, *, tenant: str | None = None) -> dict[str, Any]:
+        """Return why a request was answered as it was: what memory had to say, what was decided. Raises NotFound."""
+        trace = self.trace(trace_id, tenant=tenant)
+        kept = ("trace_id", "episode_id", "action", "approach", "model", "held_out", "propensity")
+        return {key: trace[key] for key in (*kept, "skipped", "injected", "withheld", "calls", "outcome", "proposal")}
+
     def rebuild(self) -> dict[str, int]:
         """Fold the whole log again; return how many traces were read and how many memories came of it."""
         traces = self.store.write(fold.rebuild).result()
@@ -254,10 +273,12 @@ class Memory:
         return replace(turn, episode_id=episode_id, continues=found is not None)
 
     def _decided(self, turn: Turn, conversation: Conversation, *, text_only: bool) -> Turn:
-        if self._salt is None:
-            self._salt = self.store.salt()
-        lot = assign(turn.episode_id, self._salt, self.settings.holdout)
+        lot = assign(turn.episode_id, self._secret(), self.settings.holdout)
         turn = replace(turn, held_out=lot.held_out, propensity=lot.propensity)
+        if turn.options.reuse:
+            turn = self._considered(turn)
+            if turn.action == "reuse":
+                return turn
         ledger: Sequence[Placement] | None = self._recent.placements(turn.scope, turn.episode_id)
         if ledger is None:
             known = turn.continues or turn.options.episode_id is not None
@@ -276,9 +297,25 @@ class Memory:
             for memory_id in rendering.over_budget:
                 turn = turn.skip("over_budget", memory_id=memory_id)
         if lot.held_out:
-            return replace(turn, action="holdout") if rendering is not None and rendering.injected else turn
+            withheld = tuple(rendering.injected) if rendering is not None else ()
+            return replace(turn, action="holdout", withheld=withheld) if withheld else turn
         fresh = placed_at(conversation, position, rendering) if rendering is not None else None
         return turn.placing(standing, fresh)
+
+    def _considered(self, turn: Turn) -> Turn:
+        """Consider answering from memory alone; in shadow too, where the deadline is nobody's concern."""
+        assert turn.conversation is not None
+        left_s = self.settings.deadline_ms / 1000 - (time.perf_counter() - turn.started) if turn.options.reuse else 5.0
+        key = conversations.key_of(turn.conversation.task)
+        return self._reuser.considered(turn, self.encoder.ask(key, left_s * ENCODER_SHARE).vector(), self._secret())
+
+    def _propose(self, turn: Turn) -> None:
+        self.store.post(lambda tx: self._recorder.record_proposal(tx, turn))
+
+    def _secret(self) -> bytes:
+        if self._salt is None:
+            self._salt = self.store.salt()
+        return self._salt
 
     def _advised(self, turn: Turn, conversation: Conversation) -> tuple[Turn, Rendering | None]:
         pending = self._recent.pending_advice(turn.scope, turn.episode_id)

@@ -10,6 +10,7 @@ from typing import Any
 
 from optillm_memory.conversation import parse as conversations
 from optillm_memory.conversation.parse import Conversation
+from optillm_memory.conversation.partition import partition_of
 from optillm_memory.conversation.redact import storable
 from optillm_memory.conversation.steps import calls_of, steps_of
 from optillm_memory.conversation.text import without_blocks
@@ -17,8 +18,9 @@ from optillm_memory.learn import fold
 from optillm_memory.recall.service import EncoderService
 from optillm_memory.records import Feedback, Step, Trace
 from optillm_memory.settings import Settings
+from optillm_memory.store.calls import ModelCall
 from optillm_memory.store.transaction import Transaction, key_hash
-from optillm_memory.turn import Turn, answer_of, recorded_messages
+from optillm_memory.turn import Turn, answer_of, recorded_message, recorded_messages
 
 
 class Recorder:
@@ -65,15 +67,18 @@ class Recorder:
             finish_reason=self.stored(str(choices[0].get("finish_reason"))) if choices else None,
             error=None if error is None else self.stored(error),
             skipped=json.dumps(list(turn.skipped)),
-            prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            completion_tokens=int(usage.get("completion_tokens") or 0),
+            # Of an approach the host reports the completion's tokens at best.
+            prompt_tokens=sum(c.prompt_tokens for c in turn.calls) or int(usage.get("prompt_tokens") or 0),
+            completion_tokens=sum(c.completion_tokens for c in turn.calls) or int(usage.get("completion_tokens") or 0),
             latency_ms=elapsed_ms,
             recall_ms=turn.recall_ms,
             tags=turn.options.tags,
             extra_calls=turn.extra_calls,
+            partition=partition_of(turn.body, conversation)[0],
         )
         fresh = turn.fresh if response is not None else ()
-        if tx.add_trace(trace, prefixes=prefixes, placements=fresh, injected=turn.injected):
+        if tx.add_trace(trace, prefixes=prefixes, placements=fresh, injected=turn.injected, withheld=turn.withheld):
+            tx.add_calls(trace.trace_id, [self._call(call) for call in turn.calls])
             vector = self._encoder.cached(conversations.key_of(conversation.task))
             if vector is not None:
                 tx.put_vectors([(key_hash(trace.task), vector.tobytes())], self._encoder.fingerprint)
@@ -81,8 +86,26 @@ class Recorder:
             known = tx.observed_steps(scope_id, trace.episode_id)
             steps = [self._step(s) for s in _steps(conversation, choices, prefixes) if s.step_id not in known]
             observed = tx.add_steps(scope_id, trace.episode_id, trace.trace_id, steps)
+            if turn.proposal is not None and turn.decision is not None:
+                tx.add_proposal(trace, scope_id, turn.proposal, turn.decision)
             fold.trace_arrived(tx, trace)
             fold.steps_arrived(tx, trace, observed, received_at=time.time())
+
+    def record_proposal(self, tx: Transaction, turn: Turn) -> None:
+        """Append what memory would have answered to a turn whose trace is in the log."""
+        trace = tx.trace(turn.trace_id)
+        if trace is not None and turn.proposal is not None and turn.decision is not None:
+            tx.add_proposal(trace, tx.scope_id(trace.scope), turn.proposal, turn.decision)
+            fold.proposal_arrived(tx, trace)
+
+    def _call(self, call: ModelCall) -> ModelCall:
+        return replace(
+            call,
+            model=self.stored(call.model),
+            messages=[recorded_message(message, self.stored) for message in call.messages],
+            answers=[self.stored(answer) for answer in call.answers],
+            error=None if call.error is None else self.stored(call.error),
+        )
 
     def _step(self, step: Step) -> Step:
         return replace(

@@ -53,7 +53,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One request through the proxy with its response; `extra_calls` are those that memory's guard made."""
+    """One request through the proxy with its response; `extra_calls` are those that memory's guard made.
+
+    `partition` hashes what else must be equal for an answer to be reused; empty where reuse is out of the question.
+    """
 
     trace_id: str
     scope: Scope
@@ -77,6 +80,7 @@ class Trace:
     recall_ms: float
     tags: Mapping[str, str] = field(default_factory=dict)
     extra_calls: int = 0
+    partition: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +152,20 @@ class MemoryRecord:
         good = 4 + self.successes + _USE_WEIGHT * self.used_successes
         bad = 1 + self.failures + _USE_WEIGHT * self.used_failures
         return good / (good + bad)
+
+
+@dataclass(frozen=True, slots=True)
+class Exemplar:
+    """A verified exemplar as the gate sees it.
+
+    `origins` are the (partition, first episode, last episode) in which its answer was verified. `failed`: its latest
+    verdict is a failure. `quarantined`: a reuse of it was found wrong, and it was not verified again since.
+    """
+
+    record: MemoryRecord
+    origins: tuple[tuple[str, str, str], ...]
+    failed: bool
+    quarantined: bool
 
 
 @dataclass(frozen=True, slots=True)

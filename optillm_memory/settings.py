@@ -38,6 +38,14 @@ class Settings:
     max_items: int = _setting(5, "exemplars put in one prompt as turns at most", low=0, high=50)
     max_block_items: int = _setting(3, "items put in one block at most", low=0, high=50)
     token_budget: int = _setting(800, "tokens (estimated) injected into one request at most", low=0)
+    reuse_audit: float = _setting(
+        0.05, "share of the answers that could be reused which go to the model all the same, as a check", low=0, high=1
+    )
+    answer_form: str = _setting(
+        "text",
+        "how answers are compared: `text` (case, white space and a full stop at the end do not count), `number` (the "
+        "last number), `json`, or a function of one's own that gives the form to compare, as `module:function`",
+    )
     guard: str = _setting(
         "retry",
         "what happens when the model is about to repeat an action that is known to fail: `retry` asks it once more, "

@@ -11,16 +11,23 @@ from optillm_memory.conversation.options import Options
 from optillm_memory.conversation.parse import Conversation
 from optillm_memory.conversation.steps import calls_of
 from optillm_memory.conversation.text import text_of
+from optillm_memory.decide.agreement import Proposal
+from optillm_memory.decide.gate import Decision
 from optillm_memory.inject.place import append_text, place
 from optillm_memory.records import Action, Injected, Message, Placement, Scope, new_trace_id, uuid7_hex
+from optillm_memory.store.calls import ModelCall
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
     """A request with what was decided for it; `messages` is what goes upstream.
 
-    `placements` are all insertions in the prompt, `fresh` those that this request made. `conversation` is None
-    where memory was not consulted. `started` is on the monotonic clock, `created_at` in Unix seconds.
+    `placements` are all insertions in the prompt, `fresh` those that this request made, `withheld` what a held-out
+    request would have had. `conversation` is None
+    where memory was not consulted. `calls` are the model calls behind the answer, where that is not one plain call.
+    `proposal` is what memory would answer by itself, `decision` what the gate says of
+    it; where the action is `reuse`, that is the answer, and nothing goes upstream. `started` is on the monotonic clock,
+    `created_at` in Unix seconds.
     """
 
     trace_id: str
@@ -41,9 +48,13 @@ class Turn:
     placements: tuple[Placement, ...] = ()
     fresh: tuple[Placement, ...] = ()
     injected: tuple[Injected, ...] = ()
+    withheld: tuple[Injected, ...] = ()
     skipped: tuple[Mapping[str, str], ...] = ()
     recall_ms: float = 0.0
     extra_calls: int = 0
+    calls: tuple[ModelCall, ...] = ()
+    proposal: Proposal | None = None
+    decision: Decision | None = None
 
     @property
     def sent(self) -> list[Message]:
@@ -97,6 +108,19 @@ class Turn:
             messages=place(self.sent, placements),
         )
 
+    def reused(self) -> dict[str, Any]:
+        """Return the completion of a request that memory answers: the host's form, and no tokens used."""
+        assert self.proposal is not None
+        message = {"role": "assistant", "content": self.proposal.answer}
+        return {
+            "id": self.trace_id,
+            "object": "chat.completion",
+            "created": int(self.created_at),
+            "model": self.model,
+            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+        }
+
     def metadata(self) -> dict[str, Any]:
         """Return the response's field `agent_memory`."""
         return {
@@ -109,7 +133,16 @@ class Turn:
             "skipped": [dict(item) for item in self.skipped],
             "recall_ms": round(self.recall_ms, 3),
             **({"extra_calls": self.extra_calls} if self.extra_calls else {}),
+            **({"reuse": self._reuse()} if self.options.reuse and self.decision else {}),
         }
+
+    def _reuse(self) -> dict[str, Any]:
+        assert self.decision is not None
+        shown: dict[str, Any] = {"served": self.decision.serve, "reason": self.decision.reason}
+        if self.proposal is not None:
+            shown |= {"score": round(self.proposal.score, 4), "threshold": self.decision.threshold}
+            shown["memory_ids"] = list(self.proposal.memory_ids)
+        return shown
 
 
 def _joined(before: Placement | None, new: Placement) -> Placement:
@@ -138,10 +171,11 @@ def recorded_messages(
     answered = [i for i, m in enumerate(conversation.messages) if m.get("role") == "assistant"]
     first = answered[-1] + 1 if since and answered else 0
     messages = [*conversation.messages[first:], *(choice.get("message") or {} for choice in choices)]
-    return [_recorded(message, stored) for message in messages]
+    return [recorded_message(message, stored) for message in messages]
 
 
-def _recorded(message: Mapping[str, Any], stored: Callable[[str], str]) -> dict[str, Any]:
+def recorded_message(message: Mapping[str, Any], stored: Callable[[str], str]) -> dict[str, Any]:
+    """Return one message as it is stored: role, text and tool calls."""
     recorded: dict[str, Any] = {"role": str(message.get("role")), "content": stored(text_of(message))}
     if calls := calls_of(message, 0):
         recorded["tool_calls"] = [{"id": i, "name": name, "arguments": stored(args)} for i, name, args in calls]

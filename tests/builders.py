@@ -17,7 +17,9 @@ FRAME = "00000000"
 
 def settings(tmp_path: Path, **values: Any) -> Settings:
     """Return settings for a lexical memory without a holdout, in the test's own directory."""
-    return Settings(**{"db": str(tmp_path / "memory.db"), "encoder": "none", "holdout": 0.0, **values})
+    return Settings(
+        **{"db": str(tmp_path / "memory.db"), "encoder": "none", "holdout": 0.0, "reuse_audit": 0.0, **values}
+    )
 
 
 def lexical_memory(tmp_path: Path, **values: Any) -> Memory:

@@ -20,7 +20,11 @@ KEY = "alice"  # no sk- in front: the server's own client answers, which spares 
 MODEL = "agent_memory-m"
 TIMEOUT_S = 60.0
 # The holdout would leave a random share of the tests without memory; trigrams need no weights and no time to load.
-QUIET = {"OPTILLM_AGENT_MEMORY_HOLDOUT": "0", "OPTILLM_AGENT_MEMORY_ENCODER": "hashing"}
+QUIET = {
+    "OPTILLM_AGENT_MEMORY_HOLDOUT": "0",
+    "OPTILLM_AGENT_MEMORY_REUSE_AUDIT": "0",
+    "OPTILLM_AGENT_MEMORY_ENCODER": "hashing",
+}
 
 JSON = dict[str, Any]
 

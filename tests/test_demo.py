@@ -50,10 +50,12 @@ def test_a_small_model_answers_better_because_of_what_it_was_shown(tmp_path: Pat
             OpenAI(base_url=server.base_url, api_key=KEY, timeout=120) as client,
             httpx.Client(base_url=f"{server.base_url}/agent_memory", headers=headers, timeout=30) as routes,
         ):
-            trace_id, before, action = ask(client, model, task.input, namespace="default")
+            trace_id, before, action = ask(client, model, task.input, {"namespace": "default"})
             assert (action, before.strip() == task.output) == ("plain", False)
             tell(routes, trace_id, task, right=False, demonstrate=True)
-            _, after, action = ask(client, model, "Please cancel my order for the red kettle.", namespace="default")
+            _, after, action = ask(
+                client, model, "Please cancel my order for the red kettle.", {"namespace": "default"}
+            )
     assert (action, after.strip()) == ("inject", task.output)
 
 

@@ -309,6 +309,18 @@ def test_holdout_is_sticky_recorded_and_near_its_share(tmp_path: Path) -> None:
         assert memory.begin(body(TASK), options=Options(episode_id=episode)).action == "holdout"
 
 
+def test_what_a_held_out_request_would_have_had_is_recorded(tmp_path: Path) -> None:
+    """The other half of a memory's comparison: it had something to say, and was kept from saying it."""
+    with lexical_memory(tmp_path, holdout=1.0) as memory:
+        teach(memory, TASK, "an answer")
+        turn = ask(memory, TASK, "another answer")
+        (known,) = memory.store.list_memories(None)
+        shown = memory.why(turn.trace_id)
+        assert ([i["memory_id"] for i in shown["withheld"]], shown["injected"]) == ([known.memory_id], [])
+        tell(memory, turn)
+        assert memory.memory(known.memory_id).used_successes == 0  # it had no part in that
+
+
 def test_holdout_cannot_be_picked_by_name() -> None:
     """Another database assigns the same names otherwise; a share of 0 holds none out, of 1 all."""
     names = [f"e{n}" for n in range(400)]

@@ -42,12 +42,22 @@ class Result:
     """What came of each task, in order."""
 
     right: list[bool] = field(default_factory=list)
+    served: list[bool] = field(default_factory=list)
     vote_right: list[bool] = field(default_factory=list)
     actions: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 
+    def add(self, *, right: bool, action: str) -> None:
+        """Count one task."""
+        self.right.append(right)
+        self.served.append(action == "reuse")
+        self.actions[action] += 1
+
     def figures(self) -> dict[str, Any]:
-        """Return the flat figures; `accuracy_last_N` is over the last N tasks, or all where there are fewer."""
+        """Return the flat figures; `accuracy_last_N` is over the last N tasks, or all where there are fewer.
+
+        `served` were answered without an LLM call, and `error_per_hit` is the share of these that was wrong.
+        """
         figures: dict[str, Any] = {
             "accuracy": _share(self.right),
             "accuracy_last_100": _share(self.right[-100:]),
@@ -56,6 +66,9 @@ class Result:
             "llm_calls": sum(n for action, n in self.actions.items() if action != "reuse"),
             "injected": self.actions["inject"],
             "held_out": self.actions["holdout"],
+            "served": sum(self.served),
+            "served_last_1000": _share(self.served[-1000:]),
+            "error_per_hit": _share([not right for right, hit in zip(self.right, self.served, strict=True) if hit]),
             "seconds": round(self.seconds, 2),
         }
         if self.vote_right:
@@ -71,13 +84,15 @@ def run(
     feedback: FeedbackKind = "demonstration",
     mode: str = "readwrite",
     vote: bool = False,
+    max_error: float | None = None,
     namespace: str = "default",
     tick: Progress = lambda _done: None,
 ) -> Result:
     """Ask for each task in turn, tell how it went, and ask for the next.
 
     With `demonstration` the right answer follows a failure; with `binary` only success or failure is told. `vote`
-    also asks recall alone, before the answer: the similarity-weighted vote of the nearest exemplars.
+    also asks recall alone, before the answer: the similarity-weighted vote of the nearest exemplars. `max_error` lets
+    verified answers be reused; one that was is told nothing about, as nobody has looked at it.
     """
     result = Result()
     started = time.perf_counter()
@@ -89,25 +104,27 @@ def run(
         for done, task in enumerate(tasks, 1):
             if vote:
                 result.vote_right.append(_vote(routes, task.input) == task.output)
-            trace_id, answer, action = ask(client, server.model, task.input, mode=mode, namespace=namespace)
+            field: dict[str, Any] = {"mode": mode, "namespace": namespace}
+            if max_error is not None:
+                field["reuse"] = {"max_error": max_error}
+            trace_id, answer, action = ask(client, server.model, task.input, field)
             right = answer.strip() == task.output
-            result.right.append(right)
-            result.actions[action] += 1
-            if feedback != "none":
+            result.add(right=right, action=action)
+            if feedback != "none" and action != "reuse":
                 tell(routes, trace_id, task, right=right, demonstrate=feedback == "demonstration")
             tick(done)
     result.seconds = time.perf_counter() - started
     return result
 
 
-def ask(client: OpenAI, model: str, text: str, *, mode: str = "readwrite", namespace: str) -> tuple[str, str, str]:
+def ask(client: OpenAI, model: str, text: str, memory: Mapping[str, Any]) -> tuple[str, str, str]:
     """Ask for one task; return (trace id, answer, action)."""
     raw = client.chat.completions.with_raw_response.create(
         model=model,
         messages=[{"role": "user", "content": text}],
         max_tokens=MAX_TOKENS,
         temperature=0.0,
-        extra_body={"agent_memory": {"mode": mode, "namespace": namespace}},
+        extra_body={"agent_memory": dict(memory)},
     )
     completion = raw.parse()
     action = raw.headers.get("X-Agent-Memory-Action", "plain")
@@ -156,7 +173,7 @@ def own_server(
             env = {**env, "OPTILLM_API_KEY": key}
             calls = None
         elif upstream.startswith("random:"):
-            answering = stack.enter_context(RecordingUpstream(_oracle(_probability(upstream), tasks, seed)))
+            answering = stack.enter_context(RecordingUpstream(oracle(probability(upstream), tasks, seed)))
             model, key, url = "oracle", "sk-bench", answering.base_url
             calls = lambda: len(answering.requests)  # noqa: E731
         else:
@@ -180,7 +197,8 @@ def wait_for_encoder(base_url: str, key: str, timeout_s: float = 120) -> str:
     return state
 
 
-def _probability(upstream: str) -> float:
+def probability(upstream: str) -> float:
+    """Return the P of `random:P`. Raises InvalidField."""
     try:
         share = float(upstream.partition(":")[2])
     except ValueError:
@@ -190,12 +208,13 @@ def _probability(upstream: str) -> float:
     return share
 
 
-def _oracle(share: float, tasks: Sequence[Task], seed: int) -> Callable[[dict[str, Any]], str]:
+def oracle(share: float, tasks: Sequence[Task], seed: int) -> Callable[[Mapping[str, Any]], str]:
+    """Return an upstream that gives the right answer with a probability, else another label."""
     answers = {task.input: task.output for task in tasks}
     labels = sorted(set(answers.values()))
     chance = random.Random(seed)
 
-    def reply(request: dict[str, Any]) -> str:
+    def reply(request: Mapping[str, Any]) -> str:
         right = answers.get(str(request["messages"][-1]["content"]), labels[0])
         if chance.random() < share or len(labels) == 1:
             return right

@@ -42,10 +42,12 @@ def bench() -> None:
 @click.option("--vote", is_flag=True, help="Also measure what recall alone would answer.")
 @click.option("--holdout", type=click.FloatRange(0, 1), default=0.0, show_default=True,
               help="Share of episodes without memory, on a server of its own.")  # fmt: skip
+@click.option("--max-error", type=click.FloatRange(0, 1, min_open=True, max_open=True),
+              help="Let verified answers be reused at this error.")  # fmt: skip
 @_reported
 def stream(
     limit: int | None, feedback: Any, upstream: str, url: str | None, model: str | None, key: str, mode: str, *,
-    vote: bool, holdout: float, seed: int, out: Path | None, data: Path | None,
+    vote: bool, holdout: float, max_error: float | None, seed: int, out: Path | None, data: Path | None,
 ) -> None:  # fmt: skip
     """Stream tasks through a real server, with feedback after each."""
     from optillm_memory.bench import report
@@ -71,6 +73,7 @@ def stream(
             feedback=feedback,
             mode=mode,
             vote=vote,
+            max_error=max_error,
             namespace=f"bench-{seed}",
             tick=lambda _: bar.update(1),
         )
@@ -79,10 +82,97 @@ def stream(
             figures["llm_calls"] = server.calls()
     settings = {
         "data": data.name if data else "support_tasks.jsonl", "limit": limit, "feedback": feedback, "mode": mode,
-        "upstream": url or upstream, "seed": seed, "holdout": holdout,
+        "upstream": url or upstream, "seed": seed, "holdout": holdout, "max_error": max_error,
     }  # fmt: skip
     whole = report.report(figures, settings)
     report.write(whole, out)
+    click.echo(render.mapping(figures))
+
+
+@bench.command()
+@click.option("--limit", type=click.IntRange(1), help="How many tasks at most.")
+@click.option("--upstream", default="random:0.7", show_default=True, help="The upstream: random:P.")
+@click.option("--max-error", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.05,
+              show_default=True, help="The error that the gate may serve at.")  # fmt: skip
+@click.option("--similarity", type=click.FloatRange(-1, 1), default=0.8, show_default=True,
+              help="From here on the way `top1` serves its nearest neighbour's answer.")  # fmt: skip
+@click.option(
+    "--seeds", type=click.IntRange(1), default=1, show_default=True, help="Runs of the gate, in other orders."
+)
+@_reported
+def ladder(
+    limit: int | None, upstream: str, max_error: float, similarity: float, seeds: int, *, seed: int,
+    out: Path | None, data: Path | None,
+) -> None:  # fmt: skip
+    """Stream tasks through the gate in this process, beside no memory, injection alone, and similarity alone."""
+    from optillm_memory.bench import report
+    from optillm_memory.bench.ladder import compare, rounds
+    from optillm_memory.bench.tasks import load_tasks
+
+    tasks = load_tasks(data)[:limit]
+    with _bar(rounds(seeds) * len(tasks), "tasks") as bar:
+        figures = compare(
+            tasks, upstream=upstream, max_error=max_error, similarity=similarity, seeds=range(seed, seed + seeds),
+            say=_say, tick=lambda: bar.update(1),
+        )  # fmt: skip
+    settings = {
+        "data": data.name if data else "support_tasks.jsonl", "limit": limit, "upstream": upstream,
+        "max_error": max_error, "similarity": similarity, "seed": seed, "seeds": seeds,
+    }  # fmt: skip
+    report.write(report.report(figures, settings), out)
+    click.echo(render.mapping(figures))
+
+
+@bench.command()
+@click.option("--data", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Rows with `a`, `b`, `same_answer`, perhaps `category` [default: the built-in ones].")  # fmt: skip
+@click.option("--traffic", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Tasks that the gate learns from before [default: the support tasks, thrice].")  # fmt: skip
+@click.option("--max-error", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.05,
+              show_default=True, help="The error that the gate may serve at.")  # fmt: skip
+@click.option("--seed", default=0, show_default=True, help="Seeds everything random.")
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file.")
+def near_misses(data: Path | None, traffic: Path | None, max_error: float, seed: int, out: Path | None) -> None:
+    """Ask what only looks like a question that was answered, and what is one."""
+    from optillm_memory.bench import report
+    from optillm_memory.bench.near_misses import load_pairs, measure
+    from optillm_memory.bench.tasks import load_tasks, shuffled
+
+    pairs, tasks = load_pairs(data), shuffled(load_tasks(traffic), seed)
+    with _bar(len(tasks), "tasks") as bar:
+        figures = measure(pairs, tasks, max_error=max_error, seed=seed, say=_say, tick=lambda: bar.update(1))
+    names = {
+        "data": data.name if data else "near_misses.jsonl",
+        "traffic": traffic.name if traffic else "support_tasks.jsonl",
+    }
+    report.write(report.report(figures, {**names, "max_error": max_error, "seed": seed}), out)
+    click.echo(render.mapping(figures))
+
+
+@bench.command()
+@click.option("--size", type=click.IntRange(1), default=1000, show_default=True, help="Exemplars in memory.")
+@click.option("--clients", default="1,8,32", show_default=True, help="Numbers of clients at once, with commas.")
+@click.option(
+    "--seconds", type=click.FloatRange(0.1), default=5.0, show_default=True, help="How long each is measured."
+)
+@click.option("--repeats", type=click.IntRange(10), default=200, show_default=True, help="Round trips of each kind.")
+@_reported
+def decide(
+    size: int, clients: str, seconds: float, repeats: int, *, seed: int, out: Path | None, data: Path | None
+) -> None:
+    """Measure decisions a second, in process and over HTTP, and a hit's round trip beside one of `none`."""
+    from optillm_memory.bench import report
+    from optillm_memory.bench.decide import run
+    from optillm_memory.bench.tasks import load_tasks
+
+    numbers = _numbers(clients, "--clients")
+    with _bar(2 * len(numbers) + 1, "measurements") as bar:
+        figures = run(
+            load_tasks(data), size=size, clients=numbers, seconds=seconds, repeats=repeats, seed=seed, say=_say,
+            tick=lambda: bar.update(1),
+        )  # fmt: skip
+    settings = {"size": size, "seconds": seconds, "repeats": repeats, "seed": seed}
+    report.write(report.report(figures, {**settings, "data": data.name if data else "support_tasks.jsonl"}), out)
     click.echo(render.mapping(figures))
 
 
@@ -96,10 +186,7 @@ def latency(sizes: str, repeats: int, seed: int, out: Path | None, data: Path | 
     from optillm_memory.bench.latency import run
     from optillm_memory.bench.tasks import load_tasks
 
-    try:
-        numbers = [int(size) for size in sizes.split(",")]
-    except ValueError:
-        raise click.BadParameter("give whole numbers with commas between", param_hint="--sizes") from None
+    numbers = _numbers(sizes, "--sizes")
     length = len(numbers) * (repeats + 10)
     with _bar(length, "round trips") as bar:
         figures = run(load_tasks(data), sizes=numbers, repeats=repeats, seed=seed, say=_say, tick=lambda: bar.update(1))
@@ -145,6 +232,34 @@ def fixes(data: Path | None, out: Path | None) -> None:
     report.write(report.report(figures, {"data": data.name if data else "fix_cases.jsonl"}), out)
     stream = {f"stream {name}": value for name, value in figures.pop("stream").items()}
     click.echo(render.mapping({**figures, **stream}))
+
+
+@bench.command()
+@click.option("--db", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True,
+              help="The database file with the log; it is only read.")  # fmt: skip
+@click.option("--token-price", type=click.FloatRange(0), default=0.0, show_default=True,
+              help="Reward that a thousand tokens must be worth.")  # fmt: skip
+@click.option("--second-price", type=click.FloatRange(0), default=0.0, show_default=True,
+              help="Reward that a second must be worth.")  # fmt: skip
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file.")
+def replay(db: Path, token_price: float, second_price: float, out: Path | None) -> None:
+    """Estimate what each arm, and the policy itself, would have earned on the traffic in a log."""
+    from optillm_memory.bench import report
+    from optillm_memory.bench.replay import lines, run
+    from optillm_memory.learn.offpolicy import Prices
+    from optillm_memory.store.evidence import read_decisions
+
+    figures = run(read_decisions(db, None), Prices(token_price, second_price))
+    settings = {"db": db.name, "token_price": token_price, "second_price": second_price}
+    report.write(report.report(figures, settings), out)
+    click.echo(render.mapping(lines(figures)))
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise click.BadParameter("give whole numbers with commas between", param_hint=option) from None
 
 
 def _bar(length: int, label: str) -> Any:

@@ -142,6 +142,16 @@ def show(identifier: str, db: str | None, *, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("trace_id")
+@_database
+def why(trace_id: str, db: str | None, *, as_json: bool) -> None:
+    """Say why a request was answered as it was."""
+    with _open(db) as memory:
+        found = memory.why(trace_id)
+    _print(found, as_json=as_json, text=lambda: render.mapping(found))
+
+
+@main.command()
 @click.option("--limit", default=20, show_default=True, help="How many at most.")
 @_database
 def memories(limit: int, db: str | None, *, as_json: bool) -> None:
@@ -149,6 +159,19 @@ def memories(limit: int, db: str | None, *, as_json: bool) -> None:
     with _open(db) as memory:
         found = [{**asdict(m), "value": round(m.value, 4)} for m in memory.store.list_memories(None, limit=limit)]
     _print(found, as_json=as_json, text=lambda: render.memories(found))
+
+
+@main.command()
+@click.option("--limit", default=20, show_default=True, help="How many memories of a scope at most.")
+@_database
+def uplift(limit: int, db: str | None, *, as_json: bool) -> None:
+    """Show what memory changed in the outcome of episodes, as the holdout tells."""
+    from optillm_memory.learn.uplift import report, summary
+    from optillm_memory.store.evidence import read_episodes
+
+    with _open(db) as memory:
+        found = report(read_episodes(memory.store.path, None), limit=limit)
+    _print(found, as_json=as_json, text=lambda: render.mapping(summary(found)))
 
 
 @main.command()

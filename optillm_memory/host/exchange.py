@@ -11,13 +11,15 @@ from typing import Any
 import flask
 
 from optillm_memory.conversation.options import FIELD
+from optillm_memory.conversation.text import text_of
 from optillm_memory.errors import HostError
+from optillm_memory.host.calls import CallLog, RecordingClient, spaced
 from optillm_memory.host.failopen import FailOpen
 from optillm_memory.host.incoming import Incoming
 from optillm_memory.host.runtime import Runtime
 from optillm_memory.inject.place import append_text
 from optillm_memory.memory import Memory
-from optillm_memory.records import FeedbackReceipt
+from optillm_memory.records import FeedbackReceipt, Placement
 from optillm_memory.turn import Turn
 
 RECEIPT_WAIT_S = 0.2
@@ -33,6 +35,7 @@ class Exchange:
     fail_open: FailOpen
     incoming: Incoming
     turn: Turn
+    calls: CallLog
     completion: dict[str, Any] | None = None
     choices: list[dict[str, Any]] = field(default_factory=list)
     tokens: int = 0
@@ -51,8 +54,8 @@ class Exchange:
         body = {**incoming.body, "model": incoming.model}
         turn = Turn.plain(body, tenant=tenant, options=options, approach=approach, now=time.time())
         if memory is None:
-            return cls(host, None, fail_open, incoming, turn.skip("memory_unavailable"))
-        exchange = cls(host, memory, fail_open, incoming, turn)
+            return cls(host, None, fail_open, incoming, turn.skip("memory_unavailable"), CallLog(fail_open))
+        exchange = cls(host, memory, fail_open, incoming, turn, CallLog(fail_open))
         started = time.perf_counter()
         if options.feedback:
             fail_open.quietly(exchange.submit)
@@ -64,8 +67,6 @@ class Exchange:
         )  # fmt: skip
         exchange.turn = begun if begun is not None else turn.skip(fault)
         exchange.receipt_wait_s = max(0.0, min(RECEIPT_WAIT_S, fail_open.deadline_s - (time.perf_counter() - started)))
-        if options.reuse is not None:
-            exchange.turn = exchange.turn.skip("reuse_not_calibrated")
         return exchange
 
     def submit(self) -> None:
@@ -88,6 +89,8 @@ class Exchange:
         # `none` takes the messages as they are; other approaches take them flattened.
         flattened = inner != "none" or not messages
         system_prompt, query, _ = self.host.parse_conversation(messages) if flattened else ("", "", None)
+        if self.turn.options.mode != "off":
+            client = RecordingClient(client, self.calls)
         try:
             result, tokens = self.host.execute_single_approach(
                 inner, system_prompt, query, client, model, config, None, messages
@@ -101,7 +104,18 @@ class Exchange:
             completion = completion_of(self.host, result, tokens, model)
         self.choices += completion.get("choices") or []
         self.tokens += int((completion.get("usage") or {}).get("completion_tokens") or 0)
+        if inner != "none":
+            self.fail_open.quietly(self._see_what_went_out)
         return completion
+
+    def _see_what_went_out(self) -> None:
+        # Most approaches are given words alone: what memory put beside a tool's result stays behind with it.
+        turn, asked = self.turn, self.calls.asked()
+        out = [p for p in turn.placements if any(spaced(text) in asked for text in texts_of(p))]
+        if asked and len(out) < len(turn.placements):
+            plain = replace(turn, action="plain", placements=(), fresh=(), injected=(), messages=turn.sent)
+            standing = [p for p in out if p not in turn.fresh]
+            self.turn = plain.placing(standing, *(p for p in out if p in turn.fresh)).skip("left_out_by_approach")
 
     def ask_guarded(self, client: Any, model: str, config: dict[str, Any]) -> dict[str, Any]:
         """Make the upstream call, and one more where the answer is about to repeat what is known to fail.
@@ -140,6 +154,8 @@ class Exchange:
         if self.acknowledged is None and (receipts := self.receipts) is not None:
             self.acknowledged = []
             self.fail_open.quietly(lambda: self._acknowledge(receipts(self.receipt_wait_s)))
+        if self.incoming.inner != "none":
+            metadata["calls"] = len(self.calls)
         if self.acknowledged is not None:
             metadata["feedback"] = self.acknowledged
         return metadata
@@ -163,7 +179,10 @@ class Exchange:
             return
         self.finished = True
         completion = self.completion or {"choices": self.choices, "usage": {"completion_tokens": self.tokens}}
-        self.memory.finish(self.turn, None if self.error else completion, error=self.error)
+        calls = self.calls.close()
+        # A single plain call is the trace itself.
+        turn = replace(self.turn, calls=calls) if self.incoming.inner != "none" or len(calls) > 1 else self.turn
+        self.memory.finish(turn, None if self.error else completion, error=self.error)
 
     def _mend(self, response: flask.Response) -> None:
         if response.status_code != OK:
@@ -219,6 +238,12 @@ def completion_of(host: Any, result: Any, tokens: Any, model: str) -> dict[str, 
             "completion_tokens_details": {"reasoning_tokens": reasoning},
         },
     }
+
+
+def texts_of(placement: Placement) -> list[str]:
+    """Return what a placement says, by message."""
+    payload = placement.payload
+    return [payload] if isinstance(payload, str) else [text_of(message) for message in payload]
 
 
 def both(first: Any, second: Any) -> Any:

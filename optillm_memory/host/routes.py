@@ -12,8 +12,10 @@ from optillm_memory.errors import AgentMemoryError, InvalidField, NotFound, Stor
 from optillm_memory.host.incoming import ANONYMOUS, caller_of, scope_of
 from optillm_memory.host.runtime import runtime
 from optillm_memory.host.server import host
+from optillm_memory.learn.uplift import report
 from optillm_memory.memory import OPERATOR, Memory
 from optillm_memory.records import Hit, MemoryRecord
+from optillm_memory.store.evidence import read_episodes
 
 FEEDBACK_BYTES = 1_000_000
 PAGE = 50
@@ -75,6 +77,12 @@ def trace(trace_id: str) -> Answer:
     return flask.jsonify(_memory().trace(trace_id, tenant=_visible())), 200
 
 
+@blueprint.get("/traces/<trace_id>/why")
+def why(trace_id: str) -> Answer:
+    """Return why a request was answered as it was: what memory had to say, and what was decided."""
+    return flask.jsonify(_memory().why(trace_id, tenant=_visible())), 200
+
+
 @blueprint.get("/memories")
 def memories() -> Answer:
     """Return the caller's memories; with `?query=`, what a request with that task would recall in the scope."""
@@ -92,6 +100,13 @@ def memories() -> Answer:
 def one_memory(memory_id: str) -> Answer:
     """Return one memory of any status; a fix with its error and its evidence."""
     return flask.jsonify(_memory().described(memory_id, tenant=_visible())), 200
+
+
+@blueprint.get("/uplift")
+def uplift() -> Answer:
+    """Return what memory changed in the outcome of the caller's episodes; `?limit=` memories of each scope."""
+    episodes = read_episodes(_memory().store.path, _visible())
+    return flask.jsonify(report(episodes, limit=_limit())), 200
 
 
 @blueprint.get("/stats")

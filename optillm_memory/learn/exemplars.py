@@ -34,7 +34,7 @@ def learn(trace: Trace, own: Sequence[Feedback], of_episode: Sequence[Feedback],
 
     Feedback on the trace itself outranks its episode's, unless only the episode's is verified. An episode's feedback
     speaks for the answer of the trace that closed it (`closing`); the others share its outcome. Answers that came from
-    reuse teach nothing.
+    reuse teach nothing; a demonstration of a better one does.
     """
     standing = effective(own)
     result = outcome(standing, trace.answer)
@@ -45,11 +45,11 @@ def learn(trace: Trace, own: Sequence[Feedback], of_episode: Sequence[Feedback],
         if of_all.verified or result.verdict == "unknown":
             result = of_all
             standing = [*standing, *shared] if closing and closing.trace_id == trace.trace_id else []
-    if trace.action == "reuse" or not trace.task:
+    if not trace.task:
         return Learned(result, ())
     evidence: dict[str, Evidence] = {}
     answer = without_blocks(trace.answer or "")
-    if answer and result.verdict != "unknown" and standing:
+    if answer and result.verdict != "unknown" and standing and trace.action != "reuse":
         item = _evidence(trace, answer, success=result.verdict == "success", verified=result.verified)
         evidence[item.memory_id] = item
     demonstrations = [f for f in standing if f.metric == "demonstration" and isinstance(f.value, str)]

@@ -49,6 +49,9 @@ class Log(Protocol):
     def put_learned(self, trace: Trace, learned: Learned) -> None:
         """Replace what this trace taught before, and bring every memory it touches up to date."""
 
+    def put_label(self, trace: Trace, learned: Learned) -> None:
+        """Bring up to date whether what memory would have answered to this trace was right."""
+
     def attempts(self, scope: Scope, episode_id: str) -> list[Attempt]:
         """Return the observed steps of an episode with what their observations say, in order."""
 
@@ -85,7 +88,9 @@ def relearn(log: Log, trace_ids: Iterable[str]) -> None:
         own, of_episode = log.feedback_on(trace)
         closing_id = log.closing_trace(trace.scope, trace.episode_id) if of_episode else None
         closing = trace if closing_id == trace_id else log.trace(closing_id) if closing_id else None
-        log.put_learned(trace, learn(trace, own, of_episode, closing=closing))
+        learned = learn(trace, own, of_episode, closing=closing)
+        log.put_learned(trace, learned)
+        log.put_label(trace, learned)
 
 
 def rebuild(log: Log) -> int:
@@ -160,6 +165,13 @@ def trace_arrived(log: Log, trace: Trace) -> None:
         relearn(log, [trace.trace_id])
     if own or of_episode:
         relearn_steps(log, trace.scope, trace.episode_id)
+
+
+def proposal_arrived(log: Log, trace: Trace) -> None:
+    """Fold what memory would have answered to a trace: feedback may have come before it."""
+    own, of_episode = log.feedback_on(trace)
+    if own or of_episode:
+        relearn(log, [trace.trace_id])
 
 
 def feedback_arrived(

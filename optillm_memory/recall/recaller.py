@@ -66,6 +66,7 @@ class _Corpus:
         self.since = 0
         self.fingerprint = ""
         self.loading = False
+        self.revisions: dict[int, int] = {}  # by memory number: what was read before is old
 
 
 class Recaller:
@@ -121,19 +122,31 @@ class Recaller:
             hits = [h for h in hits if h.memory.memory_id in known]
         return hits[:limit]
 
-    def _index(
-        self, scope: Scope, fingerprint: str, dimension: int, unrelated: tuple[float, float]
-    ) -> tuple[VectorIndex, float]:
+    def near(
+        self, scope: Scope, query: NDArray[np.float32], *, fingerprint: str, unrelated: tuple[float, float], count: int
+    ) -> list[tuple[int, float, int]]:
+        """Return (number, cosine, revision) of the scope's nearest memories, best first, whatever their relevance."""
+        corpus = self._corpus(scope)
+        index, _ = self._index(scope, fingerprint, len(query), unrelated)
+        return [(number, cosine, corpus.revisions.get(number, 0)) for number, cosine in index.search(query, count)]
+
+    def _corpus(self, scope: Scope) -> _Corpus:
         with self._lock:
             corpus = self._corpora.setdefault(scope, _Corpus())
             self._corpora.move_to_end(scope)
             while len(self._corpora) > _SCOPES_KEPT:
                 self._corpora.popitem(last=False)
+            return corpus
+
+    def _index(
+        self, scope: Scope, fingerprint: str, dimension: int, unrelated: tuple[float, float]
+    ) -> tuple[VectorIndex, float]:
+        corpus = self._corpus(scope)
         version = self._source.revision()
         with corpus.lock:
             if corpus.index is None or corpus.fingerprint != fingerprint or corpus.version[0] != version[0]:
                 corpus.index, corpus.since, corpus.fingerprint = VectorIndex(dimension, unrelated), 0, fingerprint
-                corpus.version = (version[0], -1)
+                corpus.version, corpus.revisions = (version[0], -1), {}
             if corpus.version != version and not corpus.loading:
                 if self._load(scope, corpus):
                     corpus.version = version
@@ -147,6 +160,7 @@ class Recaller:
         assert index is not None
         changes = self._source.changes(scope, corpus.since, corpus.fingerprint, _INLINE_ROWS)
         for change in changes:
+            corpus.revisions[change.number] = change.revision
             if change.vector is None:
                 index.drop(change.number)
             else:

@@ -9,7 +9,7 @@ import os
 import queue
 import sqlite3 as stdlib_sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -211,3 +211,15 @@ class Readers:
                 self._idle.get_nowait()[0].close()
             except queue.Empty:
                 return
+
+
+def marks(values: Sized) -> str:
+    """Return the placeholders of so many values."""
+    return ", ".join("?" * len(values))
+
+
+def objects(db: Connection, sql: str, values: tuple[Any, ...]) -> list[dict[str, Any]]:
+    """Return rows as objects by column name."""
+    cursor = db.execute(sql, values)
+    names = [column[0] for column in cursor.description]
+    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]

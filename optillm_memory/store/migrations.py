@@ -153,15 +153,14 @@ _M003 = (
         memory_ids TEXT NOT NULL, memory_id TEXT NOT NULL, score REAL NOT NULL, exact INTEGER NOT NULL,
         vetoes TEXT NOT NULL, served INTEGER NOT NULL, audit INTEGER NOT NULL, reason TEXT NOT NULL,
         parts TEXT NOT NULL) WITHOUT ROWID""",
-    "CREATE INDEX proposals_scope ON proposals(scope_id, trace_id)",
     "CREATE INDEX proposals_memory ON proposals(memory_id)",
     """CREATE TABLE decisions(
         trace_id TEXT PRIMARY KEY, scope_id INTEGER NOT NULL, arm TEXT NOT NULL, propensity REAL NOT NULL,
         reason TEXT NOT NULL, cluster INTEGER NOT NULL, probabilities TEXT NOT NULL) WITHOUT ROWID""",
     "CREATE INDEX decisions_scope ON decisions(scope_id, trace_id)",
-    # Derived: whether a proposal was right, where feedback tells.
+    # Derived: whether a proposal was right; NULL where feedback does not tell (any more).
     """CREATE TABLE labels(
-        trace_id TEXT PRIMARY KEY, scope_id INTEGER NOT NULL, correct INTEGER NOT NULL, revision INTEGER NOT NULL)
+        trace_id TEXT PRIMARY KEY, scope_id INTEGER NOT NULL, correct INTEGER, revision INTEGER NOT NULL)
         WITHOUT ROWID""",
     "CREATE INDEX labels_scope ON labels(scope_id, revision)",
 )

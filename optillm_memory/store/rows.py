@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from typing import Any
 
 from optillm_memory.conversation.parse import key_of
@@ -14,14 +15,15 @@ SCOPE_ID = "SELECT id FROM scopes WHERE tenant = ? AND namespace = ? AND user_id
 
 _TRACE_COLUMNS = (
     "trace_id, episode_id, created_at, model, approach, action, held_out, propensity, task, frame, messages, answer, "
-    "finish_reason, error, skipped, prompt_tokens, completion_tokens, latency_ms, recall_ms, tags, extra_calls"
+    "finish_reason, error, skipped, prompt_tokens, completion_tokens, latency_ms, recall_ms, tags, extra_calls, "
+    "partition"
 )
 SELECT_TRACE = (
     f"SELECT tenant, namespace, user_id, agent_id, {_TRACE_COLUMNS} FROM traces JOIN scopes ON scopes.id = scope_id"
 )
 INSERT_TRACE = (
     f"INSERT INTO traces(scope_id, {_TRACE_COLUMNS}, key_hash) "
-    f"VALUES ({', '.join('?' * 23)}) ON CONFLICT(trace_id) DO NOTHING"
+    f"VALUES ({', '.join('?' * 24)}) ON CONFLICT(trace_id) DO NOTHING"
 )
 
 _FEEDBACK_COLUMNS = "feedback_id, retracts, trace_id, episode_id, metric, value, source, evidence, occurred_at"
@@ -65,6 +67,12 @@ FIRST_EVIDENCE = """
     ORDER BY created_at, trace_id LIMIT 1"""
 
 
+def known_scope(db: sqlite3.Connection, scope: Scope) -> int:
+    """Return a scope's number; 0, which is none's, for a scope that was never written."""
+    row = db.execute(SCOPE_ID, (scope.tenant, scope.namespace, scope.user_id, scope.agent_id)).fetchone()
+    return int(row[0]) if row else 0
+
+
 def scoped(scope_id: int, word: str) -> str:
     """Return the term that stands for a scope's word in the full-text index: no query reads past its scope."""
     return f"s{scope_id}x{word}"
@@ -82,6 +90,7 @@ def trace_values(trace: Trace, scope_id: int) -> tuple[Any, ...]:
         int(trace.held_out), trace.propensity, trace.task, trace.frame, trace.messages, trace.answer,
         trace.finish_reason, trace.error, trace.skipped, trace.prompt_tokens, trace.completion_tokens,
         trace.latency_ms, trace.recall_ms, json.dumps(dict(trace.tags)), trace.extra_calls,
+        trace.partition,
     )  # fmt: skip
 
 
@@ -90,14 +99,14 @@ def trace_of(row: tuple[Any, ...]) -> Trace:
     (
         trace_id, episode_id, created_at, model, approach, action, held_out, propensity, task, frame, messages,
         answer, finish_reason, error, skipped, prompt_tokens, completion_tokens, latency_ms, recall_ms, tags,
-        extra_calls,
+        extra_calls, partition,
     ) = row[4:]  # fmt: skip
     return Trace(
         trace_id=trace_id, scope=Scope(*row[:4]), episode_id=episode_id, created_at=created_at, model=model,
         approach=approach, action=action, held_out=bool(held_out), propensity=propensity, task=task, frame=frame,
         messages=messages, answer=answer, finish_reason=finish_reason, error=error, skipped=skipped,
         prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, latency_ms=latency_ms,
-        recall_ms=recall_ms, tags=json.loads(tags), extra_calls=extra_calls,
+        recall_ms=recall_ms, tags=json.loads(tags), extra_calls=extra_calls, partition=partition,
     )  # fmt: skip
 
 

@@ -13,25 +13,31 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from optillm_memory.conversation.parse import key_of
-from optillm_memory.learn.attempts import environment_of
-from optillm_memory.learn.fixes import value_in
+from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.recall.rank import coverage
 from optillm_memory.recall.recaller import Change
-from optillm_memory.records import Injected, KnownFix, MemoryRecord, PastAttempt, Placement, Scope, Trace
+from optillm_memory.records import Injected, MemoryRecord, Placement, Scope, Trace
 from optillm_memory.store import rows
-from optillm_memory.store.connection import Connection, Readers
+from optillm_memory.store.calls import model_calls
+from optillm_memory.store.connection import Connection, Readers, marks, objects
+from optillm_memory.store.fixes import FixReads
+from optillm_memory.store.proposals import ProposalReads, proposal_of
 from optillm_memory.store.transaction import Transaction
 from optillm_memory.store.writer import Writer
 
 T = TypeVar("T")
 
 
-class SqliteStore:
+class SqliteStore(ProposalReads, FixReads):
     """Reads on any thread, writes through one; satisfies `recall.recaller.Source`."""
 
-    def __init__(self, path: Path, *, queue_size: int = 10_000) -> None:
-        """Open the file, making it where it is missing. Raises StoreTooNew."""
+    def __init__(self, path: Path, *, queue_size: int = 10_000, normal: Callable[[str], str] = normal_answer) -> None:
+        """Open the file, making it where it is missing; `normal` gives the form in which answers are compared.
+
+        Raises StoreTooNew.
+        """
         self.path = path
+        self._normal = normal
         self._writer = Writer(path, queue_size=queue_size)
         self._readers = Readers(path, on_corruption=self._writer.distrust)
 
@@ -39,11 +45,11 @@ class SqliteStore:
 
     def write(self, operation: Callable[[Transaction], T]) -> Future[T]:
         """Run an operation in the next commit; the future is set once it is on disk."""
-        return self._writer.submit(lambda connection: operation(Transaction(connection)))
+        return self._writer.submit(lambda connection: operation(Transaction(connection, self._normal)))
 
     def post(self, operation: Callable[[Transaction], Any]) -> None:
         """Run an operation behind the caller, who does not wait for it."""
-        self._writer.post(lambda connection: operation(Transaction(connection)))
+        self._writer.post(lambda connection: operation(Transaction(connection, self._normal)))
 
     def flush(self) -> None:
         """Wait until everything queued before is on disk."""
@@ -76,7 +82,7 @@ class SqliteStore:
     def changes(self, scope: Scope, since: int, fingerprint: str, limit: int) -> list[Change]:
         """Return memories of the scope changed after a revision; a revision's changes come together."""
         with self._readers.borrow() as db:
-            scope_id = self._scope_id(db, scope)
+            scope_id = rows.known_scope(db, scope)
             found = db.execute(
                 "SELECT number, CASE WHEN status = 'verified' AND kind = 'exemplar' THEN vector END, revision "
                 "FROM memories LEFT JOIN vectors ON vectors.key_hash = memories.key_hash AND fingerprint = ? "
@@ -94,7 +100,7 @@ class SqliteStore:
         if not query:
             return []
         with self._readers.borrow() as db:
-            scope_id = self._scope_id(db, scope)
+            scope_id = rows.known_scope(db, scope)
             postings = {word: self._postings(db, _term(scope_id, word), depth) for word in query}
             # A word that is everywhere tells nothing; where the query has no other, what holds all of them does.
             telling = {w: found for w, found in postings.items() if len(found) < depth}
@@ -110,7 +116,7 @@ class SqliteStore:
                     scores[number] += weights[word]
             best = heapq.nsmallest(limit, scores, key=lambda n: (-scores[n], n))
             texts = dict(
-                db.execute(f"SELECT number, task FROM memories WHERE number IN ({_marks(best)})", best).fetchall()
+                db.execute(f"SELECT number, task FROM memories WHERE number IN ({marks(best)})", best).fetchall()
             )
         found = [(number, coverage(query, texts[number], weights)) for number in best]
         return sorted(found, key=lambda pair: (-pair[1], len(texts[pair[0]]), pair[0]))
@@ -125,8 +131,8 @@ class SqliteStore:
         wanted = list(numbers)
         with self._readers.borrow() as db:
             found = db.execute(
-                f"{rows.SELECT_MEMORY} WHERE +scope_id = ? AND status = 'verified' AND number IN ({_marks(wanted)})",
-                (self._scope_id(db, scope), *wanted),
+                f"{rows.SELECT_MEMORY} WHERE +scope_id = ? AND status = 'verified' AND number IN ({marks(wanted)})",
+                (rows.known_scope(db, scope), *wanted),
             ).fetchall()
         return {row[0]: rows.memory_of(row) for row in found}
 
@@ -134,11 +140,11 @@ class SqliteStore:
         """Return those of the memories that rest on more than this episode."""
         with self._readers.borrow() as db:
             found = db.execute(
-                f"SELECT memory_id FROM memories WHERE memory_id IN ({_marks(memory_ids)}) AND +scope_id = ? "
+                f"SELECT memory_id FROM memories WHERE memory_id IN ({marks(memory_ids)}) AND +scope_id = ? "
                 "AND EXISTS (SELECT 1 FROM contributions CROSS JOIN traces USING (trace_id) "
                 "WHERE role = 'evidence' AND success AND contributions.memory_id = memories.memory_id "
                 "AND episode_id <> ?)",
-                (*memory_ids, self._scope_id(db, scope), episode_id),
+                (*memory_ids, rows.known_scope(db, scope), episode_id),
             ).fetchall()
         return {row[0] for row in found}
 
@@ -152,7 +158,7 @@ class SqliteStore:
     def episode_of(self, scope: Scope, prefixes: Sequence[str], steps: Sequence[str] = ()) -> str | None:
         """Return the episode that a conversation continues: with the longest of these prefixes, or with such a step."""
         with self._readers.borrow() as db:
-            scope_id = self._scope_id(db, scope)
+            scope_id = rows.known_scope(db, scope)
             for prefix in prefixes:
                 row = db.execute(
                     "SELECT episode_id FROM prefixes WHERE scope_id = ? AND hash = ?", (scope_id, prefix)
@@ -160,7 +166,7 @@ class SqliteStore:
                 if row:
                     return str(row[0])
             row = db.execute(
-                f"SELECT episode_id FROM steps WHERE scope_id = ? AND step_id IN ({_marks(steps)}) "
+                f"SELECT episode_id FROM steps WHERE scope_id = ? AND step_id IN ({marks(steps)}) "
                 "ORDER BY trace_id DESC LIMIT 1",
                 (scope_id, *steps),
             ).fetchone()
@@ -174,7 +180,7 @@ class SqliteStore:
             found = db.execute(
                 "SELECT anchor, position, form, payload, items FROM ledger "
                 "WHERE scope_id = ? AND episode_id = ? ORDER BY position",
-                (self._scope_id(db, scope), episode_id),
+                (rows.known_scope(db, scope), episode_id),
             ).fetchall()
         return [
             Placement(anchor, position, form, json.loads(payload), tuple(Injected(**i) for i in json.loads(items)))
@@ -193,9 +199,9 @@ class SqliteStore:
                 return None
             trace = rows.trace_of(row)
             shown = self._described(db, trace)
-            scope_id = self._scope_id(db, trace.scope)
+            scope_id = rows.known_scope(db, trace.scope)
             shown["messages"] = json.loads(trace.messages)
-            shown["steps"] = _objects(
+            shown["steps"] = objects(
                 db,
                 "SELECT step_id, parent_id, call_id, ordinal, tool, arguments, observation, made_by, verdict, basis, "
                 "signature FROM steps LEFT JOIN attempts USING (scope_id, episode_id, step_id) "
@@ -207,6 +213,8 @@ class SqliteStore:
                 "AND tenant IN ('', ?) ORDER BY occurred_at, feedback_id",
                 (trace_id, scope_id, scope_id, trace.episode_id, trace.scope.tenant),
             ).fetchall()
+            shown["proposal"] = proposal_of(db, trace_id)
+            shown["calls"] = model_calls(db, trace_id)
             shown["feedback"] = [asdict(rows.feedback_of(f)) for f in feedback]
         return shown
 
@@ -220,87 +228,6 @@ class SqliteStore:
                 (tenant, tenant, like, like, limit),
             ).fetchall()
             return [self._described(db, rows.trace_of(row)) for row in found]
-
-    def known_fixes(
-        self,
-        scope: Scope,
-        tool: str,
-        signature: str,
-        *,
-        environment: str,
-        episode_id: str,
-        start: str = "",
-        limit: int = 200,
-    ) -> list[KnownFix]:
-        """Return the fixes of a tool's failures that may be suggested, those of the same error first.
-
-        `start` is what the failing actions begin with. What rests on the asking episode alone is left out.
-        """
-        with self._readers.borrow() as db:
-            scope_id = self._scope_id(db, scope)
-            found = db.execute(
-                "SELECT memory_id, status, tool, field, action, output, signature, relation, text FROM fixes "
-                "JOIN memories USING (memory_id) WHERE fixes.scope_id = ? AND tool = ? "
-                "AND substr(action, 1, length(?)) = ? AND status IN ('verified', 'candidate') "
-                "AND EXISTS (SELECT 1 FROM fix_evidence WHERE success "
-                "AND fix_evidence.memory_id = fixes.memory_id AND episode_id <> ?) "
-                "ORDER BY signature = ? DESC, revision DESC, memory_id LIMIT ?",
-                (scope_id, tool, start, start, episode_id, signature, limit),
-            ).fetchall()
-            tallies: dict[str, dict[str, tuple[int, int, int, int]]] = {}
-            for memory_id, where, *counts in db.execute(
-                f"{rows.TALLIES_BY_FIX} AND memory_id IN ({_marks(found)}) GROUP BY memory_id, environment",
-                [row[0] for row in found],
-            ):
-                right, wrong, likely, unlikely = (int(c or 0) for c in counts)
-                tallies.setdefault(memory_id, {})[where] = (right, wrong, likely, unlikely)
-        return [rows.fix_of((*row, value_in(environment, tallies.get(row[0], {})))) for row in found]
-
-    def fix_details(self, scope: Scope, memory_id: str) -> dict[str, Any]:
-        """Return what a fix of a scope mends and what says so; of one that is withdrawn only the latter."""
-        with self._readers.borrow() as db:
-            key = (self._scope_id(db, scope), memory_id)
-            found = _objects(
-                db,
-                "SELECT tool, field, signature, relation, output FROM fixes WHERE scope_id = ? AND memory_id = ?",
-                key,
-            )
-            shown: dict[str, Any] = found[0] if found else {}
-            shown["evidence"] = _objects(
-                db,
-                "SELECT episode_id, trace_id, step_id, role, success, verified, environment FROM fix_evidence "
-                "WHERE scope_id = ? AND memory_id = ? ORDER BY trace_id, step_id, role",
-                key,
-            )
-        return shown
-
-    def worked(self, scope: Scope, action_key: str, *, environment: str, limit: int = 200) -> list[str]:
-        """Return the texts of actions that worked and start with the same word as this one, latest first."""
-        tool, field, text = action_key.split("\x1f")[:3]
-        start = f"{tool}\x1f{field}\x1f{text.split(' ')[0]}"
-        with self._readers.borrow() as db:
-            found = db.execute(
-                "SELECT action_key, tags FROM attempts JOIN steps USING (scope_id, episode_id, step_id) "
-                "JOIN traces USING (trace_id) WHERE attempts.scope_id = ? AND action_key >= ? AND action_key < ? "
-                "AND verdict = 'success' ORDER BY at DESC LIMIT ?",
-                (self._scope_id(db, scope), start, start + "\U0010ffff", limit),
-            ).fetchall()
-        return [key.split("\x1f")[2] for key, tags in found if environment_of(json.loads(tags)) == environment]
-
-    def past_attempts(self, scope: Scope, action_key: str, *, environment: str, limit: int = 50) -> list[PastAttempt]:
-        """Return the earlier tries of an action in one environment, latest first."""
-        with self._readers.borrow() as db:
-            found = db.execute(
-                "SELECT attempts.episode_id, step_id, verdict, basis, message, output, at, signature, tags "
-                "FROM attempts JOIN steps USING (scope_id, episode_id, step_id) JOIN traces USING (trace_id) "
-                "WHERE attempts.scope_id = ? AND action_key = ? ORDER BY at DESC LIMIT ?",
-                (self._scope_id(db, scope), action_key, limit),
-            ).fetchall()
-        return [
-            PastAttempt(episode_id, step_id, verdict, basis, message, output, at, signature)
-            for episode_id, step_id, verdict, basis, message, output, at, signature, tags in found
-            if environment_of(json.loads(tags)) == environment
-        ]
 
     def list_memories(self, tenant: str | None, *, limit: int = 50, memory_id: str | None = None) -> list[MemoryRecord]:
         """Return a tenant's memories of every status, newest first; `tenant` None is the operator."""
@@ -347,7 +274,8 @@ class SqliteStore:
             ).fetchall()
             outcomes = db.execute("SELECT * FROM outcomes ORDER BY trace_id").fetchall()
             fixes = db.execute("SELECT * FROM fix_evidence ORDER BY memory_id, episode_id, step_id, role").fetchall()
-        return [*memories, *outcomes, *fixes]
+            labels = db.execute("SELECT trace_id, correct FROM labels ORDER BY trace_id").fetchall()
+        return [*memories, *outcomes, *fixes, *labels]
 
     def without_vectors(self, fingerprint: str, after: int, limit: int) -> list[tuple[int, str, str]]:
         """Return (number, key, key hash) of memories that this encoder has not seen: upkeep, not recall."""
@@ -365,18 +293,14 @@ class SqliteStore:
         verdict = db.execute("SELECT verdict, verified FROM outcomes WHERE trace_id = ?", (trace.trace_id,)).fetchone()
         shown["outcome"] = {"verdict": verdict[0] if verdict else "unknown", "verified": bool(verdict and verdict[1])}
         shown["skipped"] = json.loads(trace.skipped)
-        shown["injected"] = _objects(
-            db,
-            "SELECT memory_id, kind, score, tokens, suggestion FROM injections WHERE trace_id = ?",
-            (trace.trace_id,),
-        )
+        for name, withheld in (("injected", 0), ("withheld", 1)):
+            shown[name] = objects(
+                db,
+                "SELECT memory_id, kind, score, tokens, suggestion FROM injections WHERE trace_id = ? AND withheld = ?",
+                (trace.trace_id, withheld),
+            )
         del shown["messages"]
         return shown
-
-    def _scope_id(self, db: Connection, scope: Scope) -> int:
-        # 0 is no scope's number: a scope that was never written has nothing to read.
-        row = db.execute(rows.SCOPE_ID, (scope.tenant, scope.namespace, scope.user_id, scope.agent_id)).fetchone()
-        return int(row[0]) if row else 0
 
 
 _POSTINGS = "SELECT group_concat(rowid) FROM (SELECT rowid FROM memories_fts WHERE memories_fts MATCH ? LIMIT ?)"
@@ -384,13 +308,3 @@ _POSTINGS = "SELECT group_concat(rowid) FROM (SELECT rowid FROM memories_fts WHE
 
 def _term(scope_id: int, word: str) -> str:
     return '"' + rows.scoped(scope_id, word).replace('"', '""').replace("\x00", "") + '"'
-
-
-def _marks(values: Sequence[Any]) -> str:
-    return ", ".join("?" * len(values))
-
-
-def _objects(db: Connection, sql: str, values: tuple[Any, ...]) -> list[dict[str, Any]]:
-    cursor = db.execute(sql, values)
-    names = [column[0] for column in cursor.description]
-    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]

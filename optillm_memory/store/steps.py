@@ -112,7 +112,7 @@ class StepTables:
         given: dict[str, list[tuple[str, str]]] = {}
         for trace_id, memory_id, suggestion in self._db.execute(
             "SELECT trace_id, memory_id, suggestion FROM injections JOIN traces USING (trace_id) "
-            "WHERE scope_id = ? AND episode_id = ? AND suggestion IS NOT NULL",
+            "WHERE scope_id = ? AND episode_id = ? AND suggestion IS NOT NULL AND NOT withheld",
             (self.scope_id(scope), episode_id),
         ):
             given.setdefault(trace_id, []).append((memory_id, suggestion))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from optillm_memory.conversation.parse import key_of
@@ -12,9 +12,12 @@ from optillm_memory.errors import InvalidField
 from optillm_memory.learn import exemplars
 from optillm_memory.learn.attempts import environment_of
 from optillm_memory.learn.exemplars import Learned
+from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.records import Feedback, FeedbackStatus, Injected, Placement, Scope, Trace, Verdict
 from optillm_memory.store import rows
+from optillm_memory.store.calls import CallTables
 from optillm_memory.store.connection import Connection
+from optillm_memory.store.proposals import ProposalTables
 from optillm_memory.store.steps import StepTables
 
 PENDING_S = 7 * 86_400.0
@@ -25,12 +28,13 @@ def key_hash(task: str) -> str:
     return hashlib.blake2b(key_of(task).encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 
-class Transaction(StepTables):
+class Transaction(StepTables, ProposalTables, CallTables):
     """One operation on the writing connection; satisfies `learn.fold.Log`."""
 
-    def __init__(self, connection: Connection) -> None:
-        """Wrap the connection; the writer commits."""
+    def __init__(self, connection: Connection, normal: Callable[[str], str] = normal_answer) -> None:
+        """Wrap the connection; the writer commits. `normal` gives the form in which answers are compared."""
         self._db = connection
+        self.normal = normal
 
     # -- the log -----------------------------------------------------------------------------------
 
@@ -50,8 +54,9 @@ class Transaction(StepTables):
         prefixes: Sequence[str] = (),
         placements: Sequence[Placement] = (),
         injected: Sequence[Injected] = (),
+        withheld: Sequence[Injected] = (),
     ) -> bool:
-        """Append a trace with its prefixes, ledger entries and injections; False if it was there."""
+        """Append a trace with its prefixes, ledger entries and what was injected or withheld; False if there."""
         scope_id = self.scope_id(trace.scope)
         inserted = self._db.execute(
             rows.INSERT_TRACE, (*rows.trace_values(trace, scope_id), key_hash(trace.task))
@@ -74,9 +79,13 @@ class Transaction(StepTables):
             ],
         )  # fmt: skip
         self._db.executemany(
-            "INSERT INTO injections(trace_id, memory_id, kind, score, tokens, suggestion) VALUES (?, ?, ?, ?, ?, ?) "
-            "ON CONFLICT DO NOTHING",
-            [(trace.trace_id, i.memory_id, i.kind, i.score, i.tokens, i.suggestion) for i in injected],
+            "INSERT INTO injections(trace_id, memory_id, kind, score, tokens, suggestion, withheld) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            [
+                (trace.trace_id, i.memory_id, i.kind, i.score, i.tokens, i.suggestion, held)
+                for held, items in ((0, injected), (1, withheld))
+                for i in items
+            ],
         )
         return True
 
@@ -257,7 +266,8 @@ class Transaction(StepTables):
                 "INSERT INTO outcomes VALUES (?, ?, ?)", (trace.trace_id, result.verdict, int(result.verified))
             )
             used = self._db.execute(
-                "SELECT memory_id FROM injections WHERE trace_id = ? AND kind = 'exemplar'", (trace.trace_id,)
+                "SELECT memory_id FROM injections WHERE trace_id = ? AND kind = 'exemplar' AND NOT withheld",
+                (trace.trace_id,),
             )
             success, verified = int(result.verdict == "success"), int(result.verified)
             contributions += [(row[0], trace.trace_id, "use", success, verified, None) for row in used.fetchall()]
@@ -326,9 +336,9 @@ class Transaction(StepTables):
             "attempts",
             "fixes",
             "fix_evidence",
-            "labels",
         ):
             self._db.execute(f"DELETE FROM {table}")
+        self._db.execute("UPDATE labels SET correct = NULL, revision = ?", (self._next("revision"),))
         self._next("generation")
         return [row[0] for row in self._db.execute("SELECT trace_id FROM traces ORDER BY created_at, trace_id")]
 

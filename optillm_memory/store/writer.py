@@ -48,6 +48,7 @@ class Writer:
         self._identity: tuple[int, int] | None = None
         self._closed = False
         self._suspect = threading.Event()
+        self._awaited = threading.Event()  # somebody waits for what is in the queue
         self._retry_at = 0.0
         try:
             self._connect()
@@ -62,6 +63,7 @@ class Writer:
         """Queue an operation whose result is awaited; raises StoreUnavailable when the queue is full or closed."""
         future: Future[T] = Future()
         self._put((operation, future))
+        self._awaited.set()
         return future
 
     def post(self, operation: Operation) -> None:
@@ -84,6 +86,7 @@ class Writer:
         if self._closed:
             return
         self._closed = True
+        self._awaited.set()
         self._queue.put(None)
         self._thread.join(30)
 
@@ -99,7 +102,8 @@ class Writer:
         while (first := self._queue.get()) is not None:
             batch, stop = [first], False
             if first[1] is None and not self._closed:
-                time.sleep(_BEHIND_S)
+                self._awaited.wait(_BEHIND_S)
+            self._awaited.clear()
             while len(batch) < GROUP:
                 try:
                     item = self._queue.get_nowait()

@@ -1,0 +1,183 @@
+"""What memory would answer, how sure it is, and what speaks against it: a proposal from verified neighbours.
+
+Similarity alone is unsafe: a negation, a swapped number or another name barely moves a cosine. So a proposal needs
+one of two kinds of support. **Thick**: at least three verified tasks, worded differently, with the same answer. They
+also show what the answer does not depend on: where their numbers (names, negations) differ among themselves, another
+number is no objection; where they are all alike, it is a veto. A word of scope or time is one only where there are
+fewer than six of them; else it lowers the score. **Thin**: fewer than three; then the request must be the same
+question word for word, but for fillers, plurals and the place of a phrase.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from optillm_memory.decide.wording import LONGEST, STRONG, Wording, difference, is_time_dependent, wording
+
+NEAREST = 50
+# A neighbour that is this much further away weighs e times less.
+_REACH = 0.06
+# What the parts of a score weigh; the whole is divided so that it stays below 1.
+_MARGIN, _NOVELTY, _DOUBT, _WHOLE = 1.5, 0.2, 0.05, 2.5
+_THICK, _MANY = 3, 6
+# Exemplars named as what a proposal rests on; rotations tried.
+_NAMED = 8
+# What many tasks with one answer show to be told by the way.
+_BY_THE_WAY = frozenset(["veto_scope", "time_dependent"])
+# Two wordings that differ may be one question asked twice; three show that the answer does not hang on it.
+_VARIANTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A verified exemplar near the request; `failed` where a verified failure came after its last verified success."""
+
+    memory_id: str
+    text: str
+    answer: str
+    cosine: float
+    value: float = 1.0
+    failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """The answer that memory would give, its score in [0, 1] with the parts of it, and what speaks against it.
+
+    `memory_ids` are the exemplars that it rests on, nearest first; `key` is the form in which answers are compared.
+    """
+
+    answer: str
+    key: str
+    score: float
+    exact: bool
+    vetoes: tuple[str, ...]
+    memory_ids: tuple[str, ...]
+    agreement: float
+    similarity: float
+    margin: float
+
+
+def propose(query: str, neighbours: Sequence[Neighbour], normal: Callable[[str], str]) -> Proposal | None:
+    """Return what the verified neighbours (up to 50, in any order) would answer, or None where there are none.
+
+    `normal` gives the form in which two answers are compared.
+
+    The score is (agreement + 1.5 x margin - 0.2 x novelty - 0.05 x doubts) / 2.5. Agreement is the answer's share of
+    all neighbours' weights, which fall exponentially with the distance from the nearest. Margin is the mean cosine of
+    the three nearest with the answer (one that is missing counts as 0, unless one of them asks the very same) less
+    the cosine of the nearest with another answer. Novelty is the share of the request's words that none of the
+    answer's tasks has. Doubts are words of scope or time that these give no reason to expect.
+    """
+    nearest = _distinct(neighbours)
+    if not nearest:
+        return None
+    keys = [normal(n.answer) for n in nearest]
+    same = _asked_before(query, nearest)
+    key, agreement = _elect(nearest, keys)
+    if same:
+        key = keys[same[0]]
+    supporters = [n for n, k in zip(nearest, keys, strict=True) if k == key]
+    rival = max((n.cosine for n, k in zip(nearest, keys, strict=True) if k != key), default=0.0)
+    case = _examine(query, supporters)
+    against = case.vetoes
+    if same:
+        # One text with two verified answers has none; one that has failed since may be asked, but not served.
+        against = ["time_dependent"] if is_time_dependent(query) else []
+        against += ["conflict"] if any(keys[i] != key for i in same) else []
+        against += ["failed"] if any(nearest[i].failed for i in same) else []
+    margin = case.similarity - max(rival, 0.0)
+    score = (agreement + _MARGIN * margin - _NOVELTY * case.novelty - _DOUBT * case.doubts) / _WHOLE
+    score = min(max(score, 0.0), 1.0)
+    ids = tuple(n.memory_id for n in supporters[:_NAMED])
+    return Proposal(
+        supporters[0].answer, key, score, bool(same), tuple(against), ids, agreement, case.similarity, margin
+    )
+
+
+def _distinct(neighbours: Sequence[Neighbour]) -> list[Neighbour]:
+    """Return the nearest first, each text with one answer once: what was seen often is no further evidence."""
+    ordered = sorted(neighbours, key=lambda n: (-n.cosine, n.memory_id))[:NEAREST]
+    kept: dict[tuple[str, str], Neighbour] = {}
+    for item in ordered:
+        kept.setdefault((" ".join(item.text.split()).casefold(), item.answer), item)
+    return list(kept.values())
+
+
+def _asked_before(query: str, nearest: Sequence[Neighbour]) -> list[int]:
+    """Where the very text was asked: equal but for Unicode form and white space."""
+    wanted = _plain(query)
+    return [i for i, n in enumerate(nearest) if len(n.text) <= 2 * len(query) + 64 and _plain(n.text) == wanted]
+
+
+def _plain(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _elect(nearest: Sequence[Neighbour], keys: Sequence[str]) -> tuple[str, float]:
+    top = nearest[0].cosine
+    votes: dict[str, float] = {}
+    for item, key in zip(nearest, keys, strict=True):
+        votes[key] = votes.get(key, 0.0) + item.value * math.exp((item.cosine - top) / _REACH)
+    best = max(votes, key=lambda k: votes[k])  # the nearest's, where two are level
+    total = sum(votes.values())
+    return best, votes[best] / total if total > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """What the wording of the supporters says: vetoes, how similar they are, what share is new, how many doubts."""
+
+    vetoes: list[str]
+    similarity: float
+    novelty: float = 0.0
+    doubts: int = 0
+
+
+def _examine(query: str, supporters: Sequence[Neighbour]) -> _Case:
+    similarity = sum(n.cosine for n in supporters[:_THICK]) / _THICK
+    readable = [n for n in supporters if len(n.text) <= LONGEST]
+    if len(query) > LONGEST or not readable:
+        return _Case(["too_long"], similarity, 1.0)
+    asked = wording(query)
+    known = [wording(n.text) for n in readable]
+    # The same question is looked for among the nearest: it is one of them, if it is there.
+    differences = [difference(asked, k) for k in known[:_NAMED]]
+    found = differences.index("") if "" in differences else None
+    if found is not None:
+        similarity, novelty = readable[found].cosine, 0.0
+    else:
+        novelty = len(asked.tokens.difference(*(k.tokens for k in known))) / max(len(asked.tokens), 1)
+    reasons = ["time_dependent"] if is_time_dependent(query) else []
+    if len(supporters) < _THICK:
+        reasons += ["time_dependent"] if asked.times else []
+        reasons += [differences[0]] if found is None else []
+    elif found is None:
+        reasons += _unseen(asked, known)
+    reasons = list(dict.fromkeys(reasons))
+    if len(supporters) < _MANY:
+        return _Case(reasons, similarity, novelty)
+    vetoes = [reason for reason in reasons if reason not in _BY_THE_WAY]
+    return _Case(vetoes, similarity, novelty, len(reasons) - len(vetoes))
+
+
+def _unseen(asked: Wording, known: Sequence[Wording]) -> list[str]:
+    """Vetoes of thick support: what the request has or lacks, though the supporters are alike in it."""
+    universe = asked.names.union(*(k.names for k in known))
+    aspects: dict[str, Callable[[Wording], frozenset[str]]] = {
+        "veto_numbers": lambda w: w.numbers,
+        "veto_names": lambda w: w.tokens & universe,
+        "veto_negation": lambda w: w.negations,
+        "veto_scope": lambda w: w.scopes & STRONG,
+        "time_dependent": lambda w: w.times,
+    }
+    vetoes = []
+    for reason, aspect in aspects.items():
+        has, seen = aspect(asked), {aspect(k) for k in known}
+        new_or_lacking = has - frozenset().union(*seen) or frozenset.intersection(*seen) - has
+        if new_or_lacking and len(seen) < _VARIANTS:
+            vetoes.append(reason)
+    return vetoes

@@ -1,0 +1,247 @@
+"""Calibration: which thresholds of the score are proven to keep the error among hits below a limit.
+
+**What is proven.** For labels that are independent and of which those at or above a threshold are wrong with one and
+the same probability (exchangeable traffic), the probability is at most 5 % that a threshold is ever in force, from
+one closing to the next, whose error among would-be hits is above the limit.
+
+**By which test.** Learn then Test (Angelopoulos, Bates, Candès, Jordan and Lei 2021, "Learn then Test: Calibrating
+predictive algorithms to achieve risk control"): each threshold of a grid has the null hypothesis that its error is
+above the limit, and multiple testing keeps the chance of any false rejection to 5 %. Two things spend that chance:
+
+- *Thresholds* are tested from strict to lax by the fallback procedure (Wiens 2003): each start has a share, and a
+  threshold that passes hands its share on to the next laxer one. To begin at the strictest alone would stall: the few
+  labels at the top are noisy.
+
+- *Looks.* A threshold is looked at again whenever its labels have grown by a tenth. Its share is spent over the looks
+  by a function of the number of errors that the limit lets expect, and the number of errors that passes is found
+  exactly, by convolution of binomial distributions over the paths that have not passed yet (group-sequential
+  spending: Lan and DeMets 1983; Jennison and Turnbull 2000).
+
+**What it rests on.** Hits are labelled less often than misses (only audits and feedback tell). Where a threshold's
+labels are not spread as its proposals are, scores are taken as strata, and labels count for as many as the stratified
+estimate is worth (Korn and Graubard 1998); that part is an approximation. Traffic that changes is not exchangeable:
+when recent labels say that the error is above the limit, everything in force is withdrawn and has to be proven again.
+
+While memory is small it errs more than it will, at the same score. So a score is discounted by the number of
+proposals that came before it, and thresholds are thresholds of what remains: thus early labels are like later ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+CONFIDENCE = 0.95
+# Thresholds, strictest first; the share of the confidence that each has of its own.
+GRID = tuple(round(0.54 - 0.02 * step, 2) for step in range(20))
+_SHARES = {0.5: 0.1, 0.4: 0.75, 0.32: 0.15}
+_DISCOUNT, _GROWN = 0.3, 300  # what is taken off a score at first, and the proposals after which half of it is
+_FIRST_LOOK, _GROWTH, _MOST = 10, 1.1, 20_000
+_UNSPENT = 6.0  # errors expected at the limit before which nothing is spent
+_STRATUM = 20  # labels that a stratum has at least
+_RECENT, _DOUBT = 100, 0.01  # labels of would-be hits that can close, and the probability that they do by chance
+
+WRONG, RIGHT, UNKNOWN = 0, 1, 2
+
+
+def _look_sizes() -> tuple[int, ...]:
+    sizes = [_FIRST_LOOK]
+    while sizes[-1] < _MOST:
+        sizes.append(math.ceil(sizes[-1] * _GROWTH))
+    return tuple(sizes)
+
+
+# Numbers of labels at which a threshold is looked at.
+LOOKS = _look_sizes()
+
+
+def discount(proposals: int) -> float:
+    """Return what is taken off a score when so many proposals came before it."""
+    return _DISCOUNT * _GROWN / (_GROWN + proposals)
+
+
+def cell_of(score: float) -> int:
+    """Return the place in the grid of the strictest threshold that a discounted score reaches; its length if none."""
+    return next((i for i, threshold in enumerate(GRID) if score >= threshold), len(GRID))
+
+
+class Calibration:
+    """A fold over (cell, verdict) of proposals, in order, for one limit of the error."""
+
+    def __init__(self, limit: float) -> None:
+        """Start with nothing in force."""
+        self.limit = limit
+        self.closed = False
+        self.recent: deque[tuple[int, int]] = deque(maxlen=4 * _RECENT)
+        self._begin()
+
+    def add(self, cell: int, verdict: int) -> None:
+        """Count one proposal, and its label if it has one."""
+        for node in self._sample.add(cell, verdict):
+            self._look(node)
+        if verdict != UNKNOWN and cell < len(GRID):
+            self.recent.append((cell, verdict))
+            if verdict == WRONG and cell <= self._laxest and doubtful(self.recent, self._laxest, self.limit):
+                self.closed = True
+                self._begin()
+
+    @property
+    def threshold(self) -> float | None:
+        """The laxest threshold in force, or None."""
+        return GRID[self._laxest] if self._laxest >= 0 else None
+
+    def labels(self, threshold: float) -> int:
+        """Return how many labels there are at or above a threshold, since the last closing."""
+        return self._sample.labels[GRID.index(threshold)]
+
+    def _begin(self) -> None:
+        self._laxest = -1
+        self._sample = Sample()
+        self._passed = [False] * len(GRID)
+        self._share = [_SHARES.get(threshold, 0.0) for threshold in GRID]
+        self.recent.clear()
+
+    def _look(self, node: int) -> None:
+        """Put a threshold in force that passes; what it hands on may let the next ones pass by looks they had."""
+        if self._passed[node]:
+            return
+        handed = 0.0
+        for following in range(node, len(GRID)):
+            self._share[following] += handed
+            if not self._passed[following]:
+                if not self._passes(following):
+                    return
+                self._passed[following] = True
+                self._laxest = max(self._laxest, following)
+                self.closed = False
+                handed = self._share[following]
+
+    def _passes(self, node: int) -> bool:
+        if not self._share[node]:
+            return False
+        allowed = boundary(self.limit, (1 - CONFIDENCE) * self._share[node]).allowed
+        return any(errors <= allowed(look) for look, errors in enumerate(self._sample.errors[node]))
+
+
+class Sample:
+    """The labels so far: for each threshold, how many are wrong, and were at each look."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.labels = [0] * len(GRID)
+        self.errors: list[list[float]] = [[] for _ in GRID]
+        self._wrong = [0] * len(GRID)
+        self._due: list[float] = [LOOKS[0]] * len(GRID)
+        self._cells = [[0, 0, 0] for _ in GRID]  # proposals, labels, wrong ones
+
+    def add(self, cell: int, verdict: int) -> list[int]:
+        """Count one proposal; return the thresholds that are to be looked at."""
+        if cell >= len(GRID):
+            return []
+        counts = self._cells[cell]
+        counts[0] += 1
+        if verdict == UNKNOWN:
+            return []
+        wrong = verdict == WRONG
+        counts[1] += 1
+        counts[2] += wrong
+        for node in range(cell, len(GRID)):
+            self.labels[node] += 1
+            self._wrong[node] += wrong
+        return [node for node in range(cell, len(GRID)) if self.labels[node] >= self._due[node] and self._look(node)]
+
+    def _look(self, node: int) -> bool:
+        """Note the errors at the looks that are due; return whether there were any."""
+        wrong, worth = self._worth(node)
+        done, labels = self.errors[node], self.labels[node]
+        before = len(done)
+        while len(done) < len(LOOKS) and LOOKS[len(done)] <= worth:
+            done.append(wrong * LOOKS[len(done)] / worth)
+        following = LOOKS[len(done)] if len(done) < len(LOOKS) else math.inf
+        # Where labels are worth less than their number, it is not known when the next look is due.
+        self._due[node] = following if worth == labels else max(following, labels * _GROWTH)
+        return len(done) > before
+
+    def _worth(self, node: int) -> tuple[float, float]:
+        """Return (errors, labels) as they would be were labels spread as proposals are."""
+        cells = self._cells[: node + 1]
+        if sum(proposals for proposals, _, _ in cells) == self.labels[node]:
+            return self._wrong[node], self.labels[node]
+        strata: list[list[int]] = [[0, 0, 0]]
+        for cell in cells:
+            if strata[-1][1] >= _STRATUM:
+                strata.append([0, 0, 0])
+            strata[-1] = [a + b for a, b in zip(strata[-1], cell, strict=True)]
+        if len(strata) > 1 and strata[-1][1] < _STRATUM:
+            last = strata.pop()
+            strata[-1] = [a + b for a, b in zip(strata[-1], last, strict=True)]
+        total = sum(proposals for proposals, _, _ in strata)
+        rate = sum(p / total * wrong / labels for p, labels, wrong in strata)
+        # A stratum without errors has a variance all the same.
+        near = [(p / total, labels, (wrong + 0.5) / (labels + 1)) for p, labels, wrong in strata]
+        middle = sum(weight * p for weight, _, p in near)
+        variance = sum(weight * weight * p * (1 - p) / labels for weight, labels, p in near)
+        worth = min(middle * (1 - middle) / variance, float(self.labels[node]))
+        return rate * worth, worth
+
+
+def doubtful(recent: Sequence[tuple[int, int]], node: int, limit: float) -> bool:
+    """Whether the latest labels at or above a threshold have more errors than the limit explains."""
+    hits = [verdict for cell, verdict in recent if cell <= node][-_RECENT:]
+    wrong = hits.count(WRONG)
+    return wrong > 0 and 1.0 - float(_binomial(len(hits), limit, wrong - 1).sum()) <= _DOUBT
+
+
+class Boundary:
+    """How many errors pass at each look, so that a rate at the limit ever passes with at most a given probability."""
+
+    def __init__(self, limit: float, probability: float) -> None:
+        """Start before the first look."""
+        self._limit, self._probability = limit, probability
+        self._allowed: list[int] = []
+        self._paths: NDArray[np.float64] = np.ones(1)  # by number of errors: not passed yet
+        self._spent = 0.0
+
+    def allowed(self, look: int) -> int:
+        """Return the largest number of errors that passes; -1 where none does."""
+        while len(self._allowed) <= look:
+            self._extend()
+        return self._allowed[look]
+
+    def _extend(self) -> None:
+        look = len(self._allowed)
+        size = LOOKS[look]
+        step = size - (LOOKS[look - 1] if look else 0)
+        expected = size * self._limit
+        # Paths with far more errors never come back: what is left out has a probability below 1e-12.
+        most = math.ceil(expected + 8 * math.sqrt(expected) + 16)
+        self._paths = np.convolve(self._paths, _binomial(step, self._limit, most))[: most + 1]
+        budget = self._probability * max(0.0, 1.0 - _UNSPENT / expected)
+        passing = self._spent + np.cumsum(self._paths)
+        allowed = int(np.searchsorted(passing, budget, side="right")) - 1
+        if allowed >= 0:
+            self._spent = float(passing[allowed])
+            self._paths[: allowed + 1] = 0.0
+        self._allowed.append(allowed)
+
+
+@lru_cache(maxsize=512)
+def boundary(limit: float, probability: float) -> Boundary:
+    """Return the boundary of a limit and a share of the confidence."""
+    return Boundary(limit, probability)
+
+
+def _binomial(count: int, rate: float, most: int) -> NDArray[np.float64]:
+    """Return the probabilities of 0 to `most` errors among `count` labels."""
+    whole = math.lgamma(count + 1)
+    logs = [
+        whole - math.lgamma(k + 1) - math.lgamma(count - k + 1) + k * math.log(rate) + (count - k) * math.log1p(-rate)
+        for k in range(min(count, most) + 1)
+    ]
+    found: NDArray[np.float64] = np.exp(np.array(logs))
+    return found

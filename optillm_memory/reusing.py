@@ -1,0 +1,184 @@
+"""Reusing: what memory would answer to a request by itself, and whether the gate lets it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optillm_memory.conversation.partition import partition_of
+from optillm_memory.decide.agreement import NEAREST, Neighbour, propose
+from optillm_memory.decide.gate import Decision, Gate, is_audited
+from optillm_memory.decide.keeper import Change, Keeper
+from optillm_memory.recall.recaller import Recaller
+from optillm_memory.recall.service import EncoderService
+from optillm_memory.records import Exemplar, Scope
+from optillm_memory.turn import Turn
+
+logger = logging.getLogger(__name__)
+
+_EXEMPLARS_KEPT = 20_000  # of one scope
+_SCOPES_KEPT = 64
+_WAITING = 256  # requests to look at behind the callers' backs; more are let go
+_Known: TypeAlias = tuple[int, Exemplar | None]  # with the revision up to which this holds
+_UNKNOWN: _Known = (-1, None)
+
+
+class Source(Protocol):
+    """What reuse reads; every call is bound to one scope."""
+
+    def exemplars(self, scope: Scope, numbers: Iterable[int]) -> Mapping[int, Exemplar]:
+        """Return the verified exemplars of the scope that have these numbers."""
+
+    def gate_changes(self, scope: Scope, since: int) -> tuple[int, list[Change]]:
+        """Return (revision, changes) of the proposals that came, or whose label changed, after a revision."""
+
+
+class Reuser:
+    """Proposes verified answers, and decides by each scope's gate whether they are good enough."""
+
+    def __init__(
+        self,
+        source: Source,
+        recaller: Recaller,
+        encoder: EncoderService,
+        normal: Callable[[str], str],
+        audit_share: float,
+    ) -> None:
+        """Start with nothing known; `normal` gives the form in which answers are compared."""
+        self._audit_share = audit_share
+        self._source = source
+        self._recaller = recaller
+        self._encoder = encoder
+        self._normal = normal
+        self._lock = threading.Lock()
+        self._known: OrderedDict[Scope, dict[int, _Known]] = OrderedDict()
+        self._keepers: OrderedDict[Scope, Keeper] = OrderedDict()
+
+    def considered(self, turn: Turn, vector: NDArray[np.float32] | None, salt: bytes) -> Turn:
+        """Return the turn with what memory would answer, and the gate's decision on it.
+
+        Where it may be reused, the turn's action is `reuse`.
+        """
+        conversation = turn.conversation
+        assert conversation is not None
+        partition, reason = partition_of(turn.body, conversation)
+        wanted = turn.options.reuse
+        if not partition or vector is None:
+            return turn.skip(f"reuse_{reason or 'no_encoder'}") if wanted else turn
+        neighbours, quarantined = self._neighbours(turn, partition, vector)
+        proposal = propose(conversation.task, neighbours, self._normal)
+        if turn.held_out:
+            decision = Decision(serve=False, reason="holdout")
+        else:
+            max_error = wanted["max_error"] if wanted else None
+            audit = is_audited(turn.trace_id, salt, self._audit_share)
+            gate = self.gate(turn.scope) if wanted else Gate()
+            decision = gate.decide(proposal, partition, max_error, audit=audit, quarantined=quarantined)
+        turn = replace(turn, proposal=proposal, decision=decision)
+        if decision.serve:
+            return replace(turn, action="reuse")
+        return turn.skip(f"reuse_{decision.reason}") if wanted else turn
+
+    def gate(self, scope: Scope) -> Gate:
+        """Return a scope's gate, up to date with the labels that are on disk."""
+        with self._lock:
+            keeper = self._keepers.setdefault(scope, Keeper())
+            self._keepers.move_to_end(scope)
+            while len(self._keepers) > _SCOPES_KEPT:
+                self._keepers.popitem(last=False)
+        keeper.take(*self._source.gate_changes(scope, keeper.since))
+        return keeper.gate
+
+    def _neighbours(
+        self, turn: Turn, partition: str, vector: NDArray[np.float32]
+    ) -> tuple[list[Neighbour], frozenset[str]]:
+        near = self._recaller.near(
+            turn.scope,
+            vector,
+            fingerprint=self._encoder.fingerprint,
+            unrelated=self._encoder.unrelated,
+            count=NEAREST,
+        )
+        known = self._exemplars(turn.scope, near)
+        neighbours, quarantined = [], []
+        for number, cosine, _ in near:
+            exemplar = known.get(number, _UNKNOWN)[1]
+            if exemplar is None or not _answers(exemplar, partition, turn.episode_id):
+                continue
+            record = exemplar.record
+            neighbours.append(
+                Neighbour(record.memory_id, record.task, record.answer, cosine, record.value, exemplar.failed)
+            )
+            if exemplar.quarantined:
+                quarantined.append(record.memory_id)
+        return neighbours, frozenset(quarantined)
+
+    def _exemplars(self, scope: Scope, near: Sequence[tuple[int, float, int]]) -> dict[int, _Known]:
+        """Return what is known of the scope's exemplars, these read where they are new or have changed."""
+        with self._lock:
+            known = self._known.setdefault(scope, {})
+            self._known.move_to_end(scope)
+            if len(known) > _EXEMPLARS_KEPT:
+                known.clear()
+            while len(self._known) > _SCOPES_KEPT:
+                self._known.popitem(last=False)
+        missing = {n: revision for n, _, revision in near if known.get(n, _UNKNOWN)[0] < revision}
+        if missing:
+            found = self._source.exemplars(scope, missing)
+            known.update({n: (revision, found.get(n)) for n, revision in missing.items()})
+        return known
+
+
+def _answers(exemplar: Exemplar, partition: str, episode_id: str) -> bool:
+    """Whether an exemplar's answer was verified in this partition, in another episode than the one that asks."""
+    for origin, first, last in exemplar.origins:
+        if origin == partition:
+            return not (first == last == episode_id)
+    return False
+
+
+class Shadow:
+    """One thread that considers the requests that asked for no reuse: each one's feedback is a label for the gate."""
+
+    def __init__(self, consider: Callable[[Turn], Turn], record: Callable[[Turn], None]) -> None:
+        """`record` takes the turns that memory has a proposal for."""
+        self._consider = consider
+        self._record = record
+        self._queue: queue.Queue[Turn | None] = queue.Queue(_WAITING)
+        self._thread = threading.Thread(target=self._run, name="agent-memory-shadow", daemon=True)
+        self._thread.start()
+
+    def submit(self, turn: Turn) -> None:
+        """Have a turn considered, unless too many wait."""
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(turn)
+
+    def close(self) -> None:
+        """Stop the thread after what waits."""
+        self._queue.put(None)
+        self._thread.join(10)
+
+    def flush(self) -> None:
+        """Wait until nothing waits."""
+        self._queue.join()
+
+    def _run(self) -> None:
+        while (turn := self._queue.get()) is not None:
+            try:
+                considered = self._consider(turn)
+                if considered.proposal is not None:
+                    self._record(considered)
+            except Exception:
+                logger.exception("agent_memory: what memory would have answered was not found out")
+            finally:
+                self._queue.task_done()
+        self._queue.task_done()
