@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from optillm_memory.conversation.partition import partition_of
 from optillm_memory.decide.agreement import NEAREST, Neighbour, propose
-from optillm_memory.decide.gate import Decision, Gate, is_audited
+from optillm_memory.decide.gate import Gate, is_audited
 from optillm_memory.decide.keeper import Change, Keeper
 from optillm_memory.recall.recaller import Recaller
 from optillm_memory.recall.service import EncoderService
@@ -76,13 +76,12 @@ class Reuser:
             return turn.skip(f"reuse_{reason or 'no_encoder'}") if wanted else turn
         neighbours, quarantined = self._neighbours(turn, partition, vector)
         proposal = propose(conversation.task, neighbours, self._normal)
-        if turn.held_out:
-            decision = Decision(serve=False, reason="holdout")
-        else:
-            max_error = wanted["max_error"] if wanted else None
-            audit = is_audited(turn.trace_id, salt, self._audit_share)
-            gate = self.gate(turn.scope) if wanted else Gate()
-            decision = gate.decide(proposal, partition, max_error, audit=audit, quarantined=quarantined)
+        max_error = wanted["max_error"] if wanted else None
+        audit = is_audited(turn.trace_id, salt, self._audit_share)
+        gate = self.gate(turn.scope) if wanted else Gate()
+        decision = gate.decide(proposal, partition, max_error, audit=audit, quarantined=quarantined)
+        if turn.held_out and decision.serve:  # only what would have been served: the other half of the comparison
+            decision = replace(decision, serve=False, reason="holdout")
         turn = replace(turn, proposal=proposal, decision=decision)
         if decision.serve:
             return replace(turn, action="reuse")

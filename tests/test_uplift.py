@@ -22,7 +22,7 @@ from optillm_memory.learn import confidence, fold
 from optillm_memory.learn.confidence import Counts, difference
 from optillm_memory.learn.uplift import Episode, Tasks, flipped_tasks, report, standing, summary, tabulated, uplift
 from optillm_memory.records import Injected, Scope, Trace
-from optillm_memory.store.evidence import ExposureTables, episodes_of, read_episodes
+from optillm_memory.store.evidence import episodes_of, read_episodes
 from optillm_memory.store.sqlite import SqliteStore
 from optillm_memory.store.transaction import Transaction
 
@@ -274,37 +274,15 @@ def test_the_standing_is_what_the_shown_interval_says() -> None:
 # -- the log ---------------------------------------------------------------------------------------
 
 
-class Tables(ExposureTables):
-    """The exposures of a store, inside one of its transactions."""
-
-    def __init__(self, tx: Transaction) -> None:
-        """Work on the transaction's connection."""
-        self._db = tx._db
-
-
-DDL = (
-    "CREATE TABLE IF NOT EXISTS exposures(memory_id TEXT NOT NULL, scope_id INTEGER NOT NULL, "
-    "episode_id TEXT NOT NULL, created_at REAL NOT NULL, held_out INTEGER NOT NULL, share REAL NOT NULL, "
-    "success INTEGER NOT NULL, PRIMARY KEY(memory_id, scope_id, episode_id)) WITHOUT ROWID"
-)
-
-
 def execute(store: SqliteStore, sql: str, *values: Any) -> list[Any]:
     """Run one statement on the writing connection."""
     return store.write(lambda tx: tx._db.execute(sql, values).fetchall()).result(10)
 
 
-def opened(path: Path) -> SqliteStore:
-    """Open a store with room for exposures."""
-    store = SqliteStore(path)
-    execute(store, DDL)
-    return store
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[SqliteStore]:
-    """Give a store with room for exposures."""
-    made = opened(tmp_path / "memory.db")
+    """Give an open store."""
+    made = SqliteStore(tmp_path / "memory.db")
     yield made
     made.close()
 
@@ -382,12 +360,17 @@ def test_the_reports_of_tenants_are_apart(store: SqliteStore) -> None:
 
 def put(store: SqliteStore, episode_id: str) -> set[str]:
     """Fold one episode into the exposures; return the memories that it touches."""
-    return store.write(lambda tx: Tables(tx).put_exposures(tx.scope_id(SCOPE), episode_id)).result(10)
+    return store.write(lambda tx: tx.put_exposures(tx.scope_id(SCOPE), episode_id)).result(10)
 
 
 def is_retired(store: SqliteStore, since: float = 0.0) -> bool:
     """Whether the exposures say that the one memory harms."""
-    return store.write(lambda tx: Tables(tx).is_retired("mem-1", since)).result(10)
+    return store.write(lambda tx: tx.is_retired("mem-1", since)).result(10)
+
+
+def exposures(store: SqliteStore) -> list[Any]:
+    """Return what is known of every memory."""
+    return execute(store, "SELECT * FROM exposures ORDER BY memory_id, episode_id")
 
 
 def exposed(store: SqliteStore, order: Sequence[int]) -> list[Any]:
@@ -396,16 +379,16 @@ def exposed(store: SqliteStore, order: Sequence[int]) -> list[Any]:
         held = number % 2 > 0
         made = add(store, f"ep-{number}", at=number, held=held, said=["mem-1"])
         say(store, made, value=held)
-        assert put(store, made.episode_id) == {"mem-1"}
+        put(store, made.episode_id)
         assert put(store, made.episode_id) == set()
-    return execute(store, "SELECT * FROM exposures ORDER BY memory_id, episode_id")
+    return exposures(store)
 
 
 def test_retirement_is_a_fold_of_the_log(store: SqliteStore, tmp_path: Path) -> None:
     """A harmful memory is retired whatever the order; feedback taken back undoes it, and so does an approval."""
     numbers = range(60)
     rows = exposed(store, numbers)
-    with contextlib.closing(opened(tmp_path / "other.db")) as other:
+    with contextlib.closing(SqliteStore(tmp_path / "other.db")) as other:
         assert exposed(other, random.Random(1).sample(numbers, len(numbers))) == rows
         assert is_retired(other)
     assert is_retired(store)
@@ -413,8 +396,9 @@ def test_retirement_is_a_fold_of_the_log(store: SqliteStore, tmp_path: Path) -> 
     for made in store.traces(None, limit=60):
         if made["held_out"]:
             say(store, trace(trace_id=made["trace_id"]), value=None)
-            assert put(store, made["episode_id"]) == {"mem-1"}
+            put(store, made["episode_id"])
     assert not is_retired(store)
+    assert len(exposures(store)) == 30
 
 
 def test_unrandomised_and_unreported_episodes_expose_nothing(store: SqliteStore) -> None:
@@ -422,8 +406,32 @@ def test_unrandomised_and_unreported_episodes_expose_nothing(store: SqliteStore)
     silent = add(store, "ep-1", said=["mem-1"])
     say(store, add(store, "ep-2", said=["mem-1"], propensity=1.0), value=False)
     assert put(store, "ep-1") == put(store, "ep-2") == set()
+    assert exposures(store) == []
     say(store, silent, value=True)
-    assert put(store, "ep-1") == {"mem-1"}
+    put(store, "ep-1")
+    assert len(exposures(store)) == 1
+
+
+def test_what_harms_is_retired_and_a_rebuild_says_the_same(tmp_path: Path) -> None:
+    """Outcomes retire a harmful memory, no later request gets it, and it is back once they are taken back."""
+    task, told = "how do I raise the retry limit of the uploader", []
+    with lexical_memory(tmp_path, holdout=0.5) as memory:
+        teach(memory, task, "set retry_limit")
+        for number in range(60):
+            turn = memory.begin(body(task))
+            memory.finish(turn, response(f"answer {number}"))
+            memory.store.flush()
+            tell(memory, turn, value=not turn.injected, feedback_id=turn.trace_id)
+            told.append(turn)
+        (known,) = [m for m in memory.store.list_memories(None, limit=200) if m.answer == "set retry_limit"]
+        assert known.status == "retired"
+        assert "set retry_limit" not in str(memory.begin(body(task)).messages)
+        before = memory.store.derived()
+        memory.rebuild()
+        assert memory.store.derived() == before
+        for turn in told:
+            memory.feedback({"feedback_id": turn.trace_id, "value": None})
+        assert memory.memory(known.memory_id).status == "verified"
 
 
 # -- people's ways in ------------------------------------------------------------------------------

@@ -68,8 +68,8 @@ def propose(query: str, neighbours: Sequence[Neighbour], normal: Callable[[str],
 
     The score is (agreement + 1.5 x margin - 0.2 x novelty - 0.05 x doubts) / 2.5. Agreement is the answer's share of
     all neighbours' weights, which fall exponentially with the distance from the nearest. Margin is the mean cosine of
-    the three nearest with the answer (one that is missing counts as 0, unless one of them asks the very same) less
-    the cosine of the nearest with another answer. Novelty is the share of the request's words that none of the
+    the three nearest with the answer (one that is missing counts as 0; of thin support it is 1) less the cosine of
+    the nearest with another answer. Novelty is the share of the request's words that none of the
     answer's tasks has. Doubts are words of scope or time that these give no reason to expect.
     """
     nearest = _distinct(neighbours)
@@ -146,16 +146,15 @@ def _examine(query: str, supporters: Sequence[Neighbour]) -> _Case:
     known = [wording(n.text) for n in readable]
     # The same question is looked for among the nearest: it is one of them, if it is there.
     differences = [difference(asked, k) for k in known[:_NAMED]]
-    found = differences.index("") if "" in differences else None
-    if found is not None:
-        similarity, novelty = readable[found].cosine, 0.0
-    else:
-        novelty = len(asked.tokens.difference(*(k.tokens for k in known))) / max(len(asked.tokens), 1)
+    found, few = "" in differences, len(supporters) < _THICK
+    novelty = len(asked.tokens.difference(*(k.tokens for k in known))) / max(len(asked.tokens), 1)
     reasons = ["time_dependent"] if is_time_dependent(query) else []
-    if len(supporters) < _THICK:
+    if few and found:
+        similarity, novelty = 1.0, 0.0
         reasons += ["time_dependent"] if asked.times else []
-        reasons += [differences[0]] if found is None else []
-    elif found is None:
+    elif few:
+        reasons.append(differences[0])
+    elif not found:
         reasons += _unseen(asked, known)
     reasons = list(dict.fromkeys(reasons))
     if len(supporters) < _MANY:

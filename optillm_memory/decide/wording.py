@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from optillm_memory.recall.rank import STOP_WORDS
@@ -40,7 +40,7 @@ STRONG = _words(
 _TENSES = {"was": "#past", "were": "#past", "did": "#past", "had": "#past", "will": "#will"}
 _FILLERS = _words(
     "hi hello hey um uh er erm yeah ok okay well thanks thank wondering actually basically kindly also got whats hows "
-    "s m re ve d ll"
+    "should s m re ve d ll"
 )
 _IGNORED = (STOP_WORDS | _FILLERS) - _NEGATIONS - _SCOPES - _TENSES.keys()
 _DIRECTIONS = _words("from to into onto by than over under before after")
@@ -69,6 +69,15 @@ _TOKEN = re.compile(
     r"|[^\W\d_]+(?:'[^\W\d_]+)*[+#]*"  # a word: don't  C++
     r"|(?<![^\W\d_])-(?=\s?\d)|[+*=<>^%$€£¥@~|\\]"  # signs that change a meaning
 )
+_GREETING = re.compile(
+    r"\s*(?:hi|hello|hey|dear|(?:good )?(?:morning|afternoon|evening))\b(?: (?:team|there|all|everyone|folks))?"
+    r"\s*[,.!:-]+\s*",
+    re.IGNORECASE,
+)
+_DOUBLED = re.compile(r"([^\W\d_])\1")
+_VOWELS = frozenset("aeiou")
+# A word that is shorter may well be another word, and not the same one misspelt.
+_SPELT, _SPELT_LONG, _LIKE_HEAD = 6, 8, 3
 _SENTENCE_END = re.compile(r"[.?!:;\n]\s*[\"'(]*$")
 
 
@@ -101,6 +110,8 @@ def asks_the_same(one: str, other: str) -> bool:
 def wording(text: str) -> Wording:
     """Return what of a text's words can change its answer."""
     text = unicodedata.normalize("NFKC", text).replace("\u2019", "'")
+    if greeting := _GREETING.match(text):
+        text = text[greeting.end() :]
     found = [(m.group().casefold(), m.group(), m.start()) for m in _TOKEN.finditer(text)]
     numbers: set[str] = set()
     negations: set[str] = set()
@@ -144,6 +155,7 @@ def _folded(text: str) -> str:
 
 def difference(one: Wording, other: Wording) -> str:
     """Return why two texts are not one question word for word, or an empty text where they are."""
+    other = _respelt(other, one)
     named = (one.tokens ^ other.tokens) & (one.names | other.names)
     addressed = set(one.persons) == set(other.persons) == {"i", "you"} and one.persons != other.persons
     ordered = _rotated(one.order, other.order) and one.directions == other.directions and not addressed
@@ -156,6 +168,45 @@ def difference(one: Wording, other: Wording) -> str:
         "veto_order": not ordered,
     }
     return next((reason for reason, found in reasons.items() if found), "")
+
+
+def _respelt(text: Wording, other: Wording) -> Wording:
+    """Return a text with the words spelt as in the other that are the same but for a slip."""
+    mine, others = text.tokens - other.tokens, other.tokens - text.tokens
+    if not mine or len(mine) != len(others) or (mine | others) & (text.numbers | other.numbers):
+        return text
+    spelt = {word: meant for word in mine for meant in others if is_misspelt(word, meant)}
+    if not spelt or len(set(spelt.values())) < len(spelt):
+        return text
+    return replace(
+        text,
+        tokens=frozenset(spelt.get(word, word) for word in text.tokens),
+        order=tuple(spelt.get(word, word) for word in text.order),
+        names=frozenset(spelt.get(word, word) for word in text.names),
+        directions=frozenset((way, spelt.get(word, word)) for way, word in text.directions),
+    )
+
+
+def is_misspelt(one: str, other: str) -> bool:
+    """Whether two words are likely one, spelt in two ways, and unlikely two that differ by a letter.
+
+    A letter is doubled or not (adress); in longer words two letters are swapped, or an inner vowel is missing or
+    another (statment, emergancy). Consonants tell words apart (contact, contract), and so do beginnings and endings.
+    """
+    one, other = (_DOUBLED.sub(r"\1", word) for word in (one, other))
+    if one == other:
+        return True
+    short, long = sorted((one, other), key=len)
+    at = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
+    if len(short) < _SPELT or short[-1] != long[-1]:
+        return False
+    if len(short) < len(long):
+        return at >= _LIKE_HEAD and long[at] in _VOWELS and short[at:] == long[at + 1 :]
+    if len(short) < _SPELT_LONG or at == 0:
+        return False
+    swapped = short[at] == long[at + 1] and short[at + 1] == long[at] and short[at + 2 :] == long[at + 2 :]
+    vowels = {short[at], long[at]} <= _VOWELS and at >= _LIKE_HEAD and short[at + 1 :] == long[at + 1 :]
+    return swapped or vowels
 
 
 def _rotated(one: Sequence[str], other: Sequence[str]) -> bool:

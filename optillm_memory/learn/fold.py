@@ -52,6 +52,9 @@ class Log(Protocol):
     def put_label(self, trace: Trace, learned: Learned) -> None:
         """Bring up to date whether what memory would have answered to this trace was right."""
 
+    def weigh(self, scope: Scope, episode_id: str) -> None:
+        """Bring up to date what an episode says of its memories' uplift, and whether they are retired."""
+
     def attempts(self, scope: Scope, episode_id: str) -> list[Attempt]:
         """Return the observed steps of an episode with what their observations say, in order."""
 
@@ -81,16 +84,20 @@ class Log(Protocol):
 
 def relearn(log: Log, trace_ids: Iterable[str]) -> None:
     """Fold these traces again; the result depends on the log alone, not on what was folded before."""
+    episodes: dict[tuple[Scope, str], None] = {}
     for trace_id in trace_ids:
         trace = log.trace(trace_id)
         if trace is None:
             continue
+        episodes[trace.scope, trace.episode_id] = None
         own, of_episode = log.feedback_on(trace)
         closing_id = log.closing_trace(trace.scope, trace.episode_id) if of_episode else None
         closing = trace if closing_id == trace_id else log.trace(closing_id) if closing_id else None
         learned = learn(trace, own, of_episode, closing=closing)
         log.put_learned(trace, learned)
         log.put_label(trace, learned)
+    for scope, episode_id in episodes:
+        log.weigh(scope, episode_id)
 
 
 def rebuild(log: Log) -> int:
@@ -165,6 +172,8 @@ def trace_arrived(log: Log, trace: Trace) -> None:
         relearn(log, [trace.trace_id])
     if own or of_episode:
         relearn_steps(log, trace.scope, trace.episode_id)
+    else:  # its episode may have an outcome already, and what memory said here comes first
+        log.weigh(trace.scope, trace.episode_id)
 
 
 def proposal_arrived(log: Log, trace: Trace) -> None:

@@ -163,4 +163,10 @@ _M003 = (
         trace_id TEXT PRIMARY KEY, scope_id INTEGER NOT NULL, correct INTEGER, revision INTEGER NOT NULL)
         WITHOUT ROWID""",
     "CREATE INDEX labels_scope ON labels(scope_id, revision)",
+    # Derived: the reported episodes that a memory was first recalled in, with it and held out.
+    """CREATE TABLE exposures(
+        memory_id TEXT NOT NULL, scope_id INTEGER NOT NULL, episode_id TEXT NOT NULL, created_at REAL NOT NULL,
+        held_out INTEGER NOT NULL, share REAL NOT NULL, success INTEGER NOT NULL,
+        PRIMARY KEY(memory_id, scope_id, episode_id)) WITHOUT ROWID""",
+    "CREATE INDEX exposures_episode ON exposures(scope_id, episode_id)",
 )

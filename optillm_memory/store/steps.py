@@ -174,6 +174,8 @@ class StepTables:
         state = fix_status(tallies) if shows else "withdrawn"  # type: ignore[arg-type]
         if not shows:
             self._db.execute("DELETE FROM fixes WHERE memory_id = ?", (memory_id,))
+        if state in ("verified", "candidate") and self.is_retired(memory_id):
+            state = "retired"
         right, wrong, likely, unlikely = (sum(t[i] for t in tallies) for i in range(4))
         first = self._db.execute(
             "SELECT created_at FROM fix_evidence JOIN traces USING (trace_id) WHERE memory_id = ? "
@@ -194,6 +196,10 @@ class StepTables:
             (scope_id, made, episode_id),
         ).fetchone()
         return row[0] if row else None
+
+    def is_retired(self, memory_id: str, since: float = 0.0) -> bool:
+        """Whether what is known of a memory's uplift says that it harms."""
+        raise NotImplementedError
 
     def _next(self, counter: str) -> int:
         raise NotImplementedError

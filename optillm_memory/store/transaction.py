@@ -17,6 +17,7 @@ from optillm_memory.records import Feedback, FeedbackStatus, Injected, Placement
 from optillm_memory.store import rows
 from optillm_memory.store.calls import CallTables
 from optillm_memory.store.connection import Connection
+from optillm_memory.store.evidence import ExposureTables
 from optillm_memory.store.proposals import ProposalTables
 from optillm_memory.store.steps import StepTables
 
@@ -28,7 +29,7 @@ def key_hash(task: str) -> str:
     return hashlib.blake2b(key_of(task).encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 
-class Transaction(StepTables, ProposalTables, CallTables):
+class Transaction(ExposureTables, StepTables, ProposalTables, CallTables):
     """One operation on the writing connection; satisfies `learn.fold.Log`."""
 
     def __init__(self, connection: Connection, normal: Callable[[str], str] = normal_answer) -> None:
@@ -278,10 +279,23 @@ class Transaction(StepTables, ProposalTables, CallTables):
             for memory_id in sorted(touched):
                 self._refresh_memory(memory_id, revision)
 
+    def weigh(self, scope: Scope, episode_id: str) -> None:
+        """Bring up to date what an episode says of its memories' uplift, and whether they are retired."""
+        scope_id = self.scope_id(scope)
+        if touched := self.put_exposures(scope_id, episode_id):
+            revision = self._next("revision")
+            for memory_id in sorted(touched):
+                if memory_id.startswith("fix-"):
+                    self._refresh_fix(scope_id, memory_id, revision)
+                else:
+                    self._refresh_memory(memory_id, revision)
+
     def _refresh_memory(self, memory_id: str, revision: int) -> None:
         right, wrong, any_right, used_right, used_wrong = self._db.execute(rows.TALLY, (memory_id,)).fetchone()
         known = self._db.execute("SELECT number, status FROM memories WHERE memory_id = ?", (memory_id,)).fetchone()
         state = exemplars.status(right or 0, wrong or 0, any_right or 0)
+        if state == "verified" and self.is_retired(memory_id):
+            state = "retired"
         first = self._db.execute(rows.FIRST_EVIDENCE, (memory_id,)).fetchone()
         if first is None:  # nothing (any more) says that it is right
             if known is not None:
@@ -336,6 +350,7 @@ class Transaction(StepTables, ProposalTables, CallTables):
             "attempts",
             "fixes",
             "fix_evidence",
+            "exposures",
         ):
             self._db.execute(f"DELETE FROM {table}")
         self._db.execute("UPDATE labels SET correct = NULL, revision = ?", (self._next("revision"),))
