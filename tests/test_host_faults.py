@@ -279,6 +279,8 @@ ROUTES = [
     ("POST", "feedback"),
     ("GET", "traces"),
     ("GET", "traces/x"),
+    ("GET", "traces/x/why"),
+    ("GET", "uplift"),
     ("GET", "memories"),
     ("GET", "memories?query=x"),
     ("GET", "memories/x"),

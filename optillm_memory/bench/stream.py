@@ -86,13 +86,15 @@ def run(
     vote: bool = False,
     max_error: float | None = None,
     namespace: str = "default",
+    episodes: str = "",
     tick: Progress = lambda _done: None,
 ) -> Result:
     """Ask for each task in turn, tell how it went, and ask for the next.
 
     With `demonstration` the right answer follows a failure; with `binary` only success or failure is told. `vote`
     also asks recall alone, before the answer: the similarity-weighted vote of the nearest exemplars. `max_error` lets
-    verified answers be reused; one that was is told nothing about, as nobody has looked at it.
+    verified answers be reused; one that was is told nothing about, as nobody has looked at it. `episodes` names the
+    tasks' episodes, so that another run with the same name has the same ones held out.
     """
     result = Result()
     started = time.perf_counter()
@@ -105,6 +107,8 @@ def run(
             if vote:
                 result.vote_right.append(_vote(routes, task.input) == task.output)
             field: dict[str, Any] = {"mode": mode, "namespace": namespace}
+            if episodes:
+                field["episode_id"] = f"{episodes}-{done}"
             if max_error is not None:
                 field["reuse"] = {"max_error": max_error}
             trace_id, answer, action = ask(client, server.model, task.input, field)

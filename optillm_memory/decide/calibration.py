@@ -8,9 +8,8 @@ one closing to the next, whose error among would-be hits is above the limit.
 predictive algorithms to achieve risk control"): each threshold of a grid has the null hypothesis that its error is
 above the limit, and multiple testing keeps the chance of any false rejection to 5 %. Two things spend that chance:
 
-- *Thresholds* are tested from strict to lax by the fallback procedure (Wiens 2003): each start has a share, and a
-  threshold that passes hands its share on to the next laxer one. To begin at the strictest alone would stall: the few
-  labels at the top are noisy.
+- *Thresholds* are tested in fixed sequence from strict to lax, each only after the one before it has passed, from
+  several starts that share the 5 %. To begin at the strictest alone would stall: the few labels at the top are noisy.
 
 - *Looks.* A threshold is looked at again whenever its labels have grown by a tenth. Its share is spent over the looks
   by a function of the number of errors that the limit lets expect, and the number of errors that passes is found
@@ -37,9 +36,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
-# Thresholds, strictest first; the share of the confidence that each has of its own.
+# Thresholds, strictest first; where a sequence of tests starts, and its share of the confidence.
 GRID = tuple(round(0.54 - 0.02 * step, 2) for step in range(20))
-_SHARES = {0.5: 0.1, 0.4: 0.75, 0.32: 0.15}
+_STARTS = ((0.5, 0.1), (0.4, 0.75), (0.32, 0.15))
 _DISCOUNT, _GROWN = 0.3, 300  # what is taken off a score at first, and the proposals after which half of it is
 _FIRST_LOOK, _GROWTH, _MOST = 10, 1.1, 20_000
 _UNSPENT = 6.0  # errors expected at the limit before which nothing is spent
@@ -102,29 +101,21 @@ class Calibration:
     def _begin(self) -> None:
         self._laxest = -1
         self._sample = Sample()
-        self._passed = [False] * len(GRID)
-        self._share = [_SHARES.get(threshold, 0.0) for threshold in GRID]
+        self._following = [GRID.index(start) for start, _ in _STARTS]
         self.recent.clear()
 
     def _look(self, node: int) -> None:
-        """Put a threshold in force that passes; what it hands on may let the next ones pass by looks they had."""
-        if self._passed[node]:
-            return
-        handed = 0.0
-        for following in range(node, len(GRID)):
-            self._share[following] += handed
-            if not self._passed[following]:
-                if not self._passes(following):
-                    return
-                self._passed[following] = True
-                self._laxest = max(self._laxest, following)
-                self.closed = False
-                handed = self._share[following]
+        """Test a threshold where it is next in a sequence, and those after it by the looks that they already had."""
+        for place, (_, share) in enumerate(_STARTS):
+            if self._following[place] == node:
+                while node < len(GRID) and self._passes(node, share):
+                    self._laxest = max(self._laxest, node)
+                    self.closed = False
+                    node += 1
+                self._following[place] = node
 
-    def _passes(self, node: int) -> bool:
-        if not self._share[node]:
-            return False
-        allowed = boundary(self.limit, (1 - CONFIDENCE) * self._share[node]).allowed
+    def _passes(self, node: int, share: float) -> bool:
+        allowed = boundary(self.limit, (1 - CONFIDENCE) * share).allowed
         return any(errors <= allowed(look) for look, errors in enumerate(self._sample.errors[node]))
 
 

@@ -19,6 +19,7 @@ from optillm_memory.decide.calibration import GRID, RIGHT, UNKNOWN, WRONG, Calib
 AUDIT_SHARE = 0.05
 _ALONE = 20.0  # errors that the limit lets expect among a partition's own labels, from which on it decides alone
 _LIMITS_KEPT = 8
+_LARGEST = 0.5  # a limit above it is taken for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +56,15 @@ class Book:
 
     def calibration(self, limit: float) -> Calibration:
         """Return what all rows so far prove for a limit."""
-        calibration, seen = self._calibrations.pop(limit, (None, 0))
-        calibration = calibration or Calibration(limit)
-        for cell, verdict in self.rows[seen:]:
+        # Taken out while it is extended: another thread that asks meanwhile makes its own.
+        kept = self._calibrations.pop(limit, None)
+        calibration, seen = kept or (Calibration(limit), 0)
+        rows = self.rows[seen:]
+        for cell, verdict in rows:
             calibration.add(cell, verdict)
-        self._calibrations[limit] = calibration, len(self.rows)
+        self._calibrations[limit] = calibration, seen + len(rows)
         if len(self._calibrations) > _LIMITS_KEPT:
-            del self._calibrations[next(iter(self._calibrations))]
+            self._calibrations.pop(next(iter(self._calibrations)), None)
         return calibration
 
 
@@ -69,7 +72,7 @@ class Gate:
     """A fold over labels in the order of their requests: the same labels give the same gate in any process.
 
     A label that comes late or is retracted belongs in the middle: then fold anew, `Gate(labels)`. To add is to append;
-    the first decision for a limit does the work: some 20 ms for 5,000 labels.
+    the first decision for a limit does the work: some 20 ms for 5,000 labels. Deciding is thread-safe, adding is not.
     """
 
     def __init__(self, labels: Iterable[Label] = ()) -> None:
@@ -112,24 +115,26 @@ class Gate:
             return Decision(serve=False, reason=refusal)
         if proposal.exact:
             return Decision(serve=False, reason="audit") if audit else Decision(serve=True, reason="exact")
-        proven, closed, pooled = self._threshold(partition, max_error)
-        threshold = None if proven is None else proven + discount(self._proposals[partition])
+        proven, closed, pooled = self._proven(partition, min(max_error, _LARGEST))
+        young = discount(self._proposals[partition])
         if closed:
             reason = "closed"
-        elif threshold is None:
+        elif proven is None:
             reason = "not_calibrated"
-        elif proposal.score < threshold:
+        elif proposal.score - young < proven:
             reason = "below_threshold"
         else:
             reason = "audit" if audit else "above_threshold"
-        return Decision(reason == "above_threshold", reason, threshold, pooled)
+        return Decision(reason == "above_threshold", reason, None if proven is None else proven + young, pooled)
 
-    def _threshold(self, partition: str, limit: float) -> tuple[float | None, bool, bool]:
+    def _proven(self, partition: str, limit: float) -> tuple[float | None, bool, bool]:
         """Return (threshold, closed, pooled).
 
         A partition goes by all partitions' labels until its own have proven something, or could have, unless its own
         recent ones speak against it.
         """
+        if limit <= 0:
+            return None, False, False
         pool = self.pool.calibration(limit)
         book = self.books.get(partition)
         if book is self.pool:
