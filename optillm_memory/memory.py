@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing_extensions import Self
 from optillm_memory.advising import Adviser
 from optillm_memory.conversation import parse as conversations
 from optillm_memory.conversation.feedback import parse_feedback
-from optillm_memory.conversation.options import FIELD, Options, parse_options
+from optillm_memory.conversation.options import AUTO, FIELD, Options, parse_options
 from optillm_memory.conversation.parse import Conversation
 from optillm_memory.conversation.recent import Recent
 from optillm_memory.conversation.steps import calls_of
@@ -31,6 +31,7 @@ from optillm_memory.recall.service import EncoderService
 from optillm_memory.recording import Recorder
 from optillm_memory.records import Feedback, FeedbackReceipt, Hit, MemoryRecord, Placement, Scope
 from optillm_memory.reusing import Reuser, Shadow
+from optillm_memory.routing import Router
 from optillm_memory.settings import Settings
 from optillm_memory.store.sqlite import SqliteStore
 from optillm_memory.turn import Turn
@@ -63,6 +64,7 @@ class Memory:
         self._recorder = Recorder(self.settings, self.encoder, self._located)
         self._adviser = Adviser(self.store, self.settings, clock)
         self._reuser = Reuser(self.store, self._recaller, self.encoder, normal, self.settings.reuse_audit)
+        self._router = Router(self.store, self.settings, lambda: self.encoder.fingerprint)
         self._shadow = Shadow(self._considered, self._propose)
         self._upkeep = Upkeep(self.store, self.encoder)
 
@@ -107,16 +109,21 @@ class Memory:
         approach: str = "none",
         size: int = 0,
         text_only: bool = False,
+        approaches: Collection[str] | None = None,
     ) -> Turn:
         """Recall and decide for a request in OpenAI's form; send `turn.messages` upstream, then call `finish`.
 
         `size` is the body's length in bytes where it is known; `text_only` asks for a block even where turns
-        would serve. Raises InvalidField for a bad `agent_memory` field, TimeoutError when past the deadline.
+        would serve; `approaches` are those that can be run, None for all. Raises InvalidField for a bad
+        `agent_memory` field, TimeoutError when past the deadline.
         """
         started = time.perf_counter()
         turn = self.new_turn(body, tenant=tenant, options=options, approach=approach)
         if turn.options.mode == "off":
             return turn.skip("mode_off")
+        auto = turn.options.approach == AUTO
+        if auto:
+            turn = self._router.by_default(turn)
         if size > self.settings.max_request_bytes:
             return turn.skip("too_large")
         conversation = conversations.parse(body)
@@ -124,6 +131,8 @@ class Memory:
         if not turn.options.reads:
             return turn.skip("mode_write")
         turn = self._decided(turn, conversation, text_only=text_only)
+        if auto and turn.action != "reuse":
+            turn = self._routed(turn, conversation, approaches)
         return replace(turn, recall_ms=(time.perf_counter() - started) * 1000)
 
     def guard(self, turn: Turn, completion: Mapping[str, Any]) -> tuple[Turn, bool]:
@@ -251,7 +260,14 @@ class Memory:
         """Return why a request was answered as it was: what memory had to say, what was decided. Raises NotFound."""
         trace = self.trace(trace_id, tenant=tenant)
         kept = ("trace_id", "episode_id", "action", "approach", "model", "held_out", "propensity")
-        return {key: trace[key] for key in (*kept, "skipped", "injected", "withheld", "calls", "outcome", "proposal")}
+        return {
+            key: trace[key]
+            for key in (*kept, "skipped", "injected", "withheld", "calls", "outcome", "proposal", "policy")
+        }
+
+    def policy(self, scope: Scope | None = None) -> dict[str, Any]:
+        """Return the arms of approach `auto` in a scope, and what is believed of each, in all and by task cluster."""
+        return {"object": "policy", **self._router.believed(scope or Scope("local"))}
 
     def rebuild(self) -> dict[str, int]:
         """Fold the whole log again; return how many traces were read and how many memories came of it."""
@@ -308,6 +324,12 @@ class Memory:
         left_s = self.settings.deadline_ms / 1000 - (time.perf_counter() - turn.started) if turn.options.reuse else 5.0
         key = conversations.key_of(turn.conversation.task)
         return self._reuser.considered(turn, self.encoder.ask(key, left_s * ENCODER_SHARE).vector(), self._secret())
+
+    def _routed(self, turn: Turn, conversation: Conversation, approaches: Collection[str] | None) -> Turn:
+        left_s = self.settings.deadline_ms / 1000 - (time.perf_counter() - turn.started)
+        key = conversations.key_of(conversation.task)
+        vector = self.encoder.ask(key, left_s * ENCODER_SHARE).vector() if conversation.task else None
+        return self._router.routed(turn, vector, self._secret(), approaches)
 
     def _propose(self, turn: Turn) -> None:
         self.store.post(lambda tx: self._recorder.record_proposal(tx, turn))

@@ -88,6 +88,8 @@ class Recorder:
             observed = tx.add_steps(scope_id, trace.episode_id, trace.trace_id, steps)
             if turn.proposal is not None and turn.decision is not None:
                 tx.add_proposal(trace, scope_id, turn.proposal, turn.decision)
+            if turn.choice is not None:
+                tx.add_decision(trace, scope_id, turn.choice, turn.length)
             fold.trace_arrived(tx, trace)
             fold.steps_arrived(tx, trace, observed, received_at=time.time())
 

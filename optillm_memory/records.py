@@ -242,6 +242,23 @@ class Placement:
     items: tuple[Injected, ...] = ()
 
 
+OWN_MODEL = "default"  # in an arm: the model that the request names
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way of answering: `approach@model`; `price` is what a thousand of its tokens cost, in any unit."""
+
+    name: str
+    approach: str
+    model: str
+    price: float = 1.0
+
+    def model_for(self, asked: str) -> str:
+        """Return the model to call where the request names this one."""
+        return asked if self.model == OWN_MODEL else self.model
+
+
 _uuid_lock = threading.Lock()
 _uuid_last = 0
 

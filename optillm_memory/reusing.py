@@ -6,6 +6,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 _EXEMPLARS_KEPT = 20_000  # of one scope
 _SCOPES_KEPT = 64
 _WAITING = 256  # requests to look at behind the callers' backs; more are let go
+_PAUSE_S = 0.03  # until then the response is out: work in between would hold the interpreter while it is sent
 _Known: TypeAlias = tuple[int, Exemplar | None]  # with the revision up to which this holds
 _UNKNOWN: _Known = (-1, None)
 
@@ -152,26 +154,32 @@ class Shadow:
         """`record` takes the turns that memory has a proposal for."""
         self._consider = consider
         self._record = record
-        self._queue: queue.Queue[Turn | None] = queue.Queue(_WAITING)
+        self._queue: queue.Queue[tuple[float, Turn] | None] = queue.Queue(_WAITING)
+        self._hurry = threading.Event()
         self._thread = threading.Thread(target=self._run, name="agent-memory-shadow", daemon=True)
         self._thread.start()
 
     def submit(self, turn: Turn) -> None:
         """Have a turn considered, unless too many wait."""
         with contextlib.suppress(queue.Full):
-            self._queue.put_nowait(turn)
+            self._queue.put_nowait((time.monotonic() + _PAUSE_S, turn))
 
     def close(self) -> None:
         """Stop the thread after what waits."""
+        self._hurry.set()
         self._queue.put(None)
         self._thread.join(10)
 
     def flush(self) -> None:
         """Wait until nothing waits."""
+        self._hurry.set()
         self._queue.join()
+        self._hurry.clear()
 
     def _run(self) -> None:
-        while (turn := self._queue.get()) is not None:
+        while (waiting := self._queue.get()) is not None:
+            due, turn = waiting
+            self._hurry.wait(max(0.0, due - time.monotonic()))
             try:
                 considered = self._consider(turn)
                 if considered.proposal is not None:

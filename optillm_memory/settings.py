@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from optillm_memory.errors import InvalidField
+from optillm_memory.records import Arm
 
 ENV_PREFIX = "OPTILLM_AGENT_MEMORY_"
+_ARM = re.compile(r"([A-Za-z0-9_.-]+)@([^\s,=]+)(?:=([0-9.eE+-]+))?")
 
 
 def _setting(
@@ -46,6 +49,23 @@ class Settings:
         "how answers are compared: `text` (case, white space and a full stop at the end do not count), `number` (the "
         "last number), `json`, or a function of one's own that gives the form to compare, as `module:function`",
     )
+    arms: str = _setting(
+        "",
+        "the ways of answering that `approach: auto` chooses from, as `approach@model=price, ...`: the first is the "
+        "default, the model `default` is the one that the request names, the price that of a thousand tokens "
+        "(1 where left out)",
+    )
+    cost_price: float = _setting(0.01, "reward that must come of a unit of an arm's cost for it to pay", low=0)
+    second_price: float = _setting(0.0, "reward that must come of a second of waiting for it to pay", low=0)
+    exploration: float = _setting(
+        0.003, "reward a request that finding out about other arms may cost, as far as one can tell", low=0, high=1
+    )
+    audition: float = _setting(
+        0.0,
+        "share of the first 400 requests that is spread evenly over the arms; with one, the default has no claim",
+        low=0,
+        high=1,
+    )
     guard: str = _setting(
         "retry",
         "what happens when the model is about to repeat an action that is known to fail: `retry` asks it once more, "
@@ -72,11 +92,17 @@ class Settings:
             if (low is not None and not value >= low) or (high is not None and not value <= high):  # NaN is neither
                 bounds = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise InvalidField(env_name(item.name), f"{value!r} is out of range; use {bounds}")
+        _arms(self.arms, env_name("arms"))
 
     @property
     def path(self) -> Path:
         """The database file with `~` expanded."""
         return Path(self.db).expanduser()
+
+    @property
+    def parsed_arms(self) -> tuple[Arm, ...]:
+        """The arms, the default first."""
+        return _arms(self.arms, env_name("arms"))
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
@@ -119,3 +145,28 @@ def _parse(name: str, text: str, kind: type) -> Any:
         return kind(text)
     except ValueError:
         raise InvalidField(name, f"{text!r} is not a number of type {kind.__name__}") from None
+
+
+def _arms(text: str, param: str) -> tuple[Arm, ...]:
+    """Read `approach@model=price, ...`; the price is 1 where it is left out, and the first arm is the default.
+
+    Raises InvalidField.
+    """
+    arms: dict[str, Arm] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        found = _ARM.fullmatch(item)
+        if found is None:
+            raise InvalidField(param, f"{item!r} is no arm; write approach@model or approach@model=price")
+        approach, model, price = found.groups()
+        name = f"{approach}@{model}"
+        if approach in ("agent_memory", "auto"):
+            raise InvalidField(param, f"{name!r}: an arm's approach is `none` or one of optillm's own")
+        if name in arms:
+            raise InvalidField(param, f"{name!r} is there twice")
+        try:
+            arms[name] = Arm(name, approach, model, 1.0 if price is None else float(price))
+        except ValueError:
+            raise InvalidField(param, f"{item!r}: {price!r} is no number") from None
+        if arms[name].price < 0:
+            raise InvalidField(param, f"{item!r}: a price is 0 or more")
+    return tuple(arms.values())

@@ -13,6 +13,7 @@ from optillm_memory.conversation.steps import calls_of
 from optillm_memory.conversation.text import text_of
 from optillm_memory.decide.agreement import Proposal
 from optillm_memory.decide.gate import Decision
+from optillm_memory.decide.policy import Choice
 from optillm_memory.inject.place import append_text, place
 from optillm_memory.records import Action, Injected, Message, Placement, Scope, new_trace_id, uuid7_hex
 from optillm_memory.store.calls import ModelCall
@@ -26,7 +27,9 @@ class Turn:
     request would have had. `conversation` is None
     where memory was not consulted. `calls` are the model calls behind the answer, where that is not one plain call.
     `proposal` is what memory would answer by itself, `decision` what the gate says of
-    it; where the action is `reuse`, that is the answer, and nothing goes upstream. `started` is on the monotonic clock,
+    it; where the action is `reuse`, that is the answer, and nothing goes upstream. `arm` is what answers a request of
+    approach `auto`, `choice` how it came to that where it is not the episode's, and `length` the request's characters.
+    `started` is on the monotonic clock,
     `created_at` in Unix seconds.
     """
 
@@ -55,6 +58,9 @@ class Turn:
     calls: tuple[ModelCall, ...] = ()
     proposal: Proposal | None = None
     decision: Decision | None = None
+    arm: str = ""
+    choice: Choice | None = None
+    length: int = 0
 
     @property
     def sent(self) -> list[Message]:
@@ -133,8 +139,15 @@ class Turn:
             "skipped": [dict(item) for item in self.skipped],
             "recall_ms": round(self.recall_ms, 3),
             **({"extra_calls": self.extra_calls} if self.extra_calls else {}),
+            **({"policy": self._policy()} if self.arm else {}),
             **({"reuse": self._reuse()} if self.options.reuse and self.decision else {}),
         }
+
+    def _policy(self) -> dict[str, Any]:
+        shown: dict[str, Any] = {"arm": self.arm}
+        if self.choice is not None:
+            shown |= {"propensity": round(self.choice.propensity, 4), "reason": self.choice.reason}
+        return shown
 
     def _reuse(self) -> dict[str, Any]:
         assert self.decision is not None

@@ -281,6 +281,7 @@ ROUTES = [
     ("GET", "traces/x"),
     ("GET", "traces/x/why"),
     ("GET", "uplift"),
+    ("GET", "policy"),
     ("GET", "memories"),
     ("GET", "memories?query=x"),
     ("GET", "memories/x"),

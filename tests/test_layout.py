@@ -28,6 +28,7 @@ ORDER = [
     "turn",
     "advising",
     "reusing",
+    "routing",
     "recording",
     "upkeep",
     "memory",

@@ -16,7 +16,7 @@ from optillm_memory.errors import InvalidField
 from optillm_memory.memory import Memory
 
 PAIRS = Path(__file__).with_name("near_misses.jsonl")
-SHADOW = Way("shadow", {})
+SHADOW, SEED = Way("shadow", {}), Way("seed", {"mode": "write"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,8 @@ def measure(
 ) -> dict[str, Any]:
     """Return the shares served among pairs that differ and that do not, after other traffic and without any.
 
-    The gate learns from the traffic in shadow; then each `a` is verified with an answer of its own, and each `b` is
-    asked with `reuse`. Nothing is learned from the `b`s.
+    The gate learns from the traffic in shadow; then each `a` is put into memory, verified with an answer of its own,
+    and each `b` is asked with `reuse`. The gate learns nothing from the pairs.
     """
     say("encoding the questions")
     encoder = remembering([t.input for t in traffic] + [q for p in pairs for q in (p.a, p.b)])
@@ -79,23 +79,22 @@ def measure(
 def _served(memory: Memory, pairs: Sequence[Pair], max_error: float) -> dict[str, Any]:
     for number, pair in enumerate(pairs):
         answer = f"answer {number}"
-        turn, _, _ = ask(memory, pair.a, lambda _request, answer=answer: answer, SHADOW)  # type: ignore[misc]
+        turn, _, _ = ask(memory, pair.a, lambda _request, answer=answer: answer, SEED)  # type: ignore[misc]
         tell(memory, turn, Task(pair.a, answer), right=True)
     way = Way("gate", {"mode": "read", "reuse": {"max_error": max_error}})
     refusing: Upstream = lambda _request: ""  # noqa: E731
     served: Counter[tuple[bool, str]] = Counter()
+    reasons: Counter[str] = Counter()
     asked = Counter((pair.same_answer, pair.category) for pair in pairs)
-    right: Counter[bool] = Counter()
     for number, pair in enumerate(pairs):
-        _, answer, action = ask(memory, pair.b, refusing, way)
-        if action == "reuse":
-            served[pair.same_answer, pair.category] += 1
-            right[pair.same_answer and answer == f"answer {number}"] += 1
+        turn, answer, _ = ask(memory, pair.b, refusing, way)
+        reasons[turn.decision.reason if turn.decision else "not_considered"] += 1
+        # Where `b` is the `a` of another pair, it is rightly answered with that one's answer.
+        served[pair.same_answer, pair.category] += answer == f"answer {number}"
     return {
         "differing_served": _share(served, asked, same=False),
         "same_served": _share(served, asked, same=True),
-        "hits_right": right[True],
-        "hits_wrong": right[False],
+        "reasons": dict(reasons),
         "by_category": {
             category: round(served[same, category] / count, 4) for (same, category), count in sorted(asked.items())
         },

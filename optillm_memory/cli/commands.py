@@ -63,6 +63,13 @@ def _open(db: str | None, *, encoder: str | None = "none") -> Memory:
     return Memory(settings)
 
 
+def _scope(memory: Memory, tenant: str | None, namespace: str, user_id: str, agent_id: str) -> Scope:
+    tenants = [tenant] if tenant is not None else memory.store.tenants(namespace)
+    if len(tenants) > 1:
+        raise click.UsageError(f"several tenants have this namespace; name one with --tenant: {', '.join(tenants)}")
+    return Scope(tenants[0] if tenants else "", namespace, user_id, agent_id)
+
+
 def _print(value: Any, *, as_json: bool, text: Callable[[], str]) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str) if as_json else text())
 
@@ -175,6 +182,21 @@ def uplift(limit: int, db: str | None, *, as_json: bool) -> None:
 
 
 @main.command()
+@_scoped
+@_database
+def policy(
+    tenant: str | None, namespace: str, user_id: str, agent_id: str, db: str | None, *, as_json: bool
+) -> None:  # fmt: skip
+    """Show the arms of approach `auto`, what is believed of each, and why."""
+    from optillm_memory.routing import summary
+
+    with _open(db, encoder=None) as memory:
+        memory.encoder.wait(120)
+        found = memory.policy(_scope(memory, tenant, namespace, user_id, agent_id))
+    _print(found, as_json=as_json, text=lambda: render.mapping(summary(found)))
+
+
+@main.command()
 @click.argument("query")
 @click.option("--limit", default=5, show_default=True, help="How many at most.")
 @_scoped
@@ -186,11 +208,7 @@ def recall(
     """Show what a request with the task QUERY would recall."""
     with _open(db, encoder=None) as memory:
         memory.encoder.wait(120)
-        tenants = [tenant] if tenant is not None else memory.store.tenants(namespace)
-        if len(tenants) > 1:
-            raise click.UsageError(f"several tenants have this namespace; name one with --tenant: {', '.join(tenants)}")
-        scope = Scope(tenants[0] if tenants else "", namespace, user_id, agent_id)
-        hits = memory.recall(query, scope=scope, limit=limit)
+        hits = memory.recall(query, scope=_scope(memory, tenant, namespace, user_id, agent_id), limit=limit)
     found = [{**asdict(h.memory), "score": h.score, "cosine": h.cosine, "lexical": h.lexical} for h in hits]
     _print(found, as_json=as_json, text=lambda: render.memories(found) if found else "nothing relevant")
 

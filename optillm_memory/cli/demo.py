@@ -15,8 +15,8 @@ from optillm_memory.cli import render
 
 
 @click.command()
-@click.option("--baseline", type=click.IntRange(1, 48), default=8, show_default=True, help="Tasks without memory.")
-@click.option("--session", type=click.IntRange(1, 72), default=42, show_default=True, help="Tasks in each session.")
+@click.option("--baseline", type=click.IntRange(1, 48), default=6, show_default=True, help="Tasks without memory.")
+@click.option("--session", type=click.IntRange(1, 72), default=34, show_default=True, help="Tasks in each session.")
 @click.option("--again", type=click.IntRange(1, 48), default=18, show_default=True, help="Tasks at the end.")
 @click.option("--seed", default=0, show_default=True, help="Seeds the tasks' order.")
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file.")

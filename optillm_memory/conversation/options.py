@@ -14,6 +14,7 @@ from optillm_memory.records import Feedback, Mode
 FIELD = "agent_memory"
 HEADER_PREFIX = "X-Agent-Memory-"
 NAME_LIMIT = 200
+AUTO = "auto"  # the approach that has the policy choose
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ class Exchange:
         begun, fault = fail_open.call(
             lambda: memory.begin(
                 body, tenant=tenant, options=options, approach=approach, size=incoming.size,
-                text_only=incoming.adds_to_query,
+                text_only=incoming.adds_to_query, approaches=(*host.known_approaches, *host.plugin_approaches),
             )
         )  # fmt: skip
         exchange.turn = begun if begun is not None else turn.skip(fault)
@@ -75,6 +75,11 @@ class Exchange:
         turn = self.turn
         self.receipts = self.memory.submit_feedback(turn.options.feedback, tenant=turn.scope.tenant, scope=turn.scope)
 
+    @property
+    def inner(self) -> str:
+        """The approach that answers: the policy's arm, or the one that was asked for."""
+        return self.turn.approach
+
     # -- the ways the host calls -------------------------------------------------------------------
 
     def query_with_memory(self, query: str) -> str:
@@ -85,7 +90,9 @@ class Exchange:
 
     def ask(self, client: Any, model: str, config: dict[str, Any]) -> dict[str, Any]:
         """Make the upstream call, plain or through the wrapped approach; return a completion."""
-        inner, messages = self.incoming.inner, self.turn.messages
+        inner, messages = self.inner, self.turn.messages
+        if self.turn.arm:
+            model = self.turn.model
         # `none` takes the messages as they are; other approaches take them flattened.
         flattened = inner != "none" or not messages
         system_prompt, query, _ = self.host.parse_conversation(messages) if flattened else ("", "", None)
@@ -125,7 +132,7 @@ class Exchange:
         """
         first = self.ask(client, model, config)
         memory, before = self.memory, self.turn
-        if memory is None or self.incoming.inner != "none" or self.finished:
+        if memory is None or self.inner != "none" or self.finished:
             return first
         guarded, _ = self.fail_open.call(lambda: memory.guard(before, first))
         if guarded is None:
@@ -154,7 +161,7 @@ class Exchange:
         if self.acknowledged is None and (receipts := self.receipts) is not None:
             self.acknowledged = []
             self.fail_open.quietly(lambda: self._acknowledge(receipts(self.receipt_wait_s)))
-        if self.incoming.inner != "none":
+        if self.inner != "none":
             metadata["calls"] = len(self.calls)
         if self.acknowledged is not None:
             metadata["feedback"] = self.acknowledged
@@ -181,7 +188,7 @@ class Exchange:
         completion = self.completion or {"choices": self.choices, "usage": {"completion_tokens": self.tokens}}
         calls = self.calls.close()
         # A single plain call is the trace itself.
-        turn = replace(self.turn, calls=calls) if self.incoming.inner != "none" or len(calls) > 1 else self.turn
+        turn = replace(self.turn, calls=calls) if self.inner != "none" or len(calls) > 1 else self.turn
         self.memory.finish(turn, None if self.error else completion, error=self.error)
 
     def _mend(self, response: flask.Response) -> None:

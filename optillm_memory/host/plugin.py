@@ -55,7 +55,7 @@ def run(
             config["n"] = flask.g.get(SENT_N)
         exchange.completion = exchange.ask_guarded(client, model, config)
         return exchange.labelled(exchange.completion), 0
-    if exchange.incoming.operation == "SINGLE" and exchange.incoming.inner == "none":
+    if exchange.incoming.operation == "SINGLE" and exchange.inner == "none":
         return _share_out(exchange, client, model, config)
     # The host runs us n times, or beside or after others: one answer each time, in words.
     completion = exchange.ask(client, model, {**config, "n": 1})

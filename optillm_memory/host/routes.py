@@ -109,6 +109,14 @@ def uplift() -> Answer:
     return flask.jsonify(report(episodes, limit=_limit())), 200
 
 
+@blueprint.get("/policy")
+def policy() -> Answer:
+    """Return the arms of approach `auto` and what is believed of them in the caller's scope."""
+    tenant = caller_of(flask.request, host())
+    scope = scope_of(flask.request, ANONYMOUS if tenant == OPERATOR else tenant)
+    return flask.jsonify(_memory().policy(scope)), 200
+
+
 @blueprint.get("/stats")
 def stats() -> Answer:
     """Return counts of the whole store, and the faults that requests were kept from."""

@@ -55,6 +55,9 @@ class Log(Protocol):
     def weigh(self, scope: Scope, episode_id: str) -> None:
         """Bring up to date what an episode says of its memories' uplift, and whether they are retired."""
 
+    def credit(self, scope: Scope, episode_id: str) -> None:
+        """Bring up to date what the arm that an episode was given earned, and what the episode took in all."""
+
     def attempts(self, scope: Scope, episode_id: str) -> list[Attempt]:
         """Return the observed steps of an episode with what their observations say, in order."""
 
@@ -98,6 +101,7 @@ def relearn(log: Log, trace_ids: Iterable[str]) -> None:
         log.put_label(trace, learned)
     for scope, episode_id in episodes:
         log.weigh(scope, episode_id)
+        log.credit(scope, episode_id)
 
 
 def rebuild(log: Log) -> int:
@@ -174,6 +178,7 @@ def trace_arrived(log: Log, trace: Trace) -> None:
         relearn_steps(log, trace.scope, trace.episode_id)
     else:  # its episode may have an outcome already, and what memory said here comes first
         log.weigh(trace.scope, trace.episode_id)
+    log.credit(trace.scope, trace.episode_id)
 
 
 def proposal_arrived(log: Log, trace: Trace) -> None:

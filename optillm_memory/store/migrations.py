@@ -42,6 +42,13 @@ def m003_calls_proposals_and_decisions(db: Database) -> None:
         db.execute(statement)
 
 
+@migrations()
+def m004_rewards(db: Database) -> None:
+    """Note what the policy saw of a request, and make room for what came of its choices."""
+    for statement in _M004:
+        db.execute(statement)
+
+
 _NUMBERED = re.compile(r"m\d{3}_")
 _M001 = (
     "CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID",
@@ -169,4 +176,13 @@ _M003 = (
         held_out INTEGER NOT NULL, share REAL NOT NULL, success INTEGER NOT NULL,
         PRIMARY KEY(memory_id, scope_id, episode_id)) WITHOUT ROWID""",
     "CREATE INDEX exposures_episode ON exposures(scope_id, episode_id)",
+)
+_M004 = (
+    "ALTER TABLE decisions ADD COLUMN stake REAL NOT NULL DEFAULT 0",
+    "ALTER TABLE decisions ADD COLUMN length INTEGER NOT NULL DEFAULT 0",
+    # Derived: what the arm that an episode was given earned (NULL until a verified outcome tells) and took.
+    """CREATE TABLE rewards(
+        trace_id TEXT PRIMARY KEY, scope_id INTEGER NOT NULL, reward REAL, tokens INTEGER NOT NULL,
+        latency_ms REAL NOT NULL, revision INTEGER NOT NULL) WITHOUT ROWID""",
+    "CREATE INDEX rewards_scope ON rewards(scope_id, revision)",
 )

@@ -20,6 +20,7 @@ from optillm_memory.records import Injected, MemoryRecord, Placement, Scope, Tra
 from optillm_memory.store import rows
 from optillm_memory.store.calls import model_calls
 from optillm_memory.store.connection import Connection, Readers, marks, objects
+from optillm_memory.store.decisions import DecisionReads, decision_of
 from optillm_memory.store.fixes import FixReads
 from optillm_memory.store.proposals import ProposalReads, proposal_of
 from optillm_memory.store.transaction import Transaction
@@ -28,7 +29,7 @@ from optillm_memory.store.writer import Writer
 T = TypeVar("T")
 
 
-class SqliteStore(ProposalReads, FixReads):
+class SqliteStore(ProposalReads, DecisionReads, FixReads):
     """Reads on any thread, writes through one; satisfies `recall.recaller.Source`."""
 
     def __init__(self, path: Path, *, queue_size: int = 10_000, normal: Callable[[str], str] = normal_answer) -> None:
@@ -214,6 +215,7 @@ class SqliteStore(ProposalReads, FixReads):
                 (trace_id, scope_id, scope_id, trace.episode_id, trace.scope.tenant),
             ).fetchall()
             shown["proposal"] = proposal_of(db, trace_id)
+            shown["policy"] = decision_of(db, trace_id)
             shown["calls"] = model_calls(db, trace_id)
             shown["feedback"] = [asdict(rows.feedback_of(f)) for f in feedback]
         return shown
@@ -275,7 +277,10 @@ class SqliteStore(ProposalReads, FixReads):
             outcomes = db.execute("SELECT * FROM outcomes ORDER BY trace_id").fetchall()
             fixes = db.execute("SELECT * FROM fix_evidence ORDER BY memory_id, episode_id, step_id, role").fetchall()
             labels = db.execute("SELECT trace_id, correct FROM labels ORDER BY trace_id").fetchall()
-        return [*memories, *outcomes, *fixes, *labels]
+            rewards = db.execute(
+                "SELECT trace_id, reward, tokens, latency_ms FROM rewards ORDER BY trace_id"
+            ).fetchall()
+        return [*memories, *outcomes, *fixes, *labels, *rewards]
 
     def without_vectors(self, fingerprint: str, after: int, limit: int) -> list[tuple[int, str, str]]:
         """Return (number, key, key hash) of memories that this encoder has not seen: upkeep, not recall."""

@@ -17,6 +17,7 @@ from optillm_memory.records import Feedback, FeedbackStatus, Injected, Placement
 from optillm_memory.store import rows
 from optillm_memory.store.calls import CallTables
 from optillm_memory.store.connection import Connection
+from optillm_memory.store.decisions import DecisionTables
 from optillm_memory.store.evidence import ExposureTables
 from optillm_memory.store.proposals import ProposalTables
 from optillm_memory.store.steps import StepTables
@@ -29,7 +30,7 @@ def key_hash(task: str) -> str:
     return hashlib.blake2b(key_of(task).encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 
-class Transaction(ExposureTables, StepTables, ProposalTables, CallTables):
+class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, CallTables):
     """One operation on the writing connection; satisfies `learn.fold.Log`."""
 
     def __init__(self, connection: Connection, normal: Callable[[str], str] = normal_answer) -> None:
@@ -351,6 +352,7 @@ class Transaction(ExposureTables, StepTables, ProposalTables, CallTables):
             "fixes",
             "fix_evidence",
             "exposures",
+            "rewards",
         ):
             self._db.execute(f"DELETE FROM {table}")
         self._db.execute("UPDATE labels SET correct = NULL, revision = ?", (self._next("revision"),))
