@@ -164,7 +164,15 @@ def test_an_audition_spreads_the_first_requests() -> None:
     counts = Counter(chosen)
     assert counts[HEAVY.name] == pytest.approx(0.2 * AUDITIONED, abs=30)
     assert counts[SMALL.name] >= 0.2 * AUDITIONED - 30
-    assert policy.choose(ANYTHING, 0.0).arm == SMALL
+    after = policy.choose(ANYTHING, 0.0)
+    assert (after.arm, after.probabilities[HEAVY.name] < 0.05) == (SMALL, True)
+
+
+def test_with_an_audition_the_default_has_no_claim() -> None:
+    """Where the default was a guess, the arm that is more likely better answers; else certainty is needed."""
+    shares = {LARGE.name: 0.62, SMALL.name: 0.66}
+    taught_both = [taught(Policy(ARMS[:2], LARGE.name, Terms(audition=a)), shares, AUDITIONED // 2) for a in (0.0, 0.5)]
+    assert [policy.choose(ANYTHING, 0.0).arm for policy in taught_both] == [LARGE, SMALL]
 
 
 @given(st.floats(0, 1, exclude_max=True), st.sets(st.sampled_from([a.name for a in ARMS]), min_size=1), st.booleans())
