@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _EXEMPLARS_KEPT = 20_000  # of one scope
 _SCOPES_KEPT = 64
+_FORMS_KEPT = 8192  # answers in the form in which they are compared
 _WAITING = 256  # requests to look at behind the callers' backs; more are let go
 _PAUSE_S = 0.03  # until then the response is out: work in between would hold the interpreter while it is sent
 _Known: TypeAlias = tuple[int, Exemplar | None]  # with the revision up to which this holds
@@ -60,7 +62,7 @@ class Reuser:
         self._source = source
         self._recaller = recaller
         self._encoder = encoder
-        self._normal = normal
+        self._normal = lru_cache(maxsize=_FORMS_KEPT)(normal)
         self._lock = threading.Lock()
         self._known: OrderedDict[Scope, dict[int, _Known]] = OrderedDict()
         self._keepers: OrderedDict[Scope, Keeper] = OrderedDict()
@@ -84,9 +86,10 @@ class Reuser:
         decision = gate.decide(proposal, partition, max_error, audit=audit, quarantined=quarantined)
         if turn.held_out and decision.serve:  # only what would have been served: the other half of the comparison
             decision = replace(decision, serve=False, reason="holdout")
-        turn = replace(turn, proposal=proposal, decision=decision)
+        action = "reuse" if decision.serve else turn.action
+        turn = replace(turn, proposal=proposal, decision=decision, action=action)
         if decision.serve:
-            return replace(turn, action="reuse")
+            return turn
         return turn.skip(f"reuse_{decision.reason}") if wanted else turn
 
     def gate(self, scope: Scope) -> Gate:

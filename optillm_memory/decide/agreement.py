@@ -14,6 +14,7 @@ import math
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from optillm_memory.decide.wording import LONGEST, STRONG, Wording, difference, is_time_dependent, wording
 
@@ -29,6 +30,7 @@ _NAMED = 8
 _BY_THE_WAY = frozenset(["veto_scope", "time_dependent"])
 # Two wordings that differ may be one question asked twice; three show that the answer does not hang on it.
 _VARIANTS = 3
+_KEPT = 8192  # texts whose forms are kept: the same neighbours come up again and again
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +83,13 @@ def propose(query: str, neighbours: Sequence[Neighbour], normal: Callable[[str],
     if same:
         key = keys[same[0]]
     supporters = [n for n, k in zip(nearest, keys, strict=True) if k == key]
+    similarity = sum(n.cosine for n in supporters[:_THICK]) / _THICK
     rival = max((n.cosine for n, k in zip(nearest, keys, strict=True) if k != key), default=0.0)
-    case = _examine(query, supporters)
-    against = case.vetoes
-    if same:
+    if not same:
+        case = _examine(query, supporters, similarity)
+        against = case.vetoes
+    else:
+        case = _Case([], similarity)
         # One text with two verified answers has none; one that has failed since may be asked, but not served.
         against = ["time_dependent"] if is_time_dependent(query) else []
         against += ["conflict"] if any(keys[i] != key for i in same) else []
@@ -103,7 +108,7 @@ def _distinct(neighbours: Sequence[Neighbour]) -> list[Neighbour]:
     ordered = sorted(neighbours, key=lambda n: (-n.cosine, n.memory_id))[:NEAREST]
     kept: dict[tuple[str, str], Neighbour] = {}
     for item in ordered:
-        kept.setdefault((" ".join(item.text.split()).casefold(), item.answer), item)
+        kept.setdefault((_folded(item.text), item.answer), item)
     return list(kept.values())
 
 
@@ -113,6 +118,12 @@ def _asked_before(query: str, nearest: Sequence[Neighbour]) -> list[int]:
     return [i for i, n in enumerate(nearest) if len(n.text) <= 2 * len(query) + 64 and _plain(n.text) == wanted]
 
 
+@lru_cache(maxsize=_KEPT)
+def _folded(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+@lru_cache(maxsize=_KEPT)
 def _plain(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
@@ -137,8 +148,7 @@ class _Case:
     doubts: int = 0
 
 
-def _examine(query: str, supporters: Sequence[Neighbour]) -> _Case:
-    similarity = sum(n.cosine for n in supporters[:_THICK]) / _THICK
+def _examine(query: str, supporters: Sequence[Neighbour], similarity: float) -> _Case:
     readable = [n for n in supporters if len(n.text) <= LONGEST]
     if len(query) > LONGEST or not readable:
         return _Case(["too_long"], similarity, 1.0)
