@@ -143,6 +143,24 @@ def test_an_arm_that_left_the_settings_is_forgotten(memory: Memory, tmp_path: Pa
         assert ask(changed, "go on", episode_id=gone.episode_id).arm in believed["all"]
 
 
+def test_the_model_default_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
+    """Whatever model the default arm names, `default` in another arm is the request's own."""
+    with opened(tmp_path, arms="none@small, none@default") as memory:
+        models = {turn.arm: turn.model for turn in (ask(memory, f"question {n}") for n in range(12))}
+    assert models == {"none@small": "small", "none@default": "m"}
+
+
+def test_rebuild_leaves_nothing_that_the_log_does_not_say(memory: Memory) -> None:
+    """A reward that no outcome stands for is gone after a rebuild."""
+    turn = ask(memory, "what is this worth")
+    memory.settle()
+    stray = ("stray", 1, 1.0, 5, 5.0, 10**6)
+    memory.store.write(lambda tx: tx._db.execute("INSERT INTO rewards VALUES (?, ?, ?, ?, ?, ?)", stray)).result(10)
+    memory.rebuild()
+    assert [row[0] for row in memory.store.derived() if row[0] == "stray"] == []
+    assert rewards(memory) == {turn.trace_id: (None, 100)}
+
+
 @pytest.mark.parametrize(
     ("extra", "able"),
     [
