@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from optillm_memory.decide.wording import LONGEST, STRONG, Wording, difference, is_time_dependent, wording
@@ -108,7 +108,9 @@ def _distinct(neighbours: Sequence[Neighbour]) -> list[Neighbour]:
     ordered = sorted(neighbours, key=lambda n: (-n.cosine, n.memory_id))[:NEAREST]
     kept: dict[tuple[str, str], Neighbour] = {}
     for item in ordered:
-        kept.setdefault((_folded(item.text), item.answer), item)
+        first = kept.setdefault((_folded(item.text), item.answer), item)
+        if item.failed and not first.failed:
+            kept[_folded(item.text), item.answer] = replace(first, failed=True)
     return list(kept.values())
 
 

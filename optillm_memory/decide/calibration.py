@@ -1,25 +1,29 @@
 """Calibration: which thresholds of the score are proven to keep the error among hits below a limit.
 
 **What is proven.** For labels that are independent and of which those at or above a threshold are wrong with one and
-the same probability (exchangeable traffic), the probability is at most 5 % that a threshold is ever in force, from
-one closing to the next, whose error among would-be hits is above the limit.
+the same probability (exchangeable traffic), the probability is at most 5 %, from the start to the first retreat and
+from each retreat to the next, that a threshold comes into force whose error among would-be hits is above the limit.
 
 **By which test.** Learn then Test (Angelopoulos, Bates, Candès, Jordan and Lei 2021, "Learn then Test: Calibrating
 predictive algorithms to achieve risk control"): each threshold of a grid has the null hypothesis that its error is
 above the limit, and multiple testing keeps the chance of any false rejection to 5 %. Two things spend that chance:
 
-- *Thresholds* are tested in fixed sequence from strict to lax, each only after the one before it has passed, from
-  several starts that share the 5 %. To begin at the strictest alone would stall: the few labels at the top are noisy.
+- *Thresholds* are tested in sequence from strict to lax. The 5 % are shared between several starts: to begin at the
+  strictest alone would stall, as the few labels at the top are noisy. A threshold is tested with its own share and
+  with what those before it, once proven, hand on (the fallback procedure: Wiens and Dmitrienko 2005).
 
-- *Looks.* A threshold is looked at again whenever its labels have grown by a tenth. Its share is spent over the looks
-  by a function of the number of errors that the limit lets expect, and the number of errors that passes is found
-  exactly, by convolution of binomial distributions over the paths that have not passed yet (group-sequential
+- *Looks.* A threshold is looked at again whenever its labels have grown by a twentieth. Its share is spent over the
+  looks by a function of the number of errors that the limit lets expect, and the number of errors that passes is
+  found exactly, by convolution of binomial distributions over the paths that have not passed yet (group-sequential
   spending: Lan and DeMets 1983; Jennison and Turnbull 2000).
 
 **What it rests on.** Hits are labelled less often than misses (only audits and feedback tell). Where a threshold's
 labels are not spread as its proposals are, scores are taken as strata, and labels count for as many as the stratified
-estimate is worth (Korn and Graubard 1998); that part is an approximation. Traffic that changes is not exchangeable:
-when recent labels say that the error is above the limit, everything in force is withdrawn and has to be proven again.
+estimate is worth (Korn and Graubard 1998); that part is an approximation.
+
+**When traffic changes** it is not exchangeable. When recent labels say that the error is above the limit, the gate
+retreats to the laxest threshold that was proven before and that they do not speak against; it is closed where there is
+none. What is laxer has to be proven again by labels that come after the retreat. What stays rests on older labels.
 
 While memory is small it errs more than it will, at the same score. So a score is discounted by the number of
 proposals that came before it, and thresholds are thresholds of what remains: thus early labels are like later ones.
@@ -36,14 +40,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
-# Thresholds, strictest first; where a sequence of tests starts, and its share of the confidence.
-GRID = tuple(round(0.54 - 0.02 * step, 2) for step in range(20))
-_STARTS = ((0.5, 0.1), (0.4, 0.75), (0.32, 0.15))
-_DISCOUNT, _GROWN = 0.3, 300  # what is taken off a score at first, and the proposals after which half of it is
-_FIRST_LOOK, _GROWTH, _MOST = 10, 1.1, 20_000
-_UNSPENT = 6.0  # errors expected at the limit before which nothing is spent
-_STRATUM = 20  # labels that a stratum has at least
-_RECENT, _DOUBT = 100, 0.01  # labels of would-be hits that can close, and the probability that they do by chance
+# Thresholds, strictest first; the places in the grid where tests start, and their shares of the confidence.
+GRID = tuple(round(0.54 - 0.02 * step, 2) for step in range(23))
+_SHARES = {GRID.index(0.44): 0.2, GRID.index(0.36): 0.8}
+_DISCOUNT, _GROWN = 0.25, 300  # what is taken off a score at first, and the proposals after which half of it is
+_FIRST_LOOK, _GROWTH, _MOST = 10, 1.05, 20_000
+# What is spent of a share once so many errors are expected at the limit: 1 - 7 / expected, at first nothing.
+_UNSPENT = 7.0
+_STRATUM = 20  # labels that a stratum has at least, but for the laxest
+_RECENT, _DOUBT = 100, 0.01  # labels of would-be hits that can cause a retreat, and the odds that they do by chance
 
 WRONG, RIGHT, UNKNOWN = 0, 1, 2
 
@@ -77,7 +82,9 @@ class Calibration:
         self.limit = limit
         self.closed = False
         self.recent: deque[tuple[int, int]] = deque(maxlen=4 * _RECENT)
-        self._begin()
+        self._proven = [False] * len(GRID)
+        self._laxest = -1
+        self._sample = Sample()
 
     def add(self, cell: int, verdict: int) -> None:
         """Count one proposal, and its label if it has one."""
@@ -86,8 +93,7 @@ class Calibration:
         if verdict != UNKNOWN and cell < len(GRID):
             self.recent.append((cell, verdict))
             if verdict == WRONG and cell <= self._laxest and doubtful(self.recent, self._laxest, self.limit):
-                self.closed = True
-                self._begin()
+                self._retreat()
 
     @property
     def threshold(self) -> float | None:
@@ -95,28 +101,43 @@ class Calibration:
         return GRID[self._laxest] if self._laxest >= 0 else None
 
     def labels(self, threshold: float) -> int:
-        """Return how many labels there are at or above a threshold, since the last closing."""
+        """Return how many labels there are at or above a threshold, since the last retreat."""
         return self._sample.labels[GRID.index(threshold)]
 
-    def _begin(self) -> None:
-        self._laxest = -1
-        self._sample = Sample()
-        self._following = [GRID.index(start) for start, _ in _STARTS]
-        self.recent.clear()
-
     def _look(self, node: int) -> None:
-        """Test a threshold where it is next in a sequence, and those after it by the looks that they already had."""
-        for place, (_, share) in enumerate(_STARTS):
-            if self._following[place] == node:
-                while node < len(GRID) and self._passes(node, share):
-                    self._laxest = max(self._laxest, node)
-                    self.closed = False
-                    node += 1
-                self._following[place] = node
+        """Test a threshold where it is its turn, and those after it by the looks that they already had."""
+        share = self._share(node)
+        while node < len(GRID) and (share := share + _SHARES.get(node, 0.0)) > 0 and self._passes(node, share):
+            self._proven[node] = True
+            self._laxest = max(self._laxest, node)
+            self.closed = False
+            node += 1
+
+    def _share(self, node: int) -> float:
+        """Return the share of the confidence that those before a threshold, all proven back to a start, hand on."""
+        share = 0.0
+        while node and self._proven[node - 1]:
+            node -= 1
+            share += _SHARES.get(node, 0.0)
+        return share
 
     def _passes(self, node: int, share: float) -> bool:
+        if self._proven[node]:
+            return True
         allowed = boundary(self.limit, (1 - CONFIDENCE) * share).allowed
         return any(errors <= allowed(look) for look, errors in enumerate(self._sample.errors[node]))
+
+    def _retreat(self) -> None:
+        """Go back to the laxest threshold that recent labels do not speak against; the rest begins anew."""
+        left = [node for node in range(self._laxest) if self._proven[node]]
+        while left and doubtful(self.recent, left[-1], self.limit):
+            left.pop()
+        self._laxest = left[-1] if left else -1
+        self.closed = not left
+        self._proven = [node in left for node in range(len(GRID))]
+        self._sample = Sample()
+        # What spoke against the laxer ones has had its effect.
+        self.recent = deque((r for r in self.recent if r[0] <= self._laxest), maxlen=self.recent.maxlen)
 
 
 class Sample:
@@ -168,9 +189,9 @@ class Sample:
             if strata[-1][1] >= _STRATUM:
                 strata.append([0, 0, 0])
             strata[-1] = [a + b for a, b in zip(strata[-1], cell, strict=True)]
-        if len(strata) > 1 and strata[-1][1] < _STRATUM:
-            last = strata.pop()
-            strata[-1] = [a + b for a, b in zip(strata[-1], last, strict=True)]
+        # The laxest may have fewer labels: to merge it with the one before would hide its errors among those of others.
+        if strata[-1][1] == 0:  # nothing is known of them: taken for wrong
+            strata[-1][1:] = [1, 1]
         total = sum(proposals for proposals, _, _ in strata)
         rate = sum(p / total * wrong / labels for p, labels, wrong in strata)
         # A stratum without errors has a variance all the same.
