@@ -164,7 +164,9 @@ def test_what_is_hardly_labelled_is_not_proven_by_its_number(count: int) -> None
 
 def test_labels_below_a_threshold_say_nothing_of_it() -> None:
     """Lax labels prove nothing strict, and without that nothing lax is tested."""
-    assert proven(LIMIT, (LAX, RIGHT, 3_000)).threshold is None
+    calibration = proven(LIMIT, (LAX, RIGHT, 3_000))
+    assert calibration.threshold is None
+    assert (calibration.labels(GRID[STRICT]), calibration.labels(GRID[LAX])) == (0, 3_000)
 
 
 def test_a_score_belongs_to_the_strictest_threshold_that_it_reaches() -> None:
@@ -226,6 +228,19 @@ def test_what_is_laxer_has_to_be_proven_again() -> None:
         calibration.add(LAX, RIGHT)
         fresh += 1
     assert math.log(0.05) / math.log(1 - LIMIT) <= fresh < 1_000
+
+
+def test_what_caused_a_retreat_does_not_cause_the_next() -> None:
+    """Once the lax threshold is proven again, a single error does not bring back the doubt of before."""
+    calibration = proven(0.3, (STRICT, RIGHT, 200), (LAX, RIGHT, 200))
+    for verdict, goal in ((WRONG, False), (RIGHT, True), (WRONG, True)):
+        for _ in range(1 if (verdict, goal) == (WRONG, True) else 200):
+            calibration.add(LAX, verdict)
+            threshold = calibration.threshold
+            in_force = threshold is not None and cell_of(threshold) >= LAX
+            if in_force == goal:
+                break
+        assert in_force == goal
 
 
 def test_errors_everywhere_close_the_gate_until_it_is_proven_anew() -> None:

@@ -1,4 +1,4 @@
-"""`bench stream --in-process`: the gate beside no memory, memory without reuse, and reuse by similarity alone."""
+"""`bench ladder`: the gate beside no memory, memory without reuse, and reuse by similarity alone."""
 
 from __future__ import annotations
 
