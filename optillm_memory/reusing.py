@@ -9,7 +9,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Protocol, TypeAlias
 
@@ -32,12 +32,17 @@ _SCOPES_KEPT = 64
 _FORMS_KEPT = 8192  # answers in the form in which they are compared
 _WAITING = 256  # requests to look at behind the callers' backs; more are let go
 _PAUSE_S = 0.03  # until then the response is out: work in between would hold the interpreter while it is sent
-_Known: TypeAlias = tuple[int, Exemplar | None]  # with the revision up to which this holds
-_UNKNOWN: _Known = (-1, None)
+_Version: TypeAlias = tuple[int, int]  # (generation, revision): nothing has changed while it is the same
+# An exemplar, its value, and the revision up to which this holds.
+_Known: TypeAlias = tuple[int, Exemplar | None, float]
+_UNKNOWN: _Known = (-1, None, 0.0)
 
 
 class Source(Protocol):
     """What reuse reads; every call is bound to one scope."""
+
+    def revision(self) -> tuple[int, int]:
+        """Return (generation, revision): what changes whenever any memory or label does."""
 
     def exemplars(self, scope: Scope, numbers: Iterable[int]) -> Mapping[int, Exemplar]:
         """Return the verified exemplars of the scope that have these numbers."""
@@ -65,7 +70,7 @@ class Reuser:
         self._normal = lru_cache(maxsize=_FORMS_KEPT)(normal)
         self._lock = threading.Lock()
         self._known: OrderedDict[Scope, dict[int, _Known]] = OrderedDict()
-        self._keepers: OrderedDict[Scope, Keeper] = OrderedDict()
+        self._keepers: OrderedDict[Scope, _Kept] = OrderedDict()
 
     def considered(self, turn: Turn, vector: NDArray[np.float32] | None, salt: bytes) -> Turn:
         """Return the turn with what memory would answer, and the gate's decision on it.
@@ -78,11 +83,12 @@ class Reuser:
         wanted = turn.options.reuse
         if not partition or vector is None:
             return turn.skip(f"reuse_{reason or 'no_encoder'}") if wanted else turn
-        neighbours, quarantined = self._neighbours(turn, partition, vector)
+        version = self._source.revision()
+        neighbours, quarantined = self._neighbours(turn, partition, vector, version)
         proposal = propose(conversation.task, neighbours, self._normal)
         max_error = wanted["max_error"] if wanted else None
         audit = is_audited(turn.trace_id, salt, self._audit_share)
-        gate = self.gate(turn.scope) if wanted else Gate()
+        gate = self._gate(turn.scope, version) if wanted else Gate()
         decision = gate.decide(proposal, partition, max_error, audit=audit, quarantined=quarantined)
         if turn.held_out and decision.serve:  # only what would have been served: the other half of the comparison
             decision = replace(decision, serve=False, reason="holdout")
@@ -92,22 +98,25 @@ class Reuser:
             return turn
         return turn.skip(f"reuse_{decision.reason}") if wanted else turn
 
-    def gate(self, scope: Scope) -> Gate:
+    def _gate(self, scope: Scope, version: _Version) -> Gate:
         """Return a scope's gate, up to date with the labels that are on disk."""
         with self._lock:
-            keeper = self._keepers.setdefault(scope, Keeper())
+            kept = self._keepers.setdefault(scope, _Kept())
             self._keepers.move_to_end(scope)
             while len(self._keepers) > _SCOPES_KEPT:
                 self._keepers.popitem(last=False)
-        keeper.take(*self._source.gate_changes(scope, keeper.since))
-        return keeper.gate
+        if kept.version != version:
+            kept.keeper.take(*self._source.gate_changes(scope, kept.keeper.since))
+            kept.version = version
+        return kept.keeper.gate
 
     def _neighbours(
-        self, turn: Turn, partition: str, vector: NDArray[np.float32]
+        self, turn: Turn, partition: str, vector: NDArray[np.float32], version: _Version
     ) -> tuple[list[Neighbour], frozenset[str]]:
         near = self._recaller.near(
             turn.scope,
             vector,
+            version,
             fingerprint=self._encoder.fingerprint,
             unrelated=self._encoder.unrelated,
             count=NEAREST,
@@ -115,13 +124,11 @@ class Reuser:
         known = self._exemplars(turn.scope, near)
         neighbours, quarantined = [], []
         for number, cosine, _ in near:
-            exemplar = known.get(number, _UNKNOWN)[1]
+            _, exemplar, value = known.get(number, _UNKNOWN)
             if exemplar is None or not _answers(exemplar, partition, turn.episode_id):
                 continue
             record = exemplar.record
-            neighbours.append(
-                Neighbour(record.memory_id, record.task, record.answer, cosine, record.value, exemplar.failed)
-            )
+            neighbours.append(Neighbour(record.memory_id, record.task, record.answer, cosine, value, exemplar.failed))
             if exemplar.quarantined:
                 quarantined.append(record.memory_id)
         return neighbours, frozenset(quarantined)
@@ -138,8 +145,18 @@ class Reuser:
         missing = {n: revision for n, _, revision in near if known.get(n, _UNKNOWN)[0] < revision}
         if missing:
             found = self._source.exemplars(scope, missing)
-            known.update({n: (revision, found.get(n)) for n, revision in missing.items()})
+            for number, revision in missing.items():
+                exemplar = found.get(number)
+                known[number] = revision, exemplar, exemplar.record.value if exemplar else 0.0
         return known
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A scope's keeper, and the version of the store whose labels it has taken."""
+
+    keeper: Keeper = field(default_factory=Keeper)
+    version: _Version = (-1, -1)
 
 
 def _answers(exemplar: Exemplar, partition: str, episode_id: str) -> bool:

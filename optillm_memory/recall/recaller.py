@@ -103,7 +103,8 @@ class Recaller:
         cosines: dict[int, float] = {}
         floor = 0.0
         if (query := vector()) is not None:
-            index, floor = self._index(scope, fingerprint, len(query), unrelated)
+            index = self._index(scope, fingerprint, len(query), unrelated, self._source.revision())
+            floor = index.floor
             dense = index.search(query, BREADTH)
             cosines = index.cosines(query, [n for n, _ in lexical])
         ranked = rank(dense, lexical, cosines, floor)[: 2 * limit + _OWN]
@@ -123,12 +124,23 @@ class Recaller:
         return hits[:limit]
 
     def near(
-        self, scope: Scope, query: NDArray[np.float32], *, fingerprint: str, unrelated: tuple[float, float], count: int
+        self,
+        scope: Scope,
+        query: NDArray[np.float32],
+        version: tuple[int, int],
+        *,
+        fingerprint: str,
+        unrelated: tuple[float, float],
+        count: int,
     ) -> list[tuple[int, float, int]]:
-        """Return (number, cosine, revision) of the scope's nearest memories, best first, whatever their relevance."""
+        """Return (number, cosine, revision) of the scope's nearest memories, best first, whatever their relevance.
+
+        `version` is the source's (generation, revision) as the caller just read it.
+        """
         corpus = self._corpus(scope)
-        index, _ = self._index(scope, fingerprint, len(query), unrelated)
-        return [(number, cosine, corpus.revisions.get(number, 0)) for number, cosine in index.search(query, count)]
+        index = self._index(scope, fingerprint, len(query), unrelated, version)
+        revisions = corpus.revisions
+        return [(number, cosine, revisions.get(number, 0)) for number, cosine in index.search(query, count)]
 
     def _corpus(self, scope: Scope) -> _Corpus:
         with self._lock:
@@ -139,10 +151,15 @@ class Recaller:
             return corpus
 
     def _index(
-        self, scope: Scope, fingerprint: str, dimension: int, unrelated: tuple[float, float]
-    ) -> tuple[VectorIndex, float]:
+        self,
+        scope: Scope,
+        fingerprint: str,
+        dimension: int,
+        unrelated: tuple[float, float],
+        version: tuple[int, int],
+    ) -> VectorIndex:
+        """Return the scope's index with what the source held at a version."""
         corpus = self._corpus(scope)
-        version = self._source.revision()
         with corpus.lock:
             if corpus.index is None or corpus.fingerprint != fingerprint or corpus.version[0] != version[0]:
                 corpus.index, corpus.since, corpus.fingerprint = VectorIndex(dimension, unrelated), 0, fingerprint
@@ -153,7 +170,7 @@ class Recaller:
                 else:  # too many for one request: the rest comes in the background
                     corpus.loading = True
                     threading.Thread(target=self._load_all, args=(scope, corpus), daemon=True).start()
-            return corpus.index, corpus.index.floor
+            return corpus.index
 
     def _load(self, scope: Scope, corpus: _Corpus) -> bool:
         index = corpus.index
