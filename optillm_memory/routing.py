@@ -62,13 +62,16 @@ class Router:
         `approaches` are those that the host can run; None for all.
         """
         able = [arm for arm in self.arms if can_answer(arm, turn, approaches)]
+        for arm in self.arms:
+            if approaches is not None and arm.approach not in ("none", *approaches):
+                turn = turn.skip("no_such_approach", arm=arm.name)
         if not able:
             return turn.skip("no_arm_can_answer" if self.arms else "no_arms")
         if turn.continues or turn.options.episode_id is not None:
             known = self._given.get((turn.scope, turn.episode_id))
             name = known or self._source.arm_of(turn.scope, turn.episode_id)
-            if arm := next((arm for arm in able if arm.name == name), None):
-                return given(turn, arm)
+            if kept := next((arm for arm in able if arm.name == name), None):
+                return given(turn, kept)
         learner = self._learner(turn.scope)
         situation = Situation(vector, length_of(turn.body))
         choice = learner.choose(
@@ -112,7 +115,8 @@ class Router:
             self._learners.move_to_end(key)
             while len(self._learners) > _SCOPES_KEPT:
                 self._learners.popitem(last=False)
-        learner.take(*self._source.choices(scope, learner.since, key[1]))
+        if not learner.busy:
+            learner.take(*self._source.choices(scope, learner.since, key[1]))
         return learner
 
 

@@ -46,6 +46,7 @@ def test_the_policy_learns_and_goes_on_after_a_restart(upstream: RecordingUpstre
             completion = host.chat(f"How many parts has order number {number}?", memory=memory)
             shown = completion["agent_memory"]["policy"]
             arms.append(shown["arm"])
+            assert {"reason": "no_such_approach", "arm": "gone@default"} in completion["agent_memory"]["skipped"]
             assert 0 < shown["propensity"] <= 1
             approach, model = shown["arm"].split("@")
             asked = host.sent[-1]

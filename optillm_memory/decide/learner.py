@@ -68,6 +68,11 @@ class Learner:
                 self._reserved[trace_id] = (choice.stake, now)
         return choice
 
+    @property
+    def busy(self) -> bool:
+        """Whether rows are being folded behind the caller's back: more are not taken until then."""
+        return self._folding is not None
+
     def wait(self, timeout_s: float) -> None:
         """Wait until what is folded behind is there."""
         if (thread := self._folding) is not None:
