@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hosting import JSON, MODEL, Host, chunks_of, served
+from hosting import JSON, MODEL, Host, chunks_of, served, until
 
 from optillm_memory.bench.upstream import RecordingUpstream
 
@@ -65,7 +65,9 @@ def test_who_does_not_ask_for_reuse_gets_the_model(host: Host, known: dict[str, 
     assert len(host.sent) == 1
     assert "reuse" not in answered["agent_memory"]
     host.settle()
-    assert host.get(f"traces/{answered['id']}/why")["proposal"]["reason"] == "shadow"
+    why = f"traces/{answered['id']}/why"
+    assert until(lambda: host.get(why)["proposal"] is not None)  # it is found out behind the answer's back
+    assert host.get(why)["proposal"]["reason"] == "shadow"
 
 
 def test_what_is_not_calibrated_goes_on_to_the_model_once(host: Host, known: dict[str, Any]) -> None:

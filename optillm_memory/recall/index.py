@@ -82,7 +82,7 @@ class VectorIndex:
         scores = np.vecdot(self._vectors[:size], query)
         best = np.argpartition(scores, -count)[-count:] if size > count else np.arange(size)
         best = best[np.argsort(-scores[best], kind="stable")]
-        return [(int(self._numbers[row]), float(scores[row])) for row in best]
+        return list(zip(self._numbers[best].tolist(), scores[best].tolist(), strict=True))
 
     def cosines(self, query: NDArray[np.float32], numbers: Sequence[int]) -> dict[int, float]:
         """Return the cosine of each number that has a row."""
