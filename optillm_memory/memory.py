@@ -123,7 +123,7 @@ class Memory:
             return turn.skip("mode_off")
         auto = turn.options.approach == AUTO
         if auto:
-            turn = self._router.by_default(turn)
+            turn = self._router.by_default(turn, approaches)
         if size > self.settings.max_request_bytes:
             return turn.skip("too_large")
         conversation = conversations.parse(body)

@@ -52,9 +52,12 @@ class Router:
         # Arms by episode: the log may not have them yet when the next request comes.
         self._given: OrderedDict[tuple[Scope, str], str] = OrderedDict()
 
-    def by_default(self, turn: Turn) -> Turn:
-        """Return the turn with the default arm, for a request that the policy is not asked about."""
-        return given(turn, self.arms[0]) if self.arms else turn.skip("no_arms")
+    def by_default(self, turn: Turn, approaches: Collection[str] | None) -> Turn:
+        """Return the turn with the first arm that can answer it, for a request that the policy is not asked about."""
+        arm = next((arm for arm in self.arms if can_answer(arm, turn, approaches)), None)
+        if arm is None:
+            return turn.skip("no_arm_can_answer" if self.arms else "no_arms")
+        return given(turn, arm)
 
     def routed(self, turn: Turn, vector: NDArray[Any] | None, salt: bytes, approaches: Collection[str] | None) -> Turn:
         """Return the turn with an arm: that of its episode, or one that the policy chooses.
@@ -66,7 +69,7 @@ class Router:
             if approaches is not None and arm.approach not in ("none", *approaches):
                 turn = turn.skip("no_such_approach", arm=arm.name)
         if not able:
-            return turn.skip("no_arm_can_answer" if self.arms else "no_arms")
+            return turn  # which says so already
         if turn.continues or turn.options.episode_id is not None:
             known = self._given.get((turn.scope, turn.episode_id))
             name = known or self._source.arm_of(turn.scope, turn.episode_id)
@@ -135,8 +138,8 @@ def can_answer(arm: Arm, turn: Turn, approaches: Collection[str] | None) -> bool
         return True
     if approaches is not None and arm.approach not in approaches:
         return False
-    body, conversation = turn.body, turn.conversation
-    messages = conversation.messages if conversation is not None else ()
+    body = turn.body
+    messages = [m for m in turn.sent if isinstance(m, Mapping)]
     return not (
         body.get("tools")
         or body.get("functions")

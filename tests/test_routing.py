@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from optillm_memory.conversation.options import Options
-from optillm_memory.conversation.parse import parse
 from optillm_memory.memory import Memory
 from optillm_memory.records import Arm, Scope
 from optillm_memory.routing import can_answer, chance, length_of
@@ -179,10 +177,19 @@ def test_approaches_are_given_words_alone(extra: dict[str, Any], able: bool) -> 
     """An approach gets what it can carry; a plain call gets all; what the host does not have is never chosen."""
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **extra}
     turn = Turn.plain(body, tenant="t", options=Options(), approach="none", now=0.0)
-    turn = replace(turn, conversation=parse(body))
     assert can_answer(WORDS, turn, None) == can_answer(WORDS, turn, {"moa"}) == able
     assert can_answer(PLAIN, turn, set())
     assert not can_answer(WORDS, turn, {"bon"})
+
+
+def test_where_no_arm_can_answer_the_request_is_plain(tmp_path: Path) -> None:
+    """Tools are not lost on approaches that cannot carry them: in any mode, the request goes as it came."""
+    with opened(tmp_path, arms="moa@small, re2@default") as memory:
+        for mode in ("readwrite", "write"):
+            body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "tools": [{}]}
+            turn = memory.begin({**body, "agent_memory": {"approach": "auto", "mode": mode}})
+            assert (turn.approach, turn.model, turn.arm, turn.choice) == ("none", "m", "", None)
+            assert [s["reason"] for s in turn.skipped].count("no_arm_can_answer") == 1
 
 
 def test_chances_are_spread_and_repeat() -> None:
