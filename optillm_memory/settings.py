@@ -42,7 +42,11 @@ class Settings:
     max_block_items: int = _setting(3, "items put in one block at most", low=0, high=50)
     token_budget: int = _setting(800, "tokens (estimated) injected into one request at most", low=0)
     reuse_audit: float = _setting(
-        0.05, "share of the answers that could be reused which go to the model all the same, as a check", low=0, high=1
+        0.05,
+        "share of the answers that could be reused which go to the model all the same, as a check (less where the "
+        "gate is far from its limit)",
+        low=0,
+        high=1,
     )
     answer_form: str = _setting(
         "text",

@@ -324,6 +324,21 @@ def test_an_audited_hit_is_not_served() -> None:
     assert gate.decide(replace(SURE, score=0.01), "p", LIMIT, audit=True).reason == "below_threshold"
 
 
+def test_what_is_sure_is_audited_less() -> None:
+    """Far above the threshold a second coin has to agree; near it, and of exact repeats, the first one decides."""
+    gate = Gate(labels(300))
+    threshold = gate.decide(SURE, "p", LIMIT).threshold
+    assert threshold is not None
+
+    def decided(proposal: Proposal, *, audit: bool) -> str:
+        return gate.decide(proposal, "p", LIMIT, audit=audit, audit_if_sure=False).reason
+
+    assert decided(replace(SURE, score=threshold + 0.1), audit=True) == "above_threshold"
+    assert decided(replace(SURE, score=threshold + 0.01), audit=True) == "audit"
+    assert decided(replace(SURE, score=threshold + 0.01), audit=False) == "above_threshold"
+    assert decided(replace(SURE, exact=True), audit=True) == "audit"
+
+
 def test_an_exact_repeat_needs_no_labels() -> None:
     """An empty gate serves exact repeats and nothing else."""
     assert Gate().decide(replace(SURE, exact=True), "p", LIMIT) == Decision(serve=True, reason="exact")

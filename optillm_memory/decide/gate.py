@@ -17,6 +17,9 @@ from optillm_memory.decide.agreement import Proposal
 from optillm_memory.decide.calibration import GRID, RIGHT, UNKNOWN, WRONG, Calibration, cell_of, discount, doubtful
 
 AUDIT_SHARE = 0.05
+# A score this far above the threshold is audited this part as often: where errors are rare a few labels tell enough
+# (Neyman 1934, optimal allocation), and calibration weighs them by their stratum.
+_SURE, SURE_AUDITS = 0.06, 0.4
 _ALONE = 20.0  # errors that the limit lets expect among a partition's own labels, from which on it decides alone
 _LIMITS_KEPT = 8
 _LARGEST = 0.5  # a limit above it is taken for it
@@ -108,9 +111,14 @@ class Gate:
         max_error: float | None,
         *,
         audit: bool = False,
+        audit_if_sure: bool = True,
         quarantined: frozenset[str] = frozenset(),
     ) -> Decision:
-        """Decide on one request; `audit` is its coin, `quarantined` the memories that misled a hit."""
+        """Decide on one request; `quarantined` are the memories that misled a hit.
+
+        `audit` says whether a hit goes to the model as a check, unless its score is far above the threshold: then
+        `audit_if_sure` has to say so too.
+        """
         if (refusal := _refusal(proposal, max_error, quarantined)) or proposal is None or max_error is None:
             return Decision(serve=False, reason=refusal)
         if proposal.exact:
@@ -124,7 +132,8 @@ class Gate:
         elif proposal.score - young < proven:
             reason = "below_threshold"
         else:
-            reason = "audit" if audit else "above_threshold"
+            sure = proposal.score - young >= proven + _SURE
+            reason = "audit" if audit and (audit_if_sure or not sure) else "above_threshold"
         return Decision(reason == "above_threshold", reason, None if proven is None else proven + young, pooled)
 
     def _proven(self, partition: str, limit: float) -> tuple[float | None, bool, bool]:
