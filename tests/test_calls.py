@@ -367,6 +367,8 @@ def test_a_fault_in_looking_at_the_messages_sends_them_as_they_are(wire: Wire, m
 class Host:
     """Stands for optillm: runs its approach with the client that it is given, and the query that it makes."""
 
+    known_approaches = plugin_approaches = ()
+
     def __init__(self, approach: Callable[[Any], Any]) -> None:
         """Keep the approach."""
         self.approach = approach

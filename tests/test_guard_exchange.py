@@ -22,6 +22,8 @@ BLOCK = "<agent_memory>"
 class Upstream:
     """Stands for optillm: answers its `none` with what it was given, one answer after the other."""
 
+    known_approaches = plugin_approaches = ()
+
     def __init__(self, *answers: Any) -> None:
         """Keep the answers; an exception is raised."""
         self.answers = list(answers)

@@ -59,7 +59,7 @@ def test_the_policy_learns_and_goes_on_after_a_restart(upstream: RecordingUpstre
             tell(host, completion)
         counts = Counter(arms)
         assert set(counts) == {"none@default", "none@small", "re2@default"}  # the host has no approach `gone`
-        assert counts["none@small"] > 30
+        assert counts["none@small"] > 20
         believed = host.get("policy", namespace="learning")
         assert believed["choices"] == len(arms)
         assert max(believed["all"], key=lambda arm: believed["all"][arm]["utility"]) == "none@small"
@@ -74,7 +74,7 @@ def test_the_policy_learns_and_goes_on_after_a_restart(upstream: RecordingUpstre
         again = host.get("policy", namespace="learning")
         assert (again["choices"], again["all"]) == (believed["choices"], believed["all"])
         later = [host.chat(f"Is order {n} paid?", memory=memory)["agent_memory"]["policy"] for n in range(8)]
-        assert [p["arm"] for p in later].count("none@small") >= 7
+        assert [p["arm"] for p in later].count("none@small") >= 6
         assert later[0]["reason"] == "better"
 
 
