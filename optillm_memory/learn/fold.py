@@ -85,8 +85,11 @@ class Log(Protocol):
         """Replace what an episode says of fixes, and bring every fix that it touches up to date."""
 
 
-def relearn(log: Log, trace_ids: Iterable[str]) -> None:
-    """Fold these traces again; the result depends on the log alone, not on what was folded before."""
+def relearn(log: Log, trace_ids: Iterable[str]) -> Iterable[tuple[Scope, str]]:
+    """Fold these traces again; the result depends on the log alone, not on what was folded before.
+
+    Returns the episodes that they belong to.
+    """
     episodes: dict[tuple[Scope, str], None] = {}
     for trace_id in trace_ids:
         trace = log.trace(trace_id)
@@ -102,6 +105,7 @@ def relearn(log: Log, trace_ids: Iterable[str]) -> None:
     for scope, episode_id in episodes:
         log.weigh(scope, episode_id)
         log.credit(scope, episode_id)
+    return episodes
 
 
 def rebuild(log: Log) -> int:
@@ -115,17 +119,17 @@ def rebuild(log: Log) -> int:
 
 def relearn_steps(log: Log, scope: Scope, episode_id: str) -> list[Attempt]:
     """Fold an episode's steps again into fixes; return its attempts."""
-    attempts = log.attempts(scope, episode_id)
-    verdict = log.episode_verdict(scope, episode_id)
-    good = verdict == "success"
-    evidence = [
-        FixEvidence(fix.memory_id(scope), worked.step_id, "mined", True, good, worked.trace_id, fix)
-        for fix, worked in mine(attempts)
-    ]
-    # A step that failed is inferred evidence whatever became of the episode; one that worked shares its success.
-    evidence += [
-        replace(e, verified=e.success and good) for e in followed(attempts, log.advice_given(scope, episode_id))
-    ]
+    evidence: list[FixEvidence] = []
+    if attempts := log.attempts(scope, episode_id):
+        good = log.episode_verdict(scope, episode_id) == "success"
+        evidence += [
+            FixEvidence(fix.memory_id(scope), worked.step_id, "mined", True, good, worked.trace_id, fix)
+            for fix, worked in mine(attempts)
+        ]
+        # A step that failed is inferred evidence whatever became of the episode; one that worked shares its success.
+        evidence += [
+            replace(e, verified=e.success and good) for e in followed(attempts, log.advice_given(scope, episode_id))
+        ]
     for trace in log.demonstrated(scope, episode_id):
         own, of_episode = log.feedback_on(trace)
         standing = effective([*of_episode, *own])
@@ -135,7 +139,7 @@ def relearn_steps(log: Log, scope: Scope, episode_id: str) -> list[Attempt]:
             verified = demonstration.source in VERIFYING
             name = fix.memory_id(scope)
             evidence.append(FixEvidence(name, demonstration.feedback_id, "shown", True, verified, trace.trace_id, fix))
-    log.put_fix_evidence(scope, episode_id, evidence, log.environments(scope, episode_id))
+    log.put_fix_evidence(scope, episode_id, evidence, log.environments(scope, episode_id) if evidence else {})
     return attempts
 
 
@@ -201,9 +205,7 @@ def feedback_arrived(
     settled = log.add_feedback(tenant, scope_id, feedback, received_at)
     targets = log.feedback_targets(tenant, feedback)
     if settled != "duplicate":
-        relearn(log, targets)
-        traces = [trace for t in targets if (trace := log.trace(t)) is not None]
-        for scope_of, episode_id in dict.fromkeys((t.scope, t.episode_id) for t in traces):
+        for scope_of, episode_id in relearn(log, targets):
             relearn_steps(log, scope_of, episode_id)
     return FeedbackReceipt(feedback.feedback_id, settled or ("applied" if targets else "pending"))
 

@@ -130,7 +130,12 @@ def _migrate(connection: Connection) -> None:
 def _connect(path: Path, *, read_only: bool = False) -> Connection:
     uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
     connection: Connection = sqlite3.connect(
-        uri, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+        uri,
+        uri=True,
+        timeout=BUSY_TIMEOUT_S,
+        isolation_level=None,
+        check_same_thread=False,
+        cached_statements=1024,  # all of ours: making a statement ready costs many times what running it does
     )
     connection.execute("PRAGMA foreign_keys=OFF")
     return connection

@@ -52,6 +52,8 @@ class ExposureTables:
             "WHERE scope_id = ? AND episode_id = ?",
             key,
         ).fetchall()
+        if not before and not self._db.execute(_ANYTHING_SAID, (*key, *key)).fetchone():
+            return set()
         now = [
             (memory_id, e.created_at, int(e.held_out), e.share, int(e.success))
             for e in episodes_of(self._db, "traces.scope_id = ? AND episode_id = ?", key)
@@ -124,6 +126,10 @@ _TRACES = """
     FROM traces JOIN scopes ON scopes.id = traces.scope_id LEFT JOIN outcomes ON outcomes.trace_id = traces.trace_id
     LEFT JOIN decisions ON decisions.trace_id = traces.trace_id
     WHERE ({}) ORDER BY created_at, traces.trace_id"""
+_ANYTHING_SAID = """
+    SELECT 1 FROM traces CROSS JOIN injections USING (trace_id) WHERE scope_id = ? AND episode_id = ?
+    UNION ALL SELECT 1 FROM traces CROSS JOIN proposals USING (trace_id) WHERE traces.scope_id = ? AND episode_id = ?
+    LIMIT 1"""
 # What was injected or withheld; and whose answer was reused, or would have been but for the holdout.
 _SAID = """
     SELECT traces.trace_id, memory_id, kind, 0 FROM traces JOIN scopes ON scopes.id = traces.scope_id

@@ -49,6 +49,13 @@ def m004_rewards(db: Database) -> None:
         db.execute(statement)
 
 
+@migrations()
+def m005_vectors_in_order(db: Database) -> None:
+    """Lay vectors down in the order in which they come: in a tree ordered by hash each took pages of its own."""
+    for statement in _M005:
+        db.execute(statement)
+
+
 _NUMBERED = re.compile(r"m\d{3}_")
 _M001 = (
     "CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID",
@@ -185,4 +192,12 @@ _M004 = (
         trace_id TEXT PRIMARY KEY, scope_id INTEGER NOT NULL, reward REAL, tokens INTEGER NOT NULL,
         latency_ms REAL NOT NULL, revision INTEGER NOT NULL) WITHOUT ROWID""",
     "CREATE INDEX rewards_scope ON rewards(scope_id, revision)",
+)
+_M005 = (
+    """CREATE TABLE vectors_in_order(
+        id INTEGER PRIMARY KEY, key_hash TEXT NOT NULL, fingerprint TEXT NOT NULL, vector BLOB NOT NULL,
+        UNIQUE(key_hash, fingerprint))""",
+    "INSERT INTO vectors_in_order(key_hash, fingerprint, vector) SELECT key_hash, fingerprint, vector FROM vectors",
+    "DROP TABLE vectors",
+    "ALTER TABLE vectors_in_order RENAME TO vectors",
 )

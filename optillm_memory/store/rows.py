@@ -12,6 +12,7 @@ from optillm_memory.records import Feedback, KnownFix, MemoryRecord, Scope, Trac
 
 _WORDS_KEPT = 400
 SCOPE_ID = "SELECT id FROM scopes WHERE tenant = ? AND namespace = ? AND user_id = ? AND agent_id = ?"
+INSERT_SCOPE = "INSERT INTO scopes(tenant, namespace, user_id, agent_id) VALUES (?, ?, ?, ?) RETURNING id"
 
 _TRACE_COLUMNS = (
     "trace_id, episode_id, created_at, model, approach, action, held_out, propensity, task, frame, messages, answer, "

@@ -66,6 +66,8 @@ class StepTables:
         it unknown.
         """
         key = (self.scope_id(scope), episode_id)
+        if not self._db.execute("SELECT 1 FROM steps WHERE scope_id = ? AND episode_id = ? LIMIT 1", key).fetchone():
+            return []
         unread = self._db.execute(
             f"SELECT steps.step_id, tool, arguments, observation, created_at FROM {_OBSERVED} AND verdict IS NULL", key
         ).fetchall()
@@ -132,7 +134,8 @@ class StepTables:
                 "SELECT memory_id FROM fix_evidence WHERE scope_id = ? AND episode_id = ?", (scope_id, episode_id)
             )
         }
-        self._db.execute("DELETE FROM fix_evidence WHERE scope_id = ? AND episode_id = ?", (scope_id, episode_id))
+        if touched:
+            self._db.execute("DELETE FROM fix_evidence WHERE scope_id = ? AND episode_id = ?", (scope_id, episode_id))
         for item in evidence:
             if item.fix is not None:
                 self._define(scope_id, item.memory_id, item.fix)

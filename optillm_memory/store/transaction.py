@@ -37,17 +37,17 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
         """Wrap the connection; the writer commits. `normal` gives the form in which answers are compared."""
         self._db = connection
         self.normal = normal
+        self._scope_ids: dict[Scope, int] = {}
 
     # -- the log -----------------------------------------------------------------------------------
 
     def scope_id(self, scope: Scope) -> int:
         """Return the scope's number, made at first use."""
-        key = (scope.tenant, scope.namespace, scope.user_id, scope.agent_id)
-        found = self._db.execute(rows.SCOPE_ID, key).fetchone()
-        if found:
-            return int(found[0])
-        cursor = self._db.execute("INSERT INTO scopes(tenant, namespace, user_id, agent_id) VALUES (?, ?, ?, ?)", key)
-        return int(cursor.lastrowid or 0)
+        if (known := self._scope_ids.get(scope)) is None:
+            key = (scope.tenant, scope.namespace, scope.user_id, scope.agent_id)
+            row = self._db.execute(rows.SCOPE_ID, key).fetchone() or self._db.execute(rows.INSERT_SCOPE, key).fetchone()
+            known = self._scope_ids[scope] = int(row[0])
+        return known
 
     def add_trace(
         self,
@@ -328,7 +328,8 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
     def put_vectors(self, vectors: Iterable[tuple[str, bytes]], fingerprint: str) -> None:
         """Keep vectors by key hash; a memory that had none becomes searchable with the next revision."""
         self._db.executemany(
-            "INSERT INTO vectors VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+            "INSERT INTO vectors(key_hash, fingerprint, vector) VALUES (?, ?, ?) "
+            "ON CONFLICT (key_hash, fingerprint) DO NOTHING",
             [(key, fingerprint, vector) for key, vector in vectors],
         )
 
