@@ -203,9 +203,9 @@ def test_no_read_crosses_a_scope(store: SqliteStore, other: Scope) -> None:
     verified(store, "something else", scope=other)
     vector = b"\0" * 4
     store.write(lambda tx: tx.put_vectors([(key_hash(made.task), vector)], "f")).result(10)
-    ((number, _),) = store.lexical(SCOPE, ["files"], 5, 64)
+    ((number, _),) = store.lexical(SCOPE, ["files"], 5, alone=False)
     (memory,) = store.memories(SCOPE, [number]).values()
-    assert store.lexical(other, ["files"], 5, 64) == []
+    assert store.lexical(other, ["files"], 5, alone=False) == []
     assert store.memories(other, [number]) == {}
     assert store.from_other_episodes(SCOPE, [memory.memory_id], "another") == {memory.memory_id}
     assert store.from_other_episodes(other, [memory.memory_id], "another") == set()

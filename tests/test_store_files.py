@@ -228,7 +228,7 @@ def test_a_file_that_breaks_while_in_use_is_mended(store: SqliteStore, path: Pat
     assert asides(path)
     assert add(store)
     assert store.fault == ""
-    assert store.lexical(SCOPE, ["files"], 5, 64) == []
+    assert store.lexical(SCOPE, ["files"], 5, alone=False) == []
     assert ask_file(path, "PRAGMA integrity_check") == "ok"
 
 

@@ -16,8 +16,6 @@ from optillm_memory.recall.rank import rank, words
 from optillm_memory.records import Hit, MemoryRecord, Scope
 
 BREADTH, LEXICAL_BREADTH = 50, 20
-# Postings read of one word: beside meaning, words are there for what is rare; alone, they have to do it all.
-_DEPTH_BESIDE, _DEPTH_ALONE = 64, 1_000
 # Another system prompt, tool set or response format: the answer may not suit, so the same frame goes first.
 OTHER_FRAME = 0.8
 _INLINE_ROWS = 5_000
@@ -43,10 +41,10 @@ class Source(Protocol):
     def changes(self, scope: Scope, since: int, fingerprint: str, limit: int) -> list[Change]:
         """Return up to `limit` memories of the scope changed after a revision, oldest change first."""
 
-    def lexical(self, scope: Scope, query: Sequence[str], limit: int, depth: int) -> list[tuple[int, float]]:
+    def lexical(self, scope: Scope, query: Sequence[str], limit: int, *, alone: bool) -> list[tuple[int, float]]:
         """Return (number, coverage) of memories that share words of the query, best first.
 
-        `depth` is how many memories are looked at for one word.
+        `alone` says that no search by meaning goes beside this.
         """
 
     def memories(self, scope: Scope, numbers: Iterable[int]) -> Mapping[int, MemoryRecord]:
@@ -96,9 +94,7 @@ class Recaller:
         Where it gives None, recall is lexical.
         An episode's own traces are left out, so that an answer is never its own evidence.
         """
-        lexical = self._source.lexical(
-            scope, words(key), LEXICAL_BREADTH, _DEPTH_BESIDE if fingerprint else _DEPTH_ALONE
-        )
+        lexical = self._source.lexical(scope, words(key), LEXICAL_BREADTH, alone=not fingerprint)
         dense: list[tuple[int, float]] = []
         cosines: dict[int, float] = {}
         floor = 0.0

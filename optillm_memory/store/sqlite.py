@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
 import json
-import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
@@ -14,7 +11,6 @@ from typing import Any, TypeVar
 
 from optillm_memory.conversation.parse import key_of
 from optillm_memory.learn.outcomes import normal_answer
-from optillm_memory.recall.rank import coverage
 from optillm_memory.recall.recaller import Change
 from optillm_memory.records import Injected, MemoryRecord, Placement, Scope, Trace
 from optillm_memory.store import rows
@@ -24,12 +20,13 @@ from optillm_memory.store.decisions import DecisionReads, decision_of
 from optillm_memory.store.fixes import FixReads
 from optillm_memory.store.proposals import ProposalReads, proposal_of
 from optillm_memory.store.transaction import Transaction
+from optillm_memory.store.words import WordReads
 from optillm_memory.store.writer import Writer
 
 T = TypeVar("T")
 
 
-class SqliteStore(ProposalReads, DecisionReads, FixReads):
+class SqliteStore(WordReads, ProposalReads, DecisionReads, FixReads):
     """Reads on any thread, writes through one; satisfies `recall.recaller.Source`."""
 
     def __init__(self, path: Path, *, queue_size: int = 10_000, normal: Callable[[str], str] = normal_answer) -> None:
@@ -93,39 +90,17 @@ class SqliteStore(ProposalReads, DecisionReads, FixReads):
             ).fetchall()
         return [Change(*row) for row in found]
 
-    def lexical(self, scope: Scope, query: Sequence[str], limit: int, depth: int) -> list[tuple[int, float]]:
-        """Return (number, coverage) of memories that share words of the query, rare ones first (by IDF), best first.
-
-        `depth` bounds the postings read of one word: a word with more of them in the scope tells little.
-        """
-        if not query:
-            return []
-        with self._readers.borrow() as db:
-            scope_id = rows.known_scope(db, scope)
-            postings = {word: self._postings(db, _term(scope_id, word), depth) for word in query}
-            # A word that is everywhere tells nothing; where the query has no other, what holds all of them does.
-            telling = {w: found for w, found in postings.items() if len(found) < depth}
-            if not any(telling.values()):
-                every = " AND ".join(_term(scope_id, word) for word in query)
-                together = self._postings(db, every, depth)
-                telling = dict.fromkeys(query, together) if together else postings
-            total = 1 + max(map(len, postings.values()))
-            weights = {word: math.log(1 + total / (1 + len(found))) for word, found in postings.items()}
-            scores: defaultdict[int, float] = defaultdict(float)
-            for word, numbers in telling.items():
-                for number in numbers:
-                    scores[number] += weights[word]
-            best = heapq.nsmallest(limit, scores, key=lambda n: (-scores[n], n))
-            texts = dict(
-                db.execute(f"SELECT number, task FROM memories WHERE number IN ({marks(best)})", best).fetchall()
-            )
-        found = [(number, coverage(query, texts[number], weights)) for number in best]
-        return sorted(found, key=lambda pair: (-pair[1], len(texts[pair[0]]), pair[0]))
-
-    def _postings(self, db: Connection, match: str, depth: int) -> list[int]:
+    def postings(self, db: Connection, scope_id: int, words: Sequence[str], depth: int) -> Mapping[str, list[int]]:
+        """Return for each word up to `depth` numbers of the scope's memories that hold it."""
         # No bm25() and no vocabulary table: both walk every posting to count it; this stops when there are many.
-        numbers = db.execute(_POSTINGS, (match, depth)).fetchone()[0]
-        return [int(number) for number in numbers.split(",")] if numbers else []
+        terms = json.dumps([_term(scope_id, word) for word in words])
+        found = db.execute(_POSTINGS, (depth, terms)).fetchall()
+        return {word: _numbers(row[0]) for word, row in zip(words, found, strict=True)}
+
+    def holding_all(self, db: Connection, scope_id: int, words: Sequence[str], depth: int, latest: int) -> list[int]:
+        """Return up to `depth` of the scope's memories that hold every word, among the `latest` numbers."""
+        every = " AND ".join(_term(scope_id, word) for word in words)
+        return _numbers(db.execute(_HOLDING_ALL, (every, latest, depth)).fetchone()[0])
 
     def memories(self, scope: Scope, numbers: Iterable[int]) -> Mapping[int, MemoryRecord]:
         """Return the verified memories of the scope that have these numbers."""
@@ -308,7 +283,16 @@ class SqliteStore(ProposalReads, DecisionReads, FixReads):
         return shown
 
 
-_POSTINGS = "SELECT group_concat(rowid) FROM (SELECT rowid FROM memories_fts WHERE memories_fts MATCH ? LIMIT ?)"
+_POSTINGS = """
+    SELECT (SELECT group_concat(rowid) FROM (
+        SELECT rowid FROM memories_fts WHERE memories_fts MATCH terms.value LIMIT ?)) FROM json_each(?) AS terms"""
+_HOLDING_ALL = """
+    SELECT group_concat(rowid) FROM (SELECT rowid FROM memories_fts WHERE memories_fts MATCH ?
+    AND rowid > (SELECT coalesce(max(number), 0) FROM memories) - ? LIMIT ?)"""
+
+
+def _numbers(joined: str | None) -> list[int]:
+    return [int(number) for number in joined.split(",")] if joined else []
 
 
 def _term(scope_id: int, word: str) -> str:
