@@ -127,6 +127,18 @@ def _migrate(connection: Connection) -> None:
         connection.execute("COMMIT")
 
 
+def integrity(path: Path) -> str:
+    """Return what SQLite's own check of the whole file finds: `ok` where nothing is wrong."""
+    try:
+        connection = _connect(path)
+        try:
+            return str(connection.execute("PRAGMA integrity_check(1)").fetchone()[0])
+        finally:
+            connection.close()
+    except DatabaseError as error:
+        return str(error)
+
+
 def _connect(path: Path, *, read_only: bool = False) -> Connection:
     uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
     connection: Connection = sqlite3.connect(

@@ -90,14 +90,14 @@ class SqliteStore(WordReads, ProposalReads, DecisionReads, FixReads):
             ).fetchall()
         return [Change(*row) for row in found]
 
-    def postings(self, db: Connection, scope_id: int, words: Sequence[str], depth: int) -> Mapping[str, list[int]]:
+    def _postings(self, db: Connection, scope_id: int, words: Sequence[str], depth: int) -> Mapping[str, list[int]]:
         """Return for each word up to `depth` numbers of the scope's memories that hold it."""
         # No bm25() and no vocabulary table: both walk every posting to count it; this stops when there are many.
         terms = json.dumps([_term(scope_id, word) for word in words])
         found = db.execute(_POSTINGS, (depth, terms)).fetchall()
         return {word: _numbers(row[0]) for word, row in zip(words, found, strict=True)}
 
-    def holding_all(self, db: Connection, scope_id: int, words: Sequence[str], depth: int, latest: int) -> list[int]:
+    def _holding_all(self, db: Connection, scope_id: int, words: Sequence[str], depth: int, latest: int) -> list[int]:
         """Return up to `depth` of the scope's memories that hold every word, among the `latest` numbers."""
         every = " AND ".join(_term(scope_id, word) for word in words)
         return _numbers(db.execute(_HOLDING_ALL, (every, latest, depth)).fetchone()[0])

@@ -21,15 +21,15 @@ _LATEST = 200_000
 
 
 class WordReads:
-    """The part of a store that looks words up; a database brings `postings` and `holding_all`."""
+    """The part of a store that looks words up; a database brings `_postings` and `_holding_all`."""
 
     _readers: Readers
 
-    def postings(self, db: Connection, scope_id: int, words: Sequence[str], depth: int) -> Mapping[str, list[int]]:
+    def _postings(self, db: Connection, scope_id: int, words: Sequence[str], depth: int) -> Mapping[str, list[int]]:
         """Return for each word up to `depth` numbers of the scope's memories that hold it."""
         raise NotImplementedError
 
-    def holding_all(self, db: Connection, scope_id: int, words: Sequence[str], depth: int, latest: int) -> list[int]:
+    def _holding_all(self, db: Connection, scope_id: int, words: Sequence[str], depth: int, latest: int) -> list[int]:
         """Return up to `depth` of the scope's memories that hold every word, among the `latest` numbers."""
         raise NotImplementedError
 
@@ -43,13 +43,13 @@ class WordReads:
         depth = _DEPTH_ALONE if alone else _DEPTH_BESIDE
         with self._readers.borrow() as db:
             scope_id = rows.known_scope(db, scope)
-            postings = self.postings(db, scope_id, query, depth)
+            postings = self._postings(db, scope_id, query, depth)
             # A word that is everywhere tells nothing; where the query has no other, what holds all of them does.
             telling = {word: found for word, found in postings.items() if len(found) < depth}
             if not any(telling.values()):
                 if not alone:
                     return []
-                together = self.holding_all(db, scope_id, query, depth, _LATEST)
+                together = self._holding_all(db, scope_id, query, depth, _LATEST)
                 telling = dict.fromkeys(query, together) if together else dict(postings)
             total = 1 + max(map(len, postings.values()))
             weights = {word: math.log(1 + total / (1 + len(found))) for word, found in postings.items()}

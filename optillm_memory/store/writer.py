@@ -32,6 +32,10 @@ _RETRIES = 5
 _BEHIND_S = 0.02
 
 
+class _RefusedError(Exception):
+    """An operation of a group was refused: the group is run again with each of them apart."""
+
+
 class Writer:
     """Runs operations on the writing connection, many in a shared, durable commit; one that is refused fails alone.
 
@@ -155,8 +159,10 @@ class Writer:
             self._suspect.clear()
         assert self._connection is not None
         # Savepoints cost a tenth of the time: they are for the rare group in which a record is refused.
-        results = _transact(self._connection, batch)
-        return _transact(self._connection, batch, apart=True) if results is None else results
+        try:
+            return _transact(self._connection, batch, apart=False)
+        except _RefusedError:
+            return _transact(self._connection, batch, apart=True)
 
     def _connect(self, *, thorough: bool = False) -> None:
         if time.monotonic() < self._retry_at:
@@ -185,12 +191,10 @@ class Writer:
         self.fault = str(error)
 
 
-def _transact(
-    connection: Connection, batch: list[tuple[Operation, Future[Any] | None]], *, apart: bool = False
-) -> list[Any] | None:
-    """Run operations in one commit and return their results; None, with nothing done, where one of them was refused.
+def _transact(connection: Connection, batch: list[tuple[Operation, Future[Any] | None]], *, apart: bool) -> list[Any]:
+    """Run operations in one commit and return their results. Raises _RefusedError, with nothing done, for a bad one.
 
-    `apart` keeps one that is refused from taking the others with it: its error is its result.
+    Kept `apart`, one that is refused does not take the others with it: its error is its result.
     """
     results: list[Any] = []
     connection.execute("BEGIN IMMEDIATE")
@@ -204,8 +208,7 @@ def _transact(
                 if isinstance(error, DatabaseError) and not isinstance(error, IntegrityError):
                     raise
                 if not apart:
-                    connection.execute("ROLLBACK")
-                    return None
+                    raise _RefusedError from error
                 connection.execute("ROLLBACK TO operation")
                 results.append(error)
                 if not isinstance(error, AgentMemoryError):
