@@ -207,8 +207,8 @@ def test_no_read_crosses_a_scope(store: SqliteStore, other: Scope) -> None:
     (memory,) = store.memories(SCOPE, [number]).values()
     assert store.lexical(other, ["files"], 5, alone=False) == []
     assert store.memories(other, [number]) == {}
-    assert store.from_other_episodes(SCOPE, [memory.memory_id], "another") == {memory.memory_id}
-    assert store.from_other_episodes(other, [memory.memory_id], "another") == set()
+    assert store.of_episode_alone(SCOPE, [memory.memory_id], made.episode_id) == {memory.memory_id}
+    assert store.of_episode_alone(other, [memory.memory_id], made.episode_id) == set()
     assert [c.vector for c in store.changes(SCOPE, 0, "f", 10)] == [vector]
     assert [c.vector for c in store.changes(other, 0, "f", 10)] == [None]
     assert number not in {c.number for c in store.changes(other, 0, "f", 10)}
@@ -280,10 +280,10 @@ def test_own_episode_is_no_evidence(store: SqliteStore) -> None:
     verified(store)
     (memory,) = store.list_memories(None)
     own = "ep-list the files"
-    assert store.from_other_episodes(SCOPE, [memory.memory_id], own) == set()
+    assert store.of_episode_alone(SCOPE, [memory.memory_id], own) == {memory.memory_id}
     more = add(store, trace(episode_id="second"))
     say(store, feedback(trace_id=more.trace_id))
-    assert store.from_other_episodes(SCOPE, [memory.memory_id], own) == {memory.memory_id}
+    assert store.of_episode_alone(SCOPE, [memory.memory_id], own) == set()
 
 
 # -- the writer ------------------------------------------------------------------------------------

@@ -50,8 +50,8 @@ class Source(Protocol):
     def memories(self, scope: Scope, numbers: Iterable[int]) -> Mapping[int, MemoryRecord]:
         """Return the verified memories of the scope that have these numbers."""
 
-    def from_other_episodes(self, scope: Scope, memory_ids: Sequence[str], episode_id: str) -> set[str]:
-        """Return those of the memories that rest on more than this episode."""
+    def of_episode_alone(self, scope: Scope, memory_ids: Sequence[str], episode_id: str) -> set[str]:
+        """Return those of the memories that rest on this episode and on no other."""
 
 
 class _Corpus:
@@ -115,8 +115,8 @@ class Recaller:
                 hits.append(Hit(memory, item.relevance * weight, item.candidate.cosine, item.candidate.lexical))
         hits = sorted(hits, key=lambda h: (-h.score, h.memory.memory_id))[: limit + _OWN]
         if episode_id and hits:
-            known = self._source.from_other_episodes(scope, [h.memory.memory_id for h in hits], episode_id)
-            hits = [h for h in hits if h.memory.memory_id in known]
+            own = self._source.of_episode_alone(scope, [h.memory.memory_id for h in hits], episode_id)
+            hits = [h for h in hits if h.memory.memory_id not in own]
         return hits[:limit]
 
     def near(

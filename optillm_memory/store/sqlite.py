@@ -112,17 +112,23 @@ class SqliteStore(WordReads, ProposalReads, DecisionReads, FixReads):
             ).fetchall()
         return {row[0]: rows.memory_of(row) for row in found}
 
-    def from_other_episodes(self, scope: Scope, memory_ids: Sequence[str], episode_id: str) -> set[str]:
-        """Return those of the memories that rest on more than this episode."""
+    def of_episode_alone(self, scope: Scope, memory_ids: Sequence[str], episode_id: str) -> set[str]:
+        """Return those of the memories that rest on this episode and on no other."""
         with self._readers.borrow() as db:
+            scope_id = rows.known_scope(db, scope)
             found = db.execute(
-                f"SELECT memory_id FROM memories WHERE memory_id IN ({marks(memory_ids)}) AND +scope_id = ? "
-                "AND EXISTS (SELECT 1 FROM contributions CROSS JOIN traces USING (trace_id) "
-                "WHERE role = 'evidence' AND success AND contributions.memory_id = memories.memory_id "
-                "AND episode_id <> ?)",
-                (*memory_ids, rows.known_scope(db, scope), episode_id),
+                "SELECT DISTINCT memory_id FROM traces CROSS JOIN contributions USING (trace_id) "
+                "WHERE scope_id = ? AND episode_id = ? AND role = 'evidence' AND success = 1",
+                (scope_id, episode_id),
             ).fetchall()
-        return {row[0] for row in found}
+            own = [row[0] for row in found if row[0] in set(memory_ids)]
+            shared = db.execute(
+                f"SELECT DISTINCT memory_id FROM contributions CROSS JOIN traces USING (trace_id) "
+                f"WHERE memory_id IN ({marks(own)}) AND role = 'evidence' AND success = 1 "
+                "AND NOT (scope_id = ? AND episode_id = ?)",
+                (*own, scope_id, episode_id),
+            ).fetchall()
+        return set(own) - {row[0] for row in shared}
 
     # -- a request's episode -----------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from optillm_memory.store.connection import (
     open_writer,
     set_aside,
 )
+from optillm_memory.store.turnstile import Turnstile
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Writer:
         self._suspect = threading.Event()
         self._awaited = threading.Event()  # somebody waits for what is in the queue
         self._retry_at = 0.0
+        self._turnstile = Turnstile(path.with_name(path.name + "-turnstile"))
         try:
             self._connect()
         except StoreTooNew:
@@ -105,49 +107,60 @@ class Writer:
 
     def _run(self) -> None:
         while (first := self._queue.get()) is not None:
-            batch, stop = [first], False
             if first[1] is None and not self._closed and self._queue.qsize() < GROUP:
                 self._awaited.wait(_BEHIND_S)
             self._awaited.clear()
-            while len(batch) < GROUP:
-                try:
-                    item = self._queue.get_nowait()
-                except queue.Empty:
-                    break
-                if item is None:
-                    stop = True
-                    break
-                batch.append(item)
-            self._write(batch)
-            if stop:
+            if self._write([first]):
                 break
         if self._connection is not None:
             self._connection.close()
+        self._turnstile.close()
 
-    def _write(self, batch: list[tuple[Operation, Future[Any] | None]]) -> None:
+    def _write(self, batch: list[tuple[Operation, Future[Any] | None]]) -> bool:
+        """Write these with what came meanwhile; return whether that was the last."""
+        stop = False
         for attempt in range(_RETRIES):
-            try:
-                results = self._commit(batch)
-            except (DatabaseError, StoreError, OSError) as error:
-                self._recover(error)
-                # What is awaited is refused at once, so that the caller can try again; what nobody waits for
-                # gets a few more chances, for a disk that is full now may have room in a moment.
-                fault = StoreUnavailable(f"cannot write {self.path}: {error}")
-                for _, future in batch:
-                    if future is not None:
-                        future.set_exception(fault)
-                batch = [item for item in batch if item[1] is None]
-                if not batch or attempt == _RETRIES - 1 or self._closed:
-                    break
+            with self._turnstile.passing():
+                if attempt == 0:  # not before: what waited for its turn with us is in the same commit
+                    stop = self._gather(batch)
+                batch = self._attempt(batch)
+            if not batch or self._closed:
+                break
+            if attempt < _RETRIES - 1:
                 time.sleep(0.05 * 2**attempt)
-            else:
-                self.fault = ""
-                for (_, future), result in zip(batch, results, strict=True):
-                    if future is None and isinstance(result, Exception):
-                        self.lost += 1
-                    _settle(future, result)
-                return
         self.lost += len(batch)
+        return stop
+
+    def _gather(self, batch: list[tuple[Operation, Future[Any] | None]]) -> bool:
+        while len(batch) < GROUP:
+            try:
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                return False
+            if item is None:
+                return True
+            batch.append(item)
+        return False
+
+    def _attempt(self, batch: list[tuple[Operation, Future[Any] | None]]) -> list[tuple[Operation, Future[Any] | None]]:
+        """Commit a group and settle what is awaited; return what is to be tried again."""
+        try:
+            results = self._commit(batch)
+        except (DatabaseError, StoreError, OSError) as error:
+            self._recover(error)
+            # What is awaited is refused at once, so that the caller can try again; what nobody waits for
+            # gets a few more chances, for a disk that is full now may have room in a moment.
+            fault = StoreUnavailable(f"cannot write {self.path}: {error}")
+            for _, future in batch:
+                if future is not None:
+                    future.set_exception(fault)
+            return [item for item in batch if item[1] is None]
+        self.fault = ""
+        for (_, future), result in zip(batch, results, strict=True):
+            if future is None and isinstance(result, Exception):
+                self.lost += 1
+            _settle(future, result)
+        return []
 
     def _commit(self, batch: list[tuple[Operation, Future[Any] | None]]) -> list[Any]:
         suspect = self._suspect.is_set()
