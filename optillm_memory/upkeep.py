@@ -43,10 +43,11 @@ class Upkeep:
             try:
                 if (current := self._store.revision()[0]) != generation:  # a rebuild numbers the memories anew
                     done, generation = 0, current
-                rows = self._store.without_vectors(self._encoder.fingerprint, done, 64)
+                rows, seen = self._store.without_vectors(self._encoder.fingerprint, done, 64)
                 if rows:
                     self._encode(rows)
-                    done = max(number for number, _, _ in rows)
+                if seen > done:
+                    done = seen
                     continue
             except Exception:
                 logger.exception("agent_memory: vectors could not be filled in; trying again")

@@ -360,10 +360,10 @@ def test_a_memory_that_nobody_asked_for_gets_its_vector(tmp_path: Path) -> None:
         for number in range(3):
             teach(memory, f"restart the nginx server {number}", ANSWER, options=Options(mode="write"))
         fingerprint = memory.encoder.fingerprint
-        assert until(lambda: not memory.store.without_vectors(fingerprint, 0, 9))
+        assert until(lambda: not memory.store.without_vectors(fingerprint, 0, 9)[0])
         memory.store.write(lambda tx: tx._db.execute("DELETE FROM vectors")).result(10)
         memory.rebuild()
-        assert until(lambda: not memory.store.without_vectors(fingerprint, 0, 9))
+        assert until(lambda: not memory.store.without_vectors(fingerprint, 0, 9)[0])
         assert until(lambda: memory.begin(body("restarting nginx servers"), options=READ).action == "inject")
 
 

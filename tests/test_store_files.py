@@ -97,7 +97,7 @@ def test_journal_follows_the_library(path: Path, safe: bool, monkeypatch: pytest
     monkeypatch.setattr("optillm_memory.store.connection.wal_is_safe", lambda: safe)
     connection = open_writer(path)
     assert connection.execute("PRAGMA journal_mode").fetchone()[0] == ("wal" if safe else "delete")
-    assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2
+    assert connection.execute("PRAGMA synchronous").fetchone()[0] == 3
     connection.close()
     assert sqlite_version() == sqlite3.sqlite_version
 

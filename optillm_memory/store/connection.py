@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import logging
 import os
@@ -73,12 +74,13 @@ def open_writer(path: Path, *, mend: bool = True, thorough: bool = False) -> Con
 
 
 def _open_writer(path: Path, *, thorough: bool = False) -> Connection:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    _make(path)
     connection = _connect(path)
     try:
         _refuse_newer(connection, path)
-        connection.execute("PRAGMA synchronous=FULL")
+        # In a WAL the same as FULL; a rollback journal whose removal is not synced would undo what was acknowledged.
+        connection.execute("PRAGMA synchronous=EXTRA")
+        connection.execute("PRAGMA cache_size=-65536")  # KiB: what is found by a hash lies anywhere in a large file
         # Where an affected SQLite is all there is, a rollback journal keeps several processes safe.
         _set_journal(connection, "WAL" if wal_is_safe() else "DELETE")
         if thorough or path.stat().st_size <= _CHECKED_BYTES:
@@ -88,6 +90,28 @@ def _open_writer(path: Path, *, thorough: bool = False) -> Connection:
         connection.close()
         raise
     return connection
+
+
+def _make(path: Path) -> None:
+    """Make the file (0600) where it is missing, so that it outlasts a power loss; or see that it may be written.
+
+    A file that is there is not opened: to close it again would drop the locks of all our connections to it.
+    """
+    missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        if not os.access(path, os.R_OK | os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from None
+        return
+    for folder in {path.parent, *(new.parent for new in missing)}:
+        with contextlib.suppress(OSError):  # not every system opens folders
+            opened = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(opened)
+            finally:
+                os.close(opened)
 
 
 def _set_journal(connection: Connection, mode: str) -> None:

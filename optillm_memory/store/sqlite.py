@@ -263,16 +263,22 @@ class SqliteStore(WordReads, ProposalReads, DecisionReads, FixReads):
             ).fetchall()
         return [*memories, *outcomes, *fixes, *labels, *rewards]
 
-    def without_vectors(self, fingerprint: str, after: int, limit: int) -> list[tuple[int, str, str]]:
-        """Return (number, key, key hash) of memories that this encoder has not seen: upkeep, not recall."""
+    def without_vectors(self, fingerprint: str, after: int, limit: int) -> tuple[list[tuple[int, str, str]], int]:
+        """Return (number, key, key hash) of memories that this encoder has not seen: upkeep, not recall.
+
+        Looks through a stretch of the numbers after the given one; returns how far it came, too.
+        """
         with self._readers.borrow() as db:
+            last = db.execute("SELECT coalesce(max(number), 0) FROM memories").fetchone()[0]
+            upto = max(min(after + _STRETCH, int(last)), after)
             found = db.execute(
-                "SELECT number, task, key_hash FROM memories WHERE number > ? AND kind = 'exemplar' AND NOT EXISTS "
-                "(SELECT 1 FROM vectors WHERE vectors.key_hash = memories.key_hash AND fingerprint = ?) "
+                "SELECT number, task, key_hash FROM memories WHERE number > ? AND number <= ? AND kind = 'exemplar' "
+                "AND NOT EXISTS (SELECT 1 FROM vectors WHERE vectors.key_hash = memories.key_hash AND fingerprint = ?) "
                 "ORDER BY number LIMIT ?",
-                (after, fingerprint, limit),
+                (after, upto, fingerprint, limit),
             ).fetchall()
-        return [(int(number), key_of(task), key) for number, task, key in found]
+        missing = [(int(number), key_of(task), key) for number, task, key in found]
+        return missing, missing[-1][0] if len(missing) == limit else upto
 
     def _described(self, db: Connection, trace: Trace) -> dict[str, Any]:
         shown = asdict(trace)
@@ -289,6 +295,7 @@ class SqliteStore(WordReads, ProposalReads, DecisionReads, FixReads):
         return shown
 
 
+_STRETCH = 20_000  # numbers looked through in one statement, so that no reader holds on to an old state for long
 _POSTINGS = """
     SELECT (SELECT group_concat(rowid) FROM (
         SELECT rowid FROM memories_fts WHERE memories_fts MATCH terms.value LIMIT ?)) FROM json_each(?) AS terms"""
