@@ -33,9 +33,11 @@ from optillm_memory.records import Feedback, FeedbackReceipt, Hit, MemoryRecord,
 from optillm_memory.reusing import Reuser, Shadow
 from optillm_memory.routing import Router
 from optillm_memory.settings import Settings
-from optillm_memory.store.sqlite import SqliteStore
+from optillm_memory.store.erase import forget
+from optillm_memory.store.opening import open_store
+from optillm_memory.store.selection import Selection
 from optillm_memory.turn import Turn
-from optillm_memory.upkeep import Upkeep
+from optillm_memory.upkeep import Upkeep, limits_of
 
 OPERATOR = ""  # the tenant of whoever works at the machine: may speak of, and look at, every scope
 ACKNOWLEDGE_S = 15.0
@@ -56,9 +58,9 @@ class Memory:
         self.settings = settings or Settings.from_env()
         self._clock = clock
         normal = form_named(self.settings.answer_form)
-        self.store = SqliteStore(self.settings.path, queue_size=self.settings.queue_size, normal=normal)
+        self.store = open_store(self.settings.db, queue_size=self.settings.queue_size, normal=normal)
         self.encoder = EncoderService(encoder or (lambda: load_encoder(self.settings.encoder)))
-        self._recaller = Recaller(self.store)
+        self._recaller = Recaller(self.store, self.store.index_files())
         self._recent = Recent()
         self._salt: bytes | None = None
         self._recorder = Recorder(self.settings, self.encoder, self._located)
@@ -66,7 +68,7 @@ class Memory:
         self._reuser = Reuser(self.store, self._recaller, self.encoder, normal, self.settings.reuse_audit)
         self._router = Router(self.store, self.settings, lambda: self.encoder.fingerprint)
         self._shadow = Shadow(self._considered, self._propose)
-        self._upkeep = Upkeep(self.store, self.encoder)
+        self._upkeep = Upkeep(self.store, self.encoder, limits_of(self.settings))
 
     @classmethod
     def open(cls, path: str | Path, **settings: Any) -> Memory:
@@ -82,6 +84,7 @@ class Memory:
         """Write what is queued and let go of the file."""
         self._upkeep.close()
         self._shadow.close()
+        self._recaller.close()
         self.encoder.close()
         self.store.close()
 
@@ -254,7 +257,10 @@ class Memory:
 
     def stats(self) -> dict[str, Any]:
         """Return counts of the store and the state of the encoder."""
-        return {**self.store.stats(), "encoder": self.encoder.state, "encoder_reason": self.encoder.reason}
+        total, embedded = self.store.coverage()
+        lacking = {"memories_without_vector": total - embedded.get(self.encoder.fingerprint, 0)}
+        state = {"encoder": self.encoder.state, "encoder_reason": self.encoder.reason}
+        return {**self.store.stats(), **lacking, **state}
 
     def why(self, trace_id: str, *, tenant: str | None = None) -> dict[str, Any]:
         """Return why a request was answered as it was: what memory had to say, what was decided. Raises NotFound."""
@@ -274,6 +280,10 @@ class Memory:
         traces = self.store.write(fold.rebuild).result()
         self._upkeep.wake()
         return {"traces": traces, "memories": self.store.stats()["memories"]}
+
+    def forget(self, selection: Selection) -> dict[str, Any]:
+        """Delete a selection for good; return counts and, under `left`, what still holds text. Raises NotFound."""
+        return forget(self.store, selection)
 
     # -- joining the rooms -------------------------------------------------------------------------
 
@@ -300,6 +310,7 @@ class Memory:
             known = turn.continues or turn.options.episode_id is not None
             ledger = self.store.ledger(turn.scope, turn.episode_id) if known else []
             self._recent.remember(turn.scope, turn.episode_id, (), ledger)
+        ledger = self.store.unforgotten(ledger)
         standing = [] if lot.held_out or text_only else still_anchored(ledger, conversation.prefixes)
         position = len(conversation.messages) - 1
         if standing and standing[-1].position == position:
@@ -341,6 +352,8 @@ class Memory:
 
     def _advised(self, turn: Turn, conversation: Conversation) -> tuple[Turn, Rendering | None]:
         pending = self._recent.pending_advice(turn.scope, turn.episode_id)
+        gone = self.store.forgotten(item.memory_id for item in pending)
+        pending = tuple(item for item in pending if item.memory_id not in gone)
         advice = self._adviser.on_results(turn, conversation, pending)
         rendering = as_advice(advice, **self._block_limits(turn)) if advice else None
         return (turn, rendering) if rendering else (turn.skip("nothing_relevant"), None)

@@ -8,12 +8,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from optillm_memory.errors import InvalidField
 from optillm_memory.records import Arm
 
 ENV_PREFIX = "OPTILLM_AGENT_MEMORY_"
+_SERVER = re.compile(r"postgres(ql)?://", re.IGNORECASE)
 _ARM = re.compile(r"([A-Za-z0-9_.-]+)@([^\s,=]+)(?:=([0-9.eE+-]+))?")
+
+
+def is_url(db: str) -> bool:
+    """Whether a database setting names a PostgreSQL server."""
+    return bool(_SERVER.match(db))
+
+
+def shown(url: str) -> str:
+    """Return a URL as it may be seen: without password and options."""
+    parts = urlsplit(url)
+    place = parts.hostname or ""
+    place = f"{parts.username}@{place}" if parts.username else place
+    return urlunsplit((parts.scheme, f"{place}:{parts.port}" if parts.port else place, parts.path, "", ""))
 
 
 def _setting(
@@ -84,6 +99,13 @@ class Settings:
     )
     max_text: int = _setting(20_000, "characters stored of any one text; the middle is left out", low=200)
     queue_size: int = _setting(10_000, "records waiting to be written at most", low=1)
+    retention_days: float = _setting(
+        0.0, "days after which an episode is deleted unless a memory rests on it; 0 keeps everything", low=0
+    )
+    max_traces: int = _setting(
+        0, "requests kept at most: beyond it the oldest and least valuable are deleted; 0 is no limit", low=0
+    )
+    max_bytes: int = _setting(0, "bytes of the database in use at most, in the same way; 0 is no limit", low=0)
     redact: bool = _setting(True, "replace API keys, tokens and private keys before anything is stored")
 
     def __post_init__(self) -> None:
@@ -102,6 +124,11 @@ class Settings:
     def path(self) -> Path:
         """The database file with `~` expanded."""
         return Path(self.db).expanduser()
+
+    @property
+    def place(self) -> str:
+        """Where the database is, as it may be shown: a server's URL has no password here."""
+        return shown(self.db) if is_url(self.db) else str(self.path)
 
     @property
     def parsed_arms(self) -> tuple[Arm, ...]:

@@ -1,40 +1,55 @@
-"""Upkeep: memories that came before the encoder was there get their vectors behind everything else."""
+"""Upkeep: missing vectors are filled in, and what is beyond the limits goes, behind everything else."""
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Callable, Sequence
 
 from optillm_memory.recall.service import EncoderService
-from optillm_memory.store.sqlite import SqliteStore
+from optillm_memory.settings import Settings
+from optillm_memory.store.base import Store
+from optillm_memory.store.erase import BATCH, WAIT_S
+from optillm_memory.store.retention import Limits, retain
 from optillm_memory.store.transaction import Transaction
 
 logger = logging.getLogger(__name__)
 
+_ROWS = 64  # memories embedded in one commit
+_LOOK_S = 60.0  # between two looks at what is to go
+Missing = Sequence[tuple[int, str, str]]
+
 
 class Upkeep:
-    """One thread that fills in missing vectors, woken when something was learned."""
+    """Two threads: one fills in missing vectors, woken when something was learned; one deletes what is to go."""
 
-    def __init__(self, store: SqliteStore, encoder: EncoderService) -> None:
-        """Start the thread."""
+    def __init__(self, store: Store, encoder: EncoderService, limits: Limits) -> None:
+        """Start the threads."""
         self._store = store
         self._encoder = encoder
+        self._limits = limits
         self._closing = threading.Event()
         self._missing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="agent-memory-upkeep", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=work, name=f"agent-memory-{name}", daemon=True)
+            for name, work in (("upkeep", self._fill), ("retention", self._keep))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def wake(self) -> None:
         """Look for memories without a vector."""
         self._missing.set()
 
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the threads."""
         self._closing.set()
         self._missing.set()
-        self._thread.join(10)
+        for thread in self._threads:
+            thread.join(10)
 
-    def _run(self) -> None:
+    def _fill(self) -> None:
         """Encode the memories that have no vector yet: those of the time before the encoder was there."""
         while not self._closing.is_set() and not self._encoder.settled.wait(0.2):
             pass
@@ -43,11 +58,11 @@ class Upkeep:
             try:
                 if (current := self._store.revision()[0]) != generation:  # a rebuild numbers the memories anew
                     done, generation = 0, current
-                rows, seen = self._store.without_vectors(self._encoder.fingerprint, done, 64)
+                rows, upto = self._store.without_vectors(self._encoder.fingerprint, done, _ROWS)
                 if rows:
-                    self._encode(rows)
-                if seen > done:
-                    done = seen
+                    _embed(self._store, self._encoder, rows)
+                if upto > done:
+                    done = upto
                     continue
             except Exception:
                 logger.exception("agent_memory: vectors could not be filled in; trying again")
@@ -55,14 +70,55 @@ class Upkeep:
             self._missing.wait()
             self._missing.clear()
 
-    def _encode(self, rows: list[tuple[int, str, str]]) -> None:
-        vectors = self._encoder.encode([key for _, key, _ in rows])
-        if vectors is None:
-            return
-        pairs = [(hashed, vector.tobytes()) for (_, _, hashed), vector in zip(rows, vectors, strict=True)]
+    def _keep(self) -> None:
+        """Take out what requests under way copied of what was forgotten, and what is beyond the limits."""
+        while not self._closing.wait(_LOOK_S):
+            try:
+                now = time.time()
+                if self._store.has_copies():
+                    self._store.write(lambda tx: tx.forget_copies(BATCH, time.time())).result(WAIT_S)
+                if self._limits and (gone := retain(self._store, self._limits, now, closing=self._closing.is_set)):
+                    logger.info("agent_memory: beyond the limits, and gone: %s", gone)
+            except Exception:
+                logger.exception("agent_memory: what is to go could not be deleted; trying again")
 
-        def fill(tx: Transaction) -> None:
-            tx.put_vectors(pairs, self._encoder.fingerprint)
-            tx.touch([number for number, _, _ in rows])
 
-        self._store.write(fill).result()
+def limits_of(settings: Settings) -> Limits:
+    """Return how much the settings say is kept."""
+    return Limits(settings.retention_days, settings.max_traces, settings.max_bytes)
+
+
+def reembed(store: Store, encoder: EncoderService, *, progress: Callable[[str], None] = lambda _: None) -> int:
+    """Give every memory its vector by this encoder; return how many had none. Interrupted, it goes on where it was."""
+    done = place = 0
+    total = store.coverage()[0]
+    while True:
+        rows, upto = store.without_vectors(encoder.fingerprint, place, _ROWS)
+        if rows:
+            _embed(store, encoder, rows)
+            done += len(rows)
+        elif upto == place:
+            return done
+        place = upto
+        progress(f"{done} embedded, of {total} memories")
+
+
+def prune_vectors(store: Store, fingerprint: str) -> int:
+    """Delete the vectors of all other encoders; return how many there were."""
+    gone = 0
+    while count := store.write(lambda tx: tx.prune_vectors(fingerprint, BATCH)).result(WAIT_S):
+        gone += count
+    return gone
+
+
+def _embed(store: Store, encoder: EncoderService, rows: Missing) -> None:
+    vectors = encoder.encode([key for _, key, _ in rows])
+    if vectors is None:
+        return
+    pairs = [(hashed, vector.tobytes()) for (_, _, hashed), vector in zip(rows, vectors, strict=True)]
+
+    def fill(tx: Transaction) -> None:
+        tx.put_vectors(pairs, encoder.fingerprint)
+        tx.touch([number for number, _, _ in rows])
+
+    store.write(fill).result()

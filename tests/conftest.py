@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hosting import Host, served
+from postgres import Server, running
 
 from optillm_memory.bench.upstream import RecordingUpstream, echo
 
@@ -44,3 +45,10 @@ def namespace() -> dict[str, str]:
 def db(tmp_path: Path) -> Path:
     """Give the path of a database that is not there yet."""
     return tmp_path / "memory.db"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """Run a PostgreSQL for all tests that want one."""
+    with running() as server:
+        yield server

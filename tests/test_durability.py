@@ -1,169 +1,175 @@
-"""Nothing is lost that was acknowledged: killed at random moments, and written by two processes at once."""
+"""Nothing is lost that was acknowledged: killed at random moments, and written by several processes at once."""
 
 from __future__ import annotations
 
-import os
-import random
 import select
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+import threading
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
-from typing import IO
 
 import pytest
-from builders import lexical_memory
+from builders import lexical_memory, teach
 
-from optillm_memory.store.connection import sqlite3
+from optillm_memory import HostError
+from optillm_memory.bench import acknowledged, durability, kills, soak
+from optillm_memory.bench.acknowledged import Faults
+from optillm_memory.store.turnstile import Turnstile
 
-# Imports once, then forks a child for each line on stdin: the child answers requests and prints each feedback's id
-# and its trace's once both are acknowledged. A fork before any thread is safe, and costs no second import.
-NURSERY = """
-import os, sys
-from optillm_memory import Memory, Settings
 
-def work(path, name):
-    memory = Memory(Settings(db=path, encoder="none", holdout=0))
-    print("up", memory.store.fault or "ok", flush=True)
-    number = 0
-    while True:
-        turns = []
-        for _ in range(3):
-            number += 1
-            body = {"model": "m", "messages": [{"role": "user", "content": f"task {number} of {name}"}]}
-            turns.append(memory.begin(body))
-            memory.finish(turns[-1], {"choices": [{"message": {"role": "assistant", "content": f"done {number}"}}]})
-        said = [{"trace_id": t.trace_id, "metric": "success", "value": True, "source": "code"} for t in turns]
-        for turn, receipt in zip(turns, memory.feedback(said)):
-            assert receipt.status == "applied", receipt
-            os.write(1, f"{receipt.feedback_id} {turn.trace_id}\\n".encode())
-        if number >= int(sys.argv[1]):
-            memory.close()
-            os._exit(0)
+def test_killed_at_any_moment_no_acknowledged_feedback_is_lost(tmp_path: Path) -> None:
+    """After 40 `kill -9` while it starts, migrates, answers and closes all that was acknowledged is there, and once."""
+    found = kills.run(tmp_path, 40, seed=7, tick=lambda: None)
+    assert found.pop("acknowledged") > 100
+    assert found == {"kills": 40, "lost": 0, "doubled": 0, "corrupt": 0, "differing": 0}
 
-print("ready", flush=True)
-for line in sys.stdin:
-    path, name = line.split()
-    child = os.fork()
-    if child == 0:
-        try:
-            work(path, name)
-        finally:
-            os._exit(1)
-    print("child", child, flush=True)
-    if sys.argv[2] == "wait":
-        os.waitpid(child, 0)
-        print("ended", flush=True)
+
+def test_processes_and_threads_write_at_once_and_nothing_is_lost(tmp_path: Path) -> None:
+    """Three processes with two threads each surface no error, lose and double nothing, and see what others learn."""
+    found = soak.run(tmp_path, processes=3, threads=2, seconds=3, tick=lambda: None)
+    assert found["acknowledged"] > 100
+    assert found["errors_by_name"] == {}
+    assert [found[name] for name in ("lost", "doubled", "corrupt", "differing")] == [0, 0, 0, 0]
+    assert found["seen_p50_ms"] is not None
+    assert found["write_p99_ms"] >= found["write_p50_ms"] > 0
+
+
+def test_without_the_package_that_fails_disks_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `apsw` is missing, the bench says what to install, before it has measured anything."""
+    for module in ("optillm_memory.bench.power", "optillm_memory.bench.faultdisk"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.delattr("optillm_memory.bench.power", raising=False)
+    monkeypatch.setitem(sys.modules, "apsw", None)
+    with pytest.raises(HostError, match="pip install apsw"):
+        durability.run(
+            kills=10**9, power_losses=1, processes=1, threads=1, seconds=0, seed=1, say=print, tick=lambda: None
+        )
+
+
+@pytest.mark.parametrize("suffixes", [("-wal",), ("-wal", "-shm")])
+def test_processes_whose_wal_is_deleted_lose_nothing(tmp_path: Path, suffixes: tuple[str, ...]) -> None:
+    """Files deleted under processes at work are made again by one of them; what comes meanwhile is at worst refused."""
+    path = tmp_path / "soak.db"
+
+    def delete() -> None:
+        if path.with_name("soak.db-wal").exists():
+            for suffix in suffixes:
+                path.with_name(f"soak.db{suffix}").unlink(missing_ok=True)
+
+    timers = [threading.Timer(seconds, delete) for seconds in (2.0, 3.5)]
+    for timer in timers:
+        timer.start()
+    found = soak.run(tmp_path, processes=2, threads=2, seconds=3, tick=lambda: None)
+    for timer in timers:
+        timer.join()
+    assert found["acknowledged"] > 100
+    refusals = ("StoreError: cannot read", "StoreUnavailable: cannot write")
+    assert all(name.startswith(refusals) for name in found["errors_by_name"])
+    assert [found[name] for name in ("lost", "doubled", "corrupt", "differing")] == [0, 0, 0, 0]
+
+
+def test_the_check_finds_what_is_wrong(tmp_path: Path) -> None:
+    """A file that lacks what it acknowledged, holds it twice, learned something else or is damaged does not pass."""
+    with lexical_memory(tmp_path) as memory:
+        said = {}
+        for number in range(40):
+            trace_id = acknowledged.request(memory, f"task {number} " * 40)
+            said[acknowledged.tell(memory, trace_id)] = trace_id
+        twice = teach(memory, "another task", "an answer")
+    path = tmp_path / "memory.db"
+    assert acknowledged.check(path, said) == Faults()
+    assert acknowledged.check(path, {**said, "never-given": twice.trace_id}) == Faults(lost=1)
+    assert acknowledged.check(path, {**said, "on-no-trace": "nowhere"}) == Faults(lost=1)
+    with lexical_memory(tmp_path) as memory:
+        teach(memory, "another task", "an answer")
+    assert acknowledged.check(path, said) == Faults(doubled=1)
+    with lexical_memory(tmp_path) as memory:
+        memory.store.write(lambda tx: tx._db.execute("DELETE FROM outcomes")).result(10)
+    assert acknowledged.check(path, said) == Faults(doubled=1, differing=1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:8192] + b"\xff" * 8192 + whole[16384:])
+    assert acknowledged.damage(path) == Faults(corrupt=1)
+    assert acknowledged.check(path, said).lost == len(said)
+
+
+def test_the_bench_reports_flat_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bench durability` adds up what is lost and doubled over its parts, and leaves no file behind."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    found = durability.run(
+        kills=2, power_losses=2, processes=1, threads=1, seconds=0.5, seed=1, say=lambda _: None, tick=lambda: None
+    )
+    assert {"kills": 2, "power_losses": 2, "lost": 0, "doubled": 0, "corrupt": 0, "errors": 0}.items() <= found.items()
+    assert found["acknowledged"] == sum(found[f"{part}_acknowledged"] for part in ("kills", "power", "soak"))
+    assert list(tmp_path.iterdir()) == []
+
+
+PASSES = """
+import sys, time
+from pathlib import Path
+from optillm_memory.store.turnstile import Turnstile
+turnstile = Turnstile(Path(sys.argv[1]))
+for _ in range(int(sys.argv[2])):
+    with turnstile.passing():
+        print("in", flush=True)
+        sys.stdin.readline()
 """
 
 
-class Nursery:
-    """A process that forks workers on a database file."""
-
-    def __init__(self, requests: int, *, wait: bool) -> None:
-        """Start it; each worker ends by itself after so many requests."""
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY, str(requests), "wait" if wait else "on"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self._in: IO[bytes] = self.process.stdin
-        self._out: IO[bytes] = self.process.stdout
-        assert self.line(30) == "ready"
-
-    def fork(self, path: Path, name: str) -> int:
-        """Start a worker that has opened the file; return its process id."""
-        self._in.write(f"{path} {name}\n".encode())
-        self._in.flush()
-        first, second = sorted((self.line(20), self.line(20)))  # the two processes print in any order
-        assert second == "up ok", second
-        return int(first.removeprefix("child "))
-
-    def line(self, timeout_s: float) -> str:
-        """Return the next line; unbuffered, so that what one worker said is not taken for another's."""
-        text = b""
-        while not text.endswith(b"\n"):
-            assert select.select([self._out], [], [], timeout_s)[0], "the worker said nothing"
-            text += os.read(self._out.fileno(), 1)
-        return text.decode().strip()
-
-    def lines(self, until_s: float) -> Iterator[str]:
-        """Give the lines that come until a moment."""
-        while (left := until_s - time.monotonic()) > 0 and select.select([self._out], [], [], left)[0]:
-            yield self.line(1)
-
-    def close(self) -> None:
-        """End it."""
-        self._in.close()
-        self._out.close()
-        self.process.wait(10)
+def passing(path: Path, times: int = 1) -> subprocess.Popen[str]:
+    """Start a process that goes through a turnstile, says so, and stays until it is told to go on."""
+    return subprocess.Popen(
+        [sys.executable, "-c", PASSES, str(path), str(times)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
 
 
-@pytest.fixture
-def nursery(request: pytest.FixtureRequest) -> Iterator[Nursery]:
-    """Give a nursery; the parameters are those of its constructor."""
-    made = Nursery(**request.param)
-    yield made
-    made.process.kill()
-    made.close()
+def says_in(process: subprocess.Popen[str], timeout_s: float = 10) -> bool:
+    """Whether a process says in time that it is inside."""
+    assert process.stdout is not None
+    return bool(select.select([process.stdout], [], [], timeout_s)[0]) and process.stdout.readline() == "in\n"
 
 
-def rows(path: Path, sql: str) -> list[tuple[object, ...]]:
-    """Return what a query of the file gives, on a connection of its own."""
-    connection = sqlite3.connect(path)
-    try:
-        found: list[tuple[object, ...]] = connection.execute(sql).fetchall()
-    finally:
-        connection.close()
-    return found
-
-
-@pytest.mark.parametrize("nursery", [{"requests": 10**9, "wait": False}], indirect=True)
-def test_killed_at_any_moment_no_acknowledged_feedback_is_lost(nursery: Nursery, tmp_path: Path) -> None:
-    """After each of 50 `kill -9` all that was acknowledged is there and learned, the file is whole, the start clean."""
-    path, moments = tmp_path / "memory.db", random.Random(7)
-    acknowledged: set[tuple[object, ...]] = set()
-    for round_ in range(50):
-        worker = nursery.fork(path, f"round-{round_}")  # says so when it could not open the file cleanly
-        for line in nursery.lines(time.monotonic() + moments.uniform(0.0, 0.35)):
-            acknowledged.add(tuple(line.split()))
-        os.kill(worker, signal.SIGKILL)
-        for line in nursery.lines(time.monotonic() + 0.02):
-            acknowledged.add(tuple(line.split()))
-        present = set(rows(path, "SELECT feedback_id, trace_id FROM feedback JOIN traces USING (trace_id)"))
-        assert not acknowledged - present
-        assert rows(path, "PRAGMA integrity_check") == [("ok",)]
-    assert len(acknowledged) > 100
-    assert not list(tmp_path.glob("*corrupt*"))
+def test_a_writer_waits_for_who_is_before_it_and_not_for_the_dead(tmp_path: Path) -> None:
+    """While another process stands in the turnstile nothing is acknowledged; when it is killed, the writer goes on."""
     with lexical_memory(tmp_path) as memory:
-        assert memory.store.stats()["traces_by_outcome"]["success"] >= len(acknowledged)
-        before = memory.store.derived()
-        memory.rebuild()
-        assert memory.store.derived() == before
-    print(f"{len(acknowledged)} acknowledged, {len(present)} on disk")
+        trace_id = acknowledged.request(memory, "a task")
+        memory.settle()
+        other = passing(tmp_path / "memory.db-turnstile")
+        assert says_in(other)
+        receipts = memory.submit_feedback({"trace_id": trace_id, "metric": "success", "value": True, "source": "code"})
+        with pytest.raises(FutureTimeoutError):
+            receipts(0.3)
+        assert acknowledged.request(memory, "another task")  # nobody who asks waits for it
+        other.kill()
+        other.communicate()
+        assert receipts(15)[0].status == "applied"
 
 
-def test_two_processes_write_at_once_and_nothing_is_lost(tmp_path: Path) -> None:
-    """Two processes that record and learn in one file at the same time both find all of theirs in it."""
-    path, each = tmp_path / "memory.db", 120
-    nurseries = [Nursery(each, wait=True) for _ in range(2)]
-    try:
-        for number, made in enumerate(nurseries):
-            made.fork(path, f"process-{number}")
-        said = []
-        for made in nurseries:
-            while (line := made.line(30)) != "ended":
-                said.append(line)
-    finally:
-        for made in nurseries:
-            made.process.kill()
-            made.close()
-    assert len(said) == 2 * each
-    present = {f"{f} {t}" for f, t in rows(path, "SELECT feedback_id, trace_id FROM feedback")}
-    assert set(said) == present
-    assert rows(path, "SELECT count(*) FROM traces") == [(2 * each,)]
-    assert rows(path, "SELECT count(*), min(status) FROM memories") == [(2 * each, "verified")]
-    assert rows(path, "PRAGMA integrity_check") == [("ok",)]
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="tells that a process waits by Linux's list of locks")
+def test_who_leaves_the_turnstile_does_not_pass_those_who_wait(tmp_path: Path) -> None:
+    """A process that comes back at once finds the one that waited inside."""
+    path, locks = tmp_path / "turnstile", Path("/proc/locks")
+    greedy = passing(path, times=2)
+    assert says_in(greedy)
+    patient = passing(path)
+    while f" {patient.pid} " not in "".join(x for x in locks.read_text().splitlines() if "->" in x):
+        assert patient.poll() is None
+    assert greedy.stdin is not None
+    greedy.stdin.write("on\n")
+    greedy.stdin.flush()
+    assert says_in(patient)
+    patient.communicate("on\n")
+    assert says_in(greedy)
+    greedy.communicate("on\n")
+
+
+def test_without_a_turnstile_writing_goes_on(tmp_path: Path) -> None:
+    """Where its file cannot be made, SQLite's own lock has to do."""
+    turnstile = Turnstile(tmp_path / "no such folder" / "turnstile")
+    with turnstile.passing():
+        assert not (tmp_path / "no such folder").exists()
+    (tmp_path / "memory.db-turnstile").mkdir()
+    with lexical_memory(tmp_path) as memory:
+        assert teach(memory, "a task", "an answer")

@@ -13,9 +13,6 @@ import numpy as np
 import pytest
 from builders import SCOPE, body, hashing_memory, lexical_memory, response, settings, teach
 from corpora import remembered, unrelated
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from optillm_memory import EncoderUnavailable, Memory
@@ -27,7 +24,6 @@ from optillm_memory.recall.encoder import (
     encoder_source,
     load_encoder,
 )
-from optillm_memory.recall.index import VectorIndex, reach
 from optillm_memory.recall.onnx import FIDELITY, OnnxEncoder, accelerated
 from optillm_memory.recall.rank import DROP_OFF, FOLLOWER_SLACK, coverage, fuse, rank, words
 from optillm_memory.recall.service import BATCH, EncoderService
@@ -250,56 +246,6 @@ def test_a_slow_encoder_is_not_waited_for(slow: tuple[SlowEncoder, EncoderServic
     while service.cached("late") is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert service.vector("late", 0.001) is not None
-
-
-# -- the index -------------------------------------------------------------------------------------
-
-
-@hypothesis_settings(max_examples=50, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(1, 90), st.booleans()), max_size=200), st.integers(0, 2**32 - 1), st.integers(0, 12)
-)
-def test_index_equals_brute_force(changes: list[tuple[int, bool]], seed: int, count: int) -> None:
-    """After any additions, replacements and removals a search finds what comparing with every vector finds."""
-    random = np.random.default_rng(seed)
-    index, rows = VectorIndex(8), dict[int, Vectors]()
-    for number, keep in changes:
-        if keep:
-            rows[number] = _unit(random.normal(size=8))
-            index.put(number, rows[number])
-        else:
-            rows.pop(number, None)
-            index.drop(number)
-    query = _unit(random.normal(size=8))
-    expected = sorted(((float(v @ query), n) for n, v in rows.items()), reverse=True)[:count]
-    found = index.search(query, count)
-    assert len(index) == len(rows)
-    np.testing.assert_allclose([s for _, s in found], [s for s, _ in expected], atol=1e-6)
-    assert all(abs(float(rows[n] @ query) - score) < 1e-6 for n, score in found)
-    cosines = index.cosines(query, range(100))
-    assert set(cosines) == set(rows)
-    assert all(abs(float(rows[n] @ query) - cosine) < 1e-6 for n, cosine in cosines.items())
-
-
-def _unit(vector: NDArray[np.float64]) -> Vectors:
-    return np.asarray(vector / np.linalg.norm(vector), dtype=np.float32)
-
-
-def test_floor_rises_with_the_store_and_stays_bounded() -> None:
-    """Among more memories a chance neighbour comes nearer, so more is asked; a scope of one subject is not shut."""
-    random, index, floors = np.random.default_rng(0), VectorIndex(64, (0.0, 0.08)), []
-    for number in range(1, 513):
-        index.put(number, _unit(random.normal(size=64)))
-        if number in (8, 64, 512):
-            index.calibrate()
-            floors.append(index.floor)
-    assert floors == sorted(floors)
-    alike = VectorIndex(64, (0.0, 0.08))
-    one = random.normal(size=64)
-    for number in range(512):
-        alike.put(number, _unit(one + 0.1 * random.normal(size=64)))
-    alike.calibrate()
-    assert floors[-1] <= alike.floor <= reach((0.0, 0.08), 512) + 0.0501
 
 
 # -- ranking ---------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from optillm_memory.learn import confidence, fold
 from optillm_memory.learn.confidence import Counts, difference
 from optillm_memory.learn.uplift import Episode, Tasks, flipped_tasks, report, standing, summary, tabulated, uplift
 from optillm_memory.records import Injected, Scope, Trace
-from optillm_memory.store.evidence import episodes_of, read_episodes
+from optillm_memory.store.evidence import episodes_of
 from optillm_memory.store.sqlite import SqliteStore
 from optillm_memory.store.transaction import Transaction
 
@@ -307,7 +307,7 @@ def say(store: SqliteStore, made: Trace, value: bool | None, **fields: Any) -> N
 
 def episodes(store: SqliteStore) -> list[Episode]:
     """Return what the log says of its episodes."""
-    return read_episodes(store.path, None)
+    return store.episodes(None)
 
 
 def test_an_episode_is_one_unit(store: SqliteStore) -> None:
@@ -354,7 +354,7 @@ def test_the_reports_of_tenants_are_apart(store: SqliteStore) -> None:
     """A tenant sees its own episodes, the operator all."""
     add(store, "ep-1", scope=Scope("alice"))
     add(store, "ep-1", at=1, scope=Scope("bob"))
-    assert [e.scope.tenant for e in read_episodes(store.path, "bob")] == ["bob"]
+    assert [e.scope.tenant for e in store.episodes("bob")] == ["bob"]
     assert [e.scope.tenant for e in episodes(store)] == ["alice", "bob"]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ from typing import Any
 import click
 
 from optillm_memory.cli import render
+from optillm_memory.cli.common import database, opened, printed, scope_named, scoped
 from optillm_memory.errors import AgentMemoryError
-from optillm_memory.memory import Memory
-from optillm_memory.records import METRICS, Scope
-from optillm_memory.settings import Settings, table
+from optillm_memory.records import METRICS
+from optillm_memory.settings import table
 
 
 class _Cli(click.Group):
@@ -39,41 +38,6 @@ def main() -> None:
     """Give the optillm proxy persistent agent memory."""
 
 
-def _database(command: Callable[..., None]) -> Callable[..., None]:
-    command = click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
-    return click.option(
-        "--db", type=click.Path(dir_okay=False), default=None,
-        help="The database file [default: OPTILLM_AGENT_MEMORY_DB or ~/.optillm/agent_memory.db].",
-    )(command)  # fmt: skip
-
-
-def _scoped(command: Callable[..., None]) -> Callable[..., None]:
-    for name, default in (("agent-id", ""), ("user-id", ""), ("namespace", "default")):
-        command = click.option(f"--{name}", default=default, help=f"The scope's {name.replace('-', '_')}.")(command)
-    return click.option(
-        "--tenant", default=None, help="The scope's tenant [default: the only one that has the namespace]."
-    )(command)
-
-
-def _open(db: str | None, *, encoder: str | None = "none") -> Memory:
-    overrides: dict[str, Any] = {"db": db} if db else {}
-    if encoder is not None:
-        overrides["encoder"] = encoder
-    settings = Settings.from_env(**overrides)
-    return Memory(settings)
-
-
-def _scope(memory: Memory, tenant: str | None, namespace: str, user_id: str, agent_id: str) -> Scope:
-    tenants = [tenant] if tenant is not None else memory.store.tenants(namespace)
-    if len(tenants) > 1:
-        raise click.UsageError(f"several tenants have this namespace; name one with --tenant: {', '.join(tenants)}")
-    return Scope(tenants[0] if tenants else "", namespace, user_id, agent_id)
-
-
-def _print(value: Any, *, as_json: bool, text: Callable[[], str]) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str) if as_json else text())
-
-
 @main.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["--help-serve"]})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def serve(arguments: tuple[str, ...]) -> None:
@@ -93,10 +57,10 @@ def install(directory: Path, *, remove: bool, as_json: bool) -> None:
 
     if remove:
         removed = files.uninstall(directory)
-        _print({"removed": removed}, as_json=as_json, text=lambda: "removed" if removed else "there was none")
+        printed({"removed": removed}, as_json=as_json, text=lambda: "removed" if removed else "there was none")
         return
     path = files.install(directory)
-    _print({"path": str(path)}, as_json=as_json, text=lambda: f"{path}: start optillm in {directory}")
+    printed({"path": str(path)}, as_json=as_json, text=lambda: f"{path}: start optillm in {directory}")
 
 
 @main.command()
@@ -118,99 +82,98 @@ def doctor(directory: Path, *, as_json: bool) -> None:
 
 
 @main.command()
-@_database
+@database
 def stats(db: str | None, *, as_json: bool) -> None:
     """Count what is stored."""
-    with _open(db) as memory:
+    with opened(db) as memory:
         found = memory.store.stats()
-    _print(found, as_json=as_json, text=lambda: render.mapping(found))
+    printed(found, as_json=as_json, text=lambda: render.mapping(found))
 
 
 @main.command()
 @click.option("--limit", default=20, show_default=True, help="How many at most.")
 @click.option("--query", default="", help="Only those whose task or answer holds this text.")
-@_database
+@database
 def traces(limit: int, query: str, db: str | None, *, as_json: bool) -> None:
     """List the latest traces, newest first."""
-    with _open(db) as memory:
+    with opened(db) as memory:
         found = memory.store.traces(None, limit=limit, text=query)
-    _print(found, as_json=as_json, text=lambda: render.traces(found))
+    printed(found, as_json=as_json, text=lambda: render.traces(found))
 
 
 @main.command()
 @click.argument("identifier")
-@_database
+@database
 def show(identifier: str, db: str | None, *, as_json: bool) -> None:
     """Show one trace or one memory, by its id."""
-    with _open(db) as memory:
+    with opened(db) as memory:
         is_memory = identifier.startswith(("mem-", "fix-"))
         found = memory.described(identifier) if is_memory else memory.trace(identifier)
-    _print(found, as_json=as_json, text=lambda: render.mapping(found))
+    printed(found, as_json=as_json, text=lambda: render.mapping(found))
 
 
 @main.command()
 @click.argument("trace_id")
-@_database
+@database
 def why(trace_id: str, db: str | None, *, as_json: bool) -> None:
     """Say why a request was answered as it was."""
-    with _open(db) as memory:
+    with opened(db) as memory:
         found = memory.why(trace_id)
-    _print(found, as_json=as_json, text=lambda: render.mapping(found))
+    printed(found, as_json=as_json, text=lambda: render.mapping(found))
 
 
 @main.command()
 @click.option("--limit", default=20, show_default=True, help="How many at most.")
-@_database
+@database
 def memories(limit: int, db: str | None, *, as_json: bool) -> None:
     """List memories of every status, newest first."""
-    with _open(db) as memory:
+    with opened(db) as memory:
         found = [{**asdict(m), "value": round(m.value, 4)} for m in memory.store.list_memories(None, limit=limit)]
-    _print(found, as_json=as_json, text=lambda: render.memories(found))
+    printed(found, as_json=as_json, text=lambda: render.memories(found))
 
 
 @main.command()
 @click.option("--limit", default=20, show_default=True, help="How many memories of a scope at most.")
-@_database
+@database
 def uplift(limit: int, db: str | None, *, as_json: bool) -> None:
     """Show what memory changed in the outcome of episodes, as the holdout tells."""
     from optillm_memory.learn.uplift import report, summary
-    from optillm_memory.store.evidence import read_episodes
 
-    with _open(db) as memory:
-        found = report(read_episodes(memory.store.path, None), limit=limit)
-    _print(found, as_json=as_json, text=lambda: render.mapping(summary(found)))
+    with opened(db) as memory:
+        found = report(memory.store.episodes(None), limit=limit)
+    printed(found, as_json=as_json, text=lambda: render.mapping(summary(found)))
 
 
 @main.command()
-@_scoped
-@_database
+@scoped
+@database
 def policy(
     tenant: str | None, namespace: str, user_id: str, agent_id: str, db: str | None, *, as_json: bool
 ) -> None:  # fmt: skip
     """Show the arms of approach `auto`, what is believed of each, and why."""
     from optillm_memory.routing import summary
 
-    with _open(db, encoder=None) as memory:
+    with opened(db, encoder=None) as memory:
         memory.encoder.wait(120)
-        found = memory.policy(_scope(memory, tenant, namespace, user_id, agent_id))
-    _print(found, as_json=as_json, text=lambda: render.mapping(summary(found)))
+        found = memory.policy(scope_named(memory, tenant, namespace, user_id, agent_id))
+    printed(found, as_json=as_json, text=lambda: render.mapping(summary(found)))
 
 
 @main.command()
 @click.argument("query")
 @click.option("--limit", default=5, show_default=True, help="How many at most.")
-@_scoped
-@_database
+@scoped
+@database
 def recall(
     query: str, limit: int, tenant: str | None, namespace: str, user_id: str, agent_id: str, db: str | None, *,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Show what a request with the task QUERY would recall."""
-    with _open(db, encoder=None) as memory:
+    with opened(db, encoder=None) as memory:
         memory.encoder.wait(120)
-        hits = memory.recall(query, scope=_scope(memory, tenant, namespace, user_id, agent_id), limit=limit)
+        hits = memory.recall(query, scope=scope_named(memory, tenant, namespace, user_id, agent_id), limit=limit)
     found = [{**asdict(h.memory), "score": h.score, "cosine": h.cosine, "lexical": h.lexical} for h in hits]
-    _print(found, as_json=as_json, text=lambda: render.memories(found) if found else "nothing relevant")
+    printed(found, as_json=as_json, text=lambda: render.memories(found) if found else "nothing relevant")
 
 
 @main.command()
@@ -226,7 +189,7 @@ def recall(
 )
 @click.option("--feedback-id", help="Makes it idempotent.")
 @click.option("--retract", help="The id of feedback to undo.")
-@_database
+@database
 def feedback(
     trace_id: str | None, episode_id: str | None, success: bool | None, score: float | None, demonstration: str | None,
     error_text: str | None, comment: str | None, source: str, feedback_id: str | None, retract: str | None,
@@ -253,20 +216,20 @@ def feedback(
         ]
         if feedback_id and len(items) > 1:
             raise click.UsageError("--feedback-id names one feedback; give one metric with it")
-    with _open(db) as memory:
+    with opened(db) as memory:
         receipts = [r.as_dict() for r in memory.feedback(items)]
-    _print(receipts, as_json=as_json, text=lambda: "\n".join(f"{r['feedback_id']}  {r['status']}" for r in receipts))
+    printed(receipts, as_json=as_json, text=lambda: "\n".join(f"{r['feedback_id']}  {r['status']}" for r in receipts))
 
 
 @main.command()
-@_database
+@database
 def rebuild(db: str | None, *, as_json: bool) -> None:
     """Derive all memories again from the log."""
     started = time.monotonic()
-    with _open(db) as memory:
+    with opened(db) as memory:
         found = memory.rebuild()
     found_all = {**found, "seconds": round(time.monotonic() - started, 3)}
-    _print(found_all, as_json=as_json, text=lambda: render.mapping(found_all))
+    printed(found_all, as_json=as_json, text=lambda: render.mapping(found_all))
 
 
 @main.command()
@@ -274,15 +237,16 @@ def rebuild(db: str | None, *, as_json: bool) -> None:
 def settings(*, as_json: bool) -> None:
     """List the settings with their defaults."""
     found = [{"name": name, "default": default, "help": help_} for name, default, help_ in table()]
-    _print(found, as_json=as_json, text=_settings_help)
+    printed(found, as_json=as_json, text=_settings_help)
 
 
 def _add_later_commands() -> None:
     from optillm_memory.cli.bench import bench
     from optillm_memory.cli.demo import demo
+    from optillm_memory.cli.maintain import COMMANDS
 
-    main.add_command(demo)
-    main.add_command(bench)
+    for command in (demo, bench, *COMMANDS):
+        main.add_command(command)
 
 
 _add_later_commands()

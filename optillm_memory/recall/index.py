@@ -1,12 +1,16 @@
-"""Exact vector search over one scope's memories, and the relevance floor calibrated on them."""
+"""Exact vector search over rows in memory, and the relevance floor calibrated on them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from optillm_memory.recall import codes
+from optillm_memory.recall.codes import Codes
 
 # How the cosines of unrelated short texts lie for all-MiniLM-L6-v2: (median, spread). An encoder brings its own.
 UNRELATED = (0.06, 0.085)
@@ -14,7 +18,10 @@ UNRELATED = (0.06, 0.085)
 _TAIL = 1.6
 # A scope of one subject is alike in all its pairs: they may lift its floor by this much, not shut recall.
 _LIFT = 0.05
-_SAMPLE = 128
+SAMPLE = 128
+# So many times the wanted rows are looked at exactly: the high bytes alone order rows nearly, not quite, right.
+_WIDER, _AT_LEAST = 2, 100
+OUT = -math.inf  # the score of a row that is not to be found
 
 
 def spread_of(vectors: NDArray[np.float32]) -> tuple[float, float]:
@@ -33,78 +40,149 @@ def reach(unrelated: tuple[float, float], size: int) -> float:
     return middle + _TAIL * spread * math.sqrt(2 * math.log(max(size, 2)))
 
 
-class VectorIndex:
-    """Rows of unit vectors by memory number. Not thread-safe: its owner holds a lock while it changes.
+def floor_of(unrelated: tuple[float, float], own: tuple[float, float], size: int) -> float:
+    """Return the cosine that the nearest of `size` rows must reach to be related: beyond that of unrelated texts."""
+    low = reach(unrelated, size)
+    return min(max(reach(own, size), low), low + _LIFT)
 
-    A search reads one consistent array even while rows are added, since arrays are replaced, never shrunk in place.
+
+class Near(NamedTuple):
+    """Rows that were found: their numbers and cosines, best first."""
+
+    numbers: NDArray[np.int64]
+    cosines: NDArray[np.float32]
+
+
+NOTHING = Near(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))
+
+
+class Wanted(NamedTuple):
+    """A query in both precisions, and how many rows it wants."""
+
+    query: NDArray[np.float32]
+    high: NDArray[np.int8]
+    most: int
+
+    @classmethod
+    def of(cls, query: NDArray[np.float32], count: int) -> Wanted:
+        """Return a query ready to be compared."""
+        return cls(query, codes.encode(query[None]).high[0], count)
+
+    def shortlist(self, rough: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Return the rows to look at exactly, given nearly right scores of all."""
+        wider = max(_WIDER * self.most, _AT_LEAST)
+        rows = np.argpartition(rough, -wider)[-wider:] if len(rough) > wider else np.arange(len(rough))
+        return rows[rough[rows] > OUT]
+
+    def best(self, found: Codes, numbers: NDArray[np.int64], rows: NDArray[np.int64]) -> Near:
+        """Return the best of some rows by their exact cosines."""
+        exact = found.cosines(rows, self.query)
+        order = np.argsort(-exact, kind="stable")[: self.most]
+        return Near(numbers[rows[order]], exact[order])
+
+
+def merged(found: Iterable[Near], count: int) -> Near:
+    """Return the best of several findings."""
+    parts = list(found)
+    numbers, cosines = np.concatenate([p.numbers for p in parts]), np.concatenate([p.cosines for p in parts])
+    order = np.argsort(-cosines, kind="stable")[:count]
+    return Near(numbers[order], cosines[order])
+
+
+class _Rows(NamedTuple):
+    """What a search reads: `used` rows of arrays that only grow; a row that is not live is passed over."""
+
+    codes: Codes
+    numbers: NDArray[np.int64]
+    revisions: NDArray[np.int64]
+    live: NDArray[np.bool_]
+    row_of: dict[int, int]
+    used: int
+
+
+def _room(size: int, dimension: int) -> _Rows:
+    return _Rows(
+        codes.empty(size, dimension),
+        np.zeros(size, dtype=np.int64),
+        np.zeros(size, dtype=np.int64),
+        np.zeros(size, dtype=np.bool_),
+        {},
+        0,
+    )
+
+
+class VectorIndex:
+    """Rows of unit vectors by memory number. Its owner holds a lock while it changes; a search needs none.
+
+    Rows are only added; one that is replaced or dropped is marked, and left out when the arrays are laid out anew.
     """
 
-    def __init__(self, dimension: int, unrelated: tuple[float, float] = UNRELATED) -> None:
-        """Start empty; `unrelated` is the median and spread of this encoder's cosines of unrelated texts."""
-        self._unrelated = unrelated
-        self._own = unrelated
-        self._vectors: NDArray[np.float32] = np.zeros((64, dimension), dtype=np.float32)
-        self._numbers: NDArray[np.int64] = np.zeros(64, dtype=np.int64)
-        self._row_of: dict[int, int] = {}
-        self._calibrated_at = 0
+    def __init__(self, dimension: int) -> None:
+        """Start empty."""
+        self._rows = _room(64, dimension)
 
     def __len__(self) -> int:
-        return len(self._row_of)
+        return len(self._rows.row_of)
 
-    def put(self, number: int, vector: NDArray[np.float32]) -> None:
-        """Add or replace one row."""
-        row = self._row_of.get(number)
-        if row is None:
-            row = len(self._row_of)
-            if row == len(self._numbers):
-                self._vectors = np.concatenate([self._vectors, np.zeros_like(self._vectors)])
-                self._numbers = np.concatenate([self._numbers, np.zeros_like(self._numbers)])
-            self._row_of[number] = row
-        self._vectors[row] = vector
-        self._numbers[row] = number
+    def put(self, numbers: Sequence[int], revisions: Sequence[int], found: Codes) -> None:
+        """Add or replace rows; no number twice."""
+        self._make_room(len(numbers))
+        rows, start = self._rows, self._rows.used
+        end = start + len(numbers)
+        rows.codes.high[start:end], rows.codes.low[start:end], rows.codes.scale[start:end] = found
+        rows.numbers[start:end], rows.revisions[start:end] = numbers, revisions
+        rows.live[start:end] = True
+        for row, number in enumerate(numbers, start):
+            if (before := rows.row_of.get(number)) is not None:
+                rows.live[before] = False
+            rows.row_of[number] = row
+        self._rows = rows._replace(used=end)
 
     def drop(self, number: int) -> None:
-        """Take one row out; the last row moves into its place."""
-        row = self._row_of.pop(number, None)
-        last = len(self._row_of)
-        if row is None or row == last:
+        """Take one row out."""
+        if (row := self._rows.row_of.pop(number, None)) is not None:
+            self._rows.live[row] = False
+
+    def search(self, wanted: Wanted) -> Near:
+        """Return the nearest rows, best first."""
+        rows = self._rows
+        if rows.used == 0 or wanted.most <= 0:
+            return NOTHING
+        rough = codes.scores(rows.codes.high[: rows.used], rows.codes.scale[: rows.used], wanted.high)
+        rough[~rows.live[: rows.used]] = OUT
+        return wanted.best(rows.codes, rows.numbers, wanted.shortlist(rough))
+
+    def vector(self, number: int) -> NDArray[np.float32] | None:
+        """Return a number's vector, None where it has no row."""
+        rows = self._rows
+        row = rows.row_of.get(number)
+        return None if row is None else rows.codes.vectors(slice(row, row + 1))[0]
+
+    def revision(self, number: int) -> int | None:
+        """Return the revision that a number's row came with."""
+        rows = self._rows
+        row = rows.row_of.get(number)
+        return None if row is None else int(rows.revisions[row])
+
+    def live(self) -> tuple[NDArray[np.int64], Codes]:
+        """Return the numbers and codes of all rows, in arrays of their own."""
+        rows = self._rows
+        kept = np.flatnonzero(rows.live[: rows.used])
+        return rows.numbers[kept], rows.codes.take(kept)
+
+    def sample(self, count: int) -> NDArray[np.float32]:
+        """Return the vectors of a few rows, drawn by a fixed seed."""
+        kept = np.flatnonzero(self._rows.live[: self._rows.used])
+        return self._rows.codes.vectors(np.random.default_rng(0).permutation(kept)[:count])
+
+    def _make_room(self, more: int) -> None:
+        rows, needed = self._rows, self._rows.used + more
+        if needed <= len(rows.numbers):
             return
-        moved = int(self._numbers[last])
-        self._vectors[row], self._numbers[row] = self._vectors[last], moved
-        self._row_of[moved] = row
-
-    def search(self, query: NDArray[np.float32], count: int) -> list[tuple[int, float]]:
-        """Return (number, cosine) of the nearest rows, best first."""
-        size = len(self._row_of)
-        if size == 0 or count <= 0:
-            return []
-        # Not `@`: its threads wait for each other, and for the encoder's, on a busy machine; this is as fast alone.
-        scores = np.vecdot(self._vectors[:size], query)
-        best = np.argpartition(scores, -count)[-count:] if size > count else np.arange(size)
-        best = best[np.argsort(-scores[best], kind="stable")]
-        return list(zip(self._numbers[best].tolist(), scores[best].tolist(), strict=True))
-
-    def cosines(self, query: NDArray[np.float32], numbers: Sequence[int]) -> dict[int, float]:
-        """Return the cosine of each number that has a row."""
-        # One look-up each: another thread may be taking rows out.
-        rows = {number: row for number in numbers if (row := self._row_of.get(number)) is not None}
-        if not rows:
-            return {}
-        scores = self._vectors[list(rows.values())] @ query
-        return {number: float(score) for number, score in zip(rows, scores, strict=True)}
-
-    @property
-    def floor(self) -> float:
-        """The cosine that the nearest row must reach to be related: beyond the reach of unrelated texts."""
-        size = len(self._row_of)
-        low = reach(self._unrelated, size)
-        return min(max(reach(self._own, size), low), low + _LIFT)
-
-    def calibrate(self) -> None:
-        """Measure the scope's own pairs, each time the scope has doubled: most of them are unrelated."""
-        size = len(self._row_of)
-        if size < 8 or size < 2 * self._calibrated_at:  # noqa: PLR2004
-            return
-        self._calibrated_at = size
-        rows = np.random.default_rng(0).permutation(size)[:_SAMPLE]
-        self._own = spread_of(self._vectors[rows])
+        kept = np.flatnonzero(rows.live[: rows.used])
+        size = max(64, 2 * (len(kept) + more))
+        fresh = _room(size, rows.codes.high.shape[1])
+        for array, values in zip((*fresh.codes, *fresh[1:4]), (*rows.codes, *rows[1:4]), strict=True):
+            array[: len(kept)] = values[kept]
+        row_of = {number: row for row, number in enumerate(rows.numbers[kept].tolist())}
+        self._rows = fresh._replace(row_of=row_of, used=len(kept))

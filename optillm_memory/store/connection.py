@@ -8,6 +8,7 @@ import importlib
 import logging
 import os
 import queue
+import secrets
 import sqlite3 as stdlib_sqlite3
 import time
 from collections.abc import Callable, Iterator, Sized
@@ -30,6 +31,8 @@ OperationalError: type[Exception] = sqlite3.OperationalError
 IntegrityError: type[Exception] = sqlite3.IntegrityError
 BUSY_TIMEOUT_S = 10.0
 _CHECKED_BYTES = 64 << 20  # a check reads the whole file: a larger one would delay the start
+_WAL_KEPT_BYTES = 64 << 20  # of a WAL that had to grow, so much is kept for the next time
+_JOURNALS = ("-shm", "-wal", "-journal")
 _CORRUPT = ("malformed", "not a database", "disk image", "file is encrypted")
 
 
@@ -56,16 +59,14 @@ def open_writer(path: Path, *, mend: bool = True, thorough: bool = False) -> Con
     corrupt file is renamed aside, reported in the log, and a fresh one started; not so without `mend`. A large
     file is checked throughout only when asked to be `thorough`.
     """
+    before = identity(path)
     try:
         return _open_writer(path, thorough=thorough)
     except DatabaseError as error:
         if not is_corruption(error) or not mend:
             raise StoreUnavailable(f"cannot write {path}: {error}") from error
         try:
-            aside = set_aside(path)
-            logger.error(
-                "agent_memory: %s is corrupt (%s); kept as %s, a fresh one is started", path, error, aside.name
-            )
+            set_aside(path, before, error)
             return _open_writer(path)
         except (DatabaseError, OSError) as again:
             raise StoreUnavailable(f"cannot write {path}: {again}") from again
@@ -75,7 +76,7 @@ def open_writer(path: Path, *, mend: bool = True, thorough: bool = False) -> Con
 
 def _open_writer(path: Path, *, thorough: bool = False) -> Connection:
     _make(path)
-    connection = _connect(path)
+    connection = connect(path)
     try:
         _refuse_newer(connection, path)
         # In a WAL the same as FULL; a rollback journal whose removal is not synced would undo what was acknowledged.
@@ -83,8 +84,11 @@ def _open_writer(path: Path, *, thorough: bool = False) -> Connection:
         connection.execute("PRAGMA cache_size=-65536")  # KiB: what is found by a hash lies anywhere in a large file
         # Where an affected SQLite is all there is, a rollback journal keeps several processes safe.
         _set_journal(connection, "WAL" if wal_is_safe() else "DELETE")
+        # The writer copies the WAL into the file itself, when what it wrote has been acknowledged.
+        connection.execute("PRAGMA wal_autocheckpoint=0")
+        connection.execute(f"PRAGMA journal_size_limit={_WAL_KEPT_BYTES}")
         if thorough or path.stat().st_size <= _CHECKED_BYTES:
-            _check(connection)
+            _check(connection, thorough=thorough)
         _migrate(connection)
     except BaseException:
         connection.close()
@@ -97,6 +101,10 @@ def _make(path: Path) -> None:
 
     A file that is there is not opened: to close it again would drop the locks of all our connections to it.
     """
+    journals = [size for suffix in _JOURNALS if (size := _size(f"{path}{suffix}")) is not None]
+    if (_size(path) is None and journals) or (_size(path) == 0 and _size(f"{path}-wal")):
+        # SQLite would delete what may be all that is left of the old one, or take a new file for it.
+        set_aside(path, identity(path), "it is gone or empty, its journal is there")
     missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -104,6 +112,10 @@ def _make(path: Path) -> None:
     except FileExistsError:
         if not os.access(path, os.R_OK | os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from None
+        for suffix in _JOURNALS:  # made by a reader while the file was read-only, they are so too
+            if not os.access(f"{path}{suffix}", os.W_OK):
+                with contextlib.suppress(OSError):
+                    Path(f"{path}{suffix}").chmod(0o600)
         return
     for folder in {path.parent, *(new.parent for new in missing)}:
         with contextlib.suppress(OSError):  # not every system opens folders
@@ -112,6 +124,13 @@ def _make(path: Path) -> None:
                 os.fsync(opened)
             finally:
                 os.close(opened)
+
+
+def _size(path: Path | str) -> int | None:
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return None
 
 
 def _set_journal(connection: Connection, mode: str) -> None:
@@ -128,8 +147,9 @@ def _set_journal(connection: Connection, mode: str) -> None:
             return
 
 
-def _check(connection: Connection) -> None:
-    found = connection.execute("PRAGMA quick_check(1)").fetchone()
+def _check(connection: Connection, *, thorough: bool) -> None:
+    # The quick check leaves out whether an index holds what its table does.
+    found = connection.execute(f"PRAGMA {'integrity' if thorough else 'quick'}_check(1)").fetchone()
     if found != ("ok",):
         raise sqlite3.DatabaseError(f"database disk image is malformed: {found}")
 
@@ -147,23 +167,17 @@ def _migrate(connection: Connection) -> None:
     if migrations.pending(db):
         connection.execute("BEGIN IMMEDIATE")  # two processes may open a new file at once: one migrates
         with db.atomic():
+            new = not migrations.applied(db)
             migrations.apply(db)
+            if new:  # what was read of a file that was here before must not be taken for what this one holds
+                generation = (secrets.randbits(32),)
+                connection.execute("UPDATE meta SET value = ? WHERE key = 'generation'", generation)
         connection.execute("COMMIT")
 
 
-def integrity(path: Path) -> str:
-    """Return what SQLite's own check of the whole file finds: `ok` where nothing is wrong."""
-    try:
-        connection = _connect(path)
-        try:
-            return str(connection.execute("PRAGMA integrity_check(1)").fetchone()[0])
-        finally:
-            connection.close()
-    except DatabaseError as error:
-        return str(error)
-
-
-def _connect(path: Path, *, read_only: bool = False) -> Connection:
+def connect(path: Path, *, read_only: bool = False) -> Connection:
+    """Open a connection, to write or to read: the one place where that is done."""
+    """Return a connection to a file, as it is."""
     uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
     connection: Connection = sqlite3.connect(
         uri,
@@ -177,33 +191,69 @@ def _connect(path: Path, *, read_only: bool = False) -> Connection:
     return connection
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a broken database (and its journal files) so that nothing of it is lost; return its new name."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    aside = path.with_name(f"{path.name}.corrupt-{stamp}-{os.getpid()}")
-    for suffix in ("", "-wal", "-shm", "-journal"):
-        with contextlib.suppress(FileNotFoundError):
-            path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
-    return aside
+Identity: TypeAlias = tuple[tuple[int, int] | None, ...]
 
 
-def identity(path: Path) -> tuple[int, int] | None:
-    """Return what tells a file from another that took its place; None where there is none."""
+def identity(path: Path) -> Identity:
+    """Return what tells a database, its WAL and the WAL's index from others that took their places."""
+    return tuple(_inode(f"{path}{suffix}") for suffix in ("", "-wal", "-shm"))
+
+
+def _inode(path: str) -> tuple[int, int] | None:
     try:
-        status = path.stat()
+        status = os.stat(path)  # noqa: PTH116 - every read asks: a Path takes longer than the call
     except OSError:
         return None
     return status.st_dev, status.st_ino
 
 
+def set_aside(path: Path, broken: Identity, error: object) -> None:
+    """Rename a broken database (and its journal files) so that nothing of it is lost, and say so in the log.
+
+    Where another process has done so already, the file that took its place is left alone. The journals go first:
+    whoever opens the file meanwhile makes its own.
+    """
+    if broken[0] not in (None, identity(path)[0]):
+        return
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    aside = path.with_name(f"{path.name}.corrupt-{stamp}-{os.getpid()}")
+    for suffix in (*_JOURNALS, ""):
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
+    logger.error("agent_memory: %s is broken (%s); kept as %s, a fresh one is started", path, error, aside.name)
+
+
+def checkpoint(connection: Connection) -> None:
+    """Copy what the WAL holds into the file, as far as nobody reads it; where that fails it stays in the WAL."""
+    try:
+        connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+    except DatabaseError as error:
+        logger.warning("agent_memory: the WAL grows, for it cannot be copied into the database: %s", error)
+
+
+def leave(connection: Connection) -> None:
+    """Close a connection to a file that is not what it was: its WAL, perhaps out of sight, goes into the file first.
+
+    Raises OperationalError while somebody reads from that WAL.
+    """
+    try:
+        busy = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+    except DatabaseError as error:
+        logger.warning("agent_memory: the WAL could not be copied, unless another process has done so: %s", error)
+        busy = False
+    if busy:
+        raise OperationalError("the WAL was taken away, and what it holds cannot be written while it is read")
+    connection.close()
+
+
 class Readers:
     """A pool of read-only connections: any thread borrows one, none ever blocks the writer."""
 
-    def __init__(self, path: Path, size: int = 16, *, on_corruption: Callable[[], None] = lambda: None) -> None:
-        """Open connections as they are needed; keep at most `size` of them. Tell who mends when a file is broken."""
+    def __init__(self, path: Path, size: int = 16) -> None:
+        """Open connections as they are needed; keep at most `size` of them."""
         self._path = path
-        self._on_corruption = on_corruption
-        self._idle: queue.LifoQueue[tuple[Connection, tuple[int, int] | None]] = queue.LifoQueue(size)
+        self.on_corruption: Callable[[], None] = lambda: None  # tells who mends that the file is broken
+        self._idle: queue.LifoQueue[tuple[Connection, Identity]] = queue.LifoQueue(size)
 
     @contextlib.contextmanager
     def borrow(self) -> Iterator[Connection]:
@@ -215,7 +265,7 @@ class Readers:
         except BaseException as error:
             connection.close()
             if is_corruption(error):
-                self._on_corruption()
+                self.on_corruption()
             if isinstance(error, DatabaseError):
                 raise StoreError(f"cannot read {self._path}: {error}") from error
             raise
@@ -224,24 +274,27 @@ class Readers:
         except queue.Full:
             connection.close()
 
-    def _idle_connection(self, present: tuple[int, int] | None) -> Connection | None:
+    def _idle_connection(self, present: Identity) -> Connection | None:
         while True:
             try:
                 connection, opened = self._idle.get_nowait()
             except queue.Empty:
                 return None
-            if opened == present:
+            # While a WAL is merely gone, who has it open still reads it; the writer sees to the rest.
+            if opened[0] == present[0] and all(
+                now in (None, then) for then, now in zip(opened[1:], present[1:], strict=True)
+            ):
                 return connection
             connection.close()  # the file was replaced since
 
     def _open(self) -> Connection:
         try:
-            connection = _connect(self._path, read_only=True)
+            connection = connect(self._path, read_only=True)
             connection.execute("PRAGMA query_only=ON")
             connection.execute("PRAGMA busy_timeout=200")
         except DatabaseError as error:
             if is_corruption(error):
-                self._on_corruption()
+                self.on_corruption()
             raise StoreError(f"cannot read {self._path}: {error}") from error
         return connection
 
@@ -255,8 +308,8 @@ class Readers:
 
 
 def marks(values: Sized) -> str:
-    """Return the placeholders of so many values."""
-    return ", ".join("?" * len(values))
+    """Return the placeholders of so many values, for IN."""
+    return ", ".join("?" * len(values)) or "NULL"
 
 
 def objects(db: Connection, sql: str, values: tuple[Any, ...]) -> list[dict[str, Any]]:

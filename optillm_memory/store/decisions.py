@@ -51,7 +51,9 @@ class DecisionTables:
         now = (_REWARDS[row[0]] if row else None, tokens, latency_ms)
         if before != now:
             self._db.execute(
-                "INSERT OR REPLACE INTO rewards VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO rewards VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (trace_id) DO UPDATE SET "
+                "reward = excluded.reward, tokens = excluded.tokens, latency_ms = excluded.latency_ms, "
+                "revision = excluded.revision",
                 (trace_id, key[0], *now, self._next("revision")),
             )
 

@@ -13,13 +13,8 @@ from optillm_memory.learn.uplift import Episode, standing, tabulated
 from optillm_memory.records import Scope
 from optillm_memory.store.connection import Connection, Readers
 
+_BY_TENANT = "CAST(? AS TEXT) IS NULL OR tenant = ?"
 _VERDICTS = {"success": True, "failure": False}
-
-
-def read_episodes(path: Path, tenant: str | None) -> list[Episode]:
-    """Return a tenant's episodes in a database file, the oldest first; `tenant` None is the operator."""
-    with contextlib.closing(Readers(path, 1)) as readers, readers.borrow() as db:
-        return episodes_of(db, "? IS NULL OR tenant = ?", (tenant, tenant))
 
 
 def read_decisions(path: Path, tenant: str | None) -> list[Logged]:
@@ -37,6 +32,17 @@ def read_decisions(path: Path, tenant: str | None) -> list[Logged]:
         )
         for arm, propensity, probabilities, verdict, tokens, latency_ms, arms in found
     ]  # fmt: skip
+
+
+class EpisodeReads:
+    """The part of the store that reads what its episodes came to."""
+
+    _readers: Readers
+
+    def episodes(self, tenant: str | None) -> list[Episode]:
+        """Return a tenant's episodes, the oldest first; `tenant` None is the operator."""
+        with self._readers.borrow() as db:
+            return episodes_of(db, _BY_TENANT, (tenant, tenant))
 
 
 class ExposureTables:
@@ -142,7 +148,7 @@ _DECISIONS = """
                created_at, traces.trace_id AS trace_id, row_number() OVER (
                    PARTITION BY traces.scope_id, episode_id ORDER BY created_at, traces.trace_id) AS nth
         FROM decisions JOIN traces ON traces.trace_id = decisions.trace_id JOIN scopes ON scopes.id = traces.scope_id
-        WHERE (? IS NULL OR tenant = ?)),
+        WHERE (CAST(? AS TEXT) IS NULL OR tenant = ?)),
     episodes AS (
         SELECT scope_id, episode_id, sum(prompt_tokens + completion_tokens) AS tokens, sum(latency_ms) AS latency_ms
         FROM traces GROUP BY scope_id, episode_id),

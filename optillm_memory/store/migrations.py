@@ -56,6 +56,13 @@ def m005_vectors_in_order(db: Database) -> None:
         db.execute(statement)
 
 
+@migrations()
+def m006_forgotten(db: Database) -> None:
+    """Note which memories were forgotten, so that no copy of them is used; what is withdrawn keeps no text."""
+    for statement in _M006:
+        db.execute(statement)
+
+
 _NUMBERED = re.compile(r"m\d{3}_")
 _M001 = (
     "CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID",
@@ -200,4 +207,9 @@ _M005 = (
     "INSERT INTO vectors_in_order(key_hash, fingerprint, vector) SELECT key_hash, fingerprint, vector FROM vectors",
     "DROP TABLE vectors",
     "ALTER TABLE vectors_in_order RENAME TO vectors",
+)
+_M006 = (
+    "CREATE TABLE forgotten(memory_id TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID",
+    "CREATE INDEX injections_memory ON injections(memory_id)",
+    "UPDATE memories SET task = '', answer = '', frame = '', key_hash = '' WHERE status = 'withdrawn'",
 )

@@ -101,7 +101,7 @@ class ProposalReads:
             misled = dict(
                 db.execute(
                     f"SELECT memory_id, max(trace_id) FROM proposals JOIN labels USING (trace_id) WHERE {named} "
-                    "AND correct = 0 AND (served OR audit) GROUP BY memory_id",
+                    "AND NOT correct AND (served OR audit) GROUP BY memory_id",
                     ids,
                 )
             )

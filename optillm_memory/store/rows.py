@@ -45,7 +45,7 @@ _MEMORY_VALUES = (
 INSERT_MEMORY = (
     "INSERT INTO memories(memory_id, kind, scope_id, status, task, answer, frame, key_hash, successes, failures, "
     "used_successes, used_failures, created_at, revision) "
-    "VALUES (?, 'exemplar', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "VALUES (?, 'exemplar', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING number"
 )
 UPDATE_MEMORY = f"UPDATE memories SET {_MEMORY_VALUES} WHERE number = ?"
 SELECT_MEMORY = (
@@ -54,18 +54,26 @@ SELECT_MEMORY = (
 )
 # Verified right and wrong answers, any right answer, and verified outcomes of the requests it was injected in.
 TALLY = """
-    SELECT sum(role = 'evidence' AND verified AND success), sum(role = 'evidence' AND verified AND NOT success),
-           sum(role = 'evidence' AND success), sum(role = 'use' AND verified AND success),
-           sum(role = 'use' AND verified AND NOT success)
+    SELECT count(*) FILTER (WHERE role = 'evidence' AND verified AND success),
+           count(*) FILTER (WHERE role = 'evidence' AND verified AND NOT success),
+           count(*) FILTER (WHERE role = 'evidence' AND success),
+           count(*) FILTER (WHERE role = 'use' AND verified AND success),
+           count(*) FILTER (WHERE role = 'use' AND verified AND NOT success)
     FROM contributions WHERE memory_id = ?"""
 # What is said of fixes: verified and inferred successes and failures.
 TALLIES_BY_FIX = """
-    SELECT memory_id, environment, sum(verified AND success), sum(verified AND NOT success),
-           sum(NOT verified AND success), sum(NOT verified AND NOT success) FROM fix_evidence WHERE 1"""
+    SELECT memory_id, environment, count(*) FILTER (WHERE verified AND success),
+           count(*) FILTER (WHERE verified AND NOT success), count(*) FILTER (WHERE NOT verified AND success),
+           count(*) FILTER (WHERE NOT verified AND NOT success) FROM fix_evidence WHERE TRUE"""
 FIRST_EVIDENCE = """
     SELECT scope_id, task, frame, key_hash, created_at, contributions.answer
     FROM contributions JOIN traces USING (trace_id) WHERE memory_id = ? AND role = 'evidence' AND success
     ORDER BY created_at, trace_id LIMIT 1"""
+
+# Memories that were forgotten and not learned again.
+FORGOTTEN = """
+    SELECT memory_id FROM forgotten WHERE NOT EXISTS (
+        SELECT 1 FROM memories WHERE memories.memory_id = forgotten.memory_id)"""
 
 
 def known_scope(db: sqlite3.Connection, scope: Scope) -> int:

@@ -155,9 +155,10 @@ class StepTables:
     def _define(self, scope_id: int, memory_id: str, fix: Fix) -> None:
         self._db.execute(
             # Equal but for white space and the like: which one is kept must not depend on which came first.
-            "INSERT INTO fixes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
-            "action = min(action, excluded.action), output = min(output, excluded.output), "
-            "text = min(text, excluded.text)",
+            "INSERT INTO fixes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (memory_id) DO UPDATE SET "
+            "action = CASE WHEN fixes.action < excluded.action THEN fixes.action ELSE excluded.action END, "
+            "output = CASE WHEN fixes.output < excluded.output THEN fixes.output ELSE excluded.output END, "
+            "text = CASE WHEN fixes.text < excluded.text THEN fixes.text ELSE excluded.text END",
             (
                 memory_id, scope_id, fix.action.tool, fix.action.field, fix.action.text[:OUTPUT_LIMIT],
                 shortened(fix.output), fix.signature, fix.relation, fix.text[:OUTPUT_LIMIT],
@@ -190,7 +191,7 @@ class StepTables:
         if known is None:
             self._db.execute(_INSERT_FIX, (memory_id, scope_id, *fix, *values))
         else:
-            self._db.execute(_UPDATE_FIX, (*values, known[0]))
+            self._db.execute(_UPDATE_FIX, (*(fix if shows else ("", "")), *values, known[0]))
 
     def _maker(self, scope_id: int, episode_id: str, made: str) -> str | None:
         # The same conversation may have been held in another episode: what became of it is not this one's.
@@ -213,11 +214,13 @@ _OBSERVED = """
     AND attempts.episode_id = steps.episode_id AND attempts.step_id = steps.step_id
     WHERE steps.scope_id = ? AND steps.episode_id = ? AND observation IS NOT NULL"""
 _TALLIES = """
-    SELECT environment, sum(verified AND success), sum(verified AND NOT success), sum(NOT verified AND success),
-           sum(NOT verified AND NOT success) FROM fix_evidence WHERE memory_id = ? GROUP BY environment"""
+    SELECT environment, count(*) FILTER (WHERE verified AND success),
+           count(*) FILTER (WHERE verified AND NOT success), count(*) FILTER (WHERE NOT verified AND success),
+           count(*) FILTER (WHERE NOT verified AND NOT success)
+    FROM fix_evidence WHERE memory_id = ? GROUP BY environment"""
 _INSERT_FIX = """
     INSERT INTO memories(memory_id, kind, scope_id, task, answer, frame, key_hash, status, successes, failures,
     used_successes, used_failures, created_at, revision) VALUES (?, 'fix', ?, ?, ?, '', '', ?, ?, ?, ?, ?, ?, ?)"""
 _UPDATE_FIX = """
-    UPDATE memories SET status = ?, successes = ?, failures = ?, used_successes = ?, used_failures = ?,
-    created_at = ?, revision = ? WHERE number = ?"""
+    UPDATE memories SET task = ?, answer = ?, status = ?, successes = ?, failures = ?, used_successes = ?,
+    used_failures = ?, created_at = ?, revision = ? WHERE number = ?"""

@@ -19,8 +19,10 @@ from optillm_memory.store.calls import CallTables
 from optillm_memory.store.connection import Connection
 from optillm_memory.store.decisions import DecisionTables
 from optillm_memory.store.evidence import ExposureTables
+from optillm_memory.store.forget import ForgetTables
 from optillm_memory.store.proposals import ProposalTables
 from optillm_memory.store.steps import StepTables
+from optillm_memory.store.vectors import VectorTables
 
 PENDING_S = 7 * 86_400.0
 
@@ -30,7 +32,7 @@ def key_hash(task: str) -> str:
     return hashlib.blake2b(key_of(task).encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 
-class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, CallTables):
+class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, CallTables, ForgetTables, VectorTables):
     """One operation on the writing connection; satisfies `learn.fold.Log`."""
 
     def __init__(self, connection: Connection, normal: Callable[[str], str] = normal_answer) -> None:
@@ -66,8 +68,8 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
         if not inserted:
             return False
         self._db.executemany(
-            "INSERT INTO prefixes(scope_id, hash, episode_id, trace_id) VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE "
-            "SET episode_id = excluded.episode_id, trace_id = excluded.trace_id",
+            "INSERT INTO prefixes(scope_id, hash, episode_id, trace_id) VALUES (?, ?, ?, ?) "
+            "ON CONFLICT (scope_id, hash) DO UPDATE SET episode_id = excluded.episode_id, trace_id = excluded.trace_id",
             [(scope_id, prefix, trace.episode_id, trace.trace_id) for prefix in prefixes],
         )
         self._db.executemany(
@@ -244,7 +246,7 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
         """Return every episode."""
         found = self._db.execute(
             "SELECT tenant, namespace, user_id, agent_id, episode_id FROM traces JOIN scopes ON scopes.id = scope_id "
-            "GROUP BY scope_id, episode_id ORDER BY min(created_at)"
+            "GROUP BY tenant, namespace, user_id, agent_id, episode_id ORDER BY min(created_at)"
         ).fetchall()
         return [(Scope(*row[:4]), str(row[4])) for row in found]
 
@@ -301,7 +303,9 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
         if first is None:  # nothing (any more) says that it is right
             if known is not None:
                 self._db.execute(
-                    "UPDATE memories SET status = 'withdrawn', revision = ? WHERE number = ?", (revision, known[0])
+                    "UPDATE memories SET status = 'withdrawn', task = '', answer = '', frame = '', key_hash = '', "
+                    "revision = ? WHERE number = ?",
+                    (revision, known[0]),
                 )
                 self._db.execute("DELETE FROM memories_fts WHERE rowid = ?", (known[0],))
             return
@@ -311,7 +315,7 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
             created_at, revision,
         )  # fmt: skip
         if known is None:
-            number = self._db.execute(rows.INSERT_MEMORY, (memory_id, *values)).lastrowid
+            number = self._db.execute(rows.INSERT_MEMORY, (memory_id, *values)).fetchone()[0]
         else:
             number = known[0]
             self._db.execute(rows.UPDATE_MEMORY, (*values, number))
@@ -330,8 +334,12 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
         self._db.executemany(
             "INSERT INTO vectors(key_hash, fingerprint, vector) VALUES (?, ?, ?) "
             "ON CONFLICT (key_hash, fingerprint) DO NOTHING",
-            [(key, fingerprint, vector) for key, vector in vectors],
+            [(key, fingerprint, self._as_stored(vector)) for key, vector in vectors],
         )
+
+    def _as_stored(self, vector: bytes) -> Any:
+        """Return a vector's float32 numbers in the form of its column."""
+        return vector
 
     def touch(self, numbers: Iterable[int]) -> None:
         """Give memories a new revision, so that every process loads them again."""
@@ -340,7 +348,7 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
 
     def probe(self) -> None:
         """Write one value: whether writing works at all."""
-        self._db.execute("INSERT INTO meta VALUES ('probe', 1) ON CONFLICT DO UPDATE SET value = value + 1")
+        self._db.execute("INSERT INTO meta VALUES ('probe', 1) ON CONFLICT (key) DO UPDATE SET value = meta.value + 1")
 
     def clear_derived(self) -> list[str]:
         """Empty what is derived from the log; return all trace ids in order, to be folded again."""

@@ -8,20 +8,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
-from optillm_memory.errors import AgentMemoryError, StoreError, StoreTooNew, StoreUnavailable
-from optillm_memory.store.connection import (
-    Connection,
-    DatabaseError,
-    IntegrityError,
-    identity,
-    is_corruption,
-    open_writer,
-    set_aside,
-)
-from optillm_memory.store.turnstile import Turnstile
+from optillm_memory.errors import AgentMemoryError, StoreTooNew, StoreUnavailable
+from optillm_memory.store.connection import Connection, DatabaseError, IntegrityError
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +20,7 @@ T = TypeVar("T")
 Operation = Callable[[Connection], Any]
 GROUP = 256
 _RETRIES = 5
+_CLOSING_S = 30.0
 # What nobody waits for gives way to the response that it records, and gathers company for its commit.
 _BEHIND_S = 0.02
 
@@ -44,27 +36,50 @@ class Writer:
     the commit that holds it (`synchronous=FULL`).
     """
 
-    def __init__(self, path: Path, *, queue_size: int) -> None:
-        """Open the database; where that fails for now, each later operation tries again."""
-        self.path = path
+    def __init__(self, place: str, *, queue_size: int) -> None:
+        """Open the database; where that fails for now, each later operation tries again. `place` is its name."""
+        self.place = place
         self.lost = 0
         self.fault = ""
         self._queue: queue.Queue[tuple[Operation, Future[Any] | None] | None] = queue.Queue(queue_size)
         self._connection: Connection | None = None
-        self._identity: tuple[int, int] | None = None
         self._closed = False
-        self._suspect = threading.Event()
         self._awaited = threading.Event()  # somebody waits for what is in the queue
         self._retry_at = 0.0
-        self._turnstile = Turnstile(path.with_name(path.name + "-turnstile"))
         try:
-            self._connect()
+            with self._passing():
+                self._connect()
         except StoreTooNew:
             raise
         except StoreUnavailable as error:
             self._note(error)
         self._thread = threading.Thread(target=self._run, name="agent-memory-writer", daemon=True)
         self._thread.start()
+
+    # -- what a database brings --------------------------------------------------------------------
+
+    def _open(self) -> Connection:
+        """Return the connection that writes. Raises StoreUnavailable."""
+        raise NotImplementedError
+
+    def _stands(self) -> bool:
+        """Whether the connection still leads to where what is written should go; drops one that does not."""
+        raise NotImplementedError
+
+    def _written(self, operations: int) -> None:
+        """Take note that a commit of so many operations went well."""
+
+    def _tidy(self) -> None:
+        """Do what is to be done now and then while the turn is still ours, and nobody waits for us."""
+
+    def _failed(self, error: Exception) -> None:
+        """Do what is to be done after a commit that failed, so that the next one may not."""
+
+    def _passing(self) -> AbstractContextManager[None]:
+        """Wait for the turn among all that write to the database."""
+        return nullcontext()
+
+    # -- what is queued ----------------------------------------------------------------------------
 
     def submit(self, operation: Callable[[Connection], T]) -> Future[T]:
         """Queue an operation whose result is awaited; raises StoreUnavailable when the queue is full or closed."""
@@ -84,18 +99,17 @@ class Writer:
         """Wait until what was queued before is on disk."""
         self.submit(lambda _connection: None).result(timeout_s)
 
-    def distrust(self) -> None:
-        """Check the file before the next commit: a reader found it broken, which our own cached pages may hide."""
-        self._suspect.set()
-
     def close(self) -> None:
         """Write what is queued, then close; nothing is taken after this."""
         if self._closed:
             return
         self._closed = True
         self._awaited.set()
-        self._queue.put(None)
-        self._thread.join(30)
+        try:
+            self._queue.put(None, timeout=_CLOSING_S)
+        except queue.Full:
+            return  # it hangs, and what waits there was never acknowledged
+        self._thread.join(_CLOSING_S)
 
     def _put(self, item: tuple[Operation, Future[Any] | None]) -> None:
         if self._closed:
@@ -114,16 +128,16 @@ class Writer:
                 break
         if self._connection is not None:
             self._connection.close()
-        self._turnstile.close()
 
     def _write(self, batch: list[tuple[Operation, Future[Any] | None]]) -> bool:
         """Write these with what came meanwhile; return whether that was the last."""
         stop = False
         for attempt in range(_RETRIES):
-            with self._turnstile.passing():
+            with self._passing():
                 if attempt == 0:  # not before: what waited for its turn with us is in the same commit
                     stop = self._gather(batch)
                 batch = self._attempt(batch)
+                self._tidy()
             if not batch or self._closed:
                 break
             if attempt < _RETRIES - 1:
@@ -146,16 +160,18 @@ class Writer:
         """Commit a group and settle what is awaited; return what is to be tried again."""
         try:
             results = self._commit(batch)
-        except (DatabaseError, StoreError, OSError) as error:
-            self._recover(error)
+        except Exception as error:  # noqa: BLE001 - whatever it is: should this thread end, all would wait for ever
+            self._note(error)
+            self._failed(error)
             # What is awaited is refused at once, so that the caller can try again; what nobody waits for
             # gets a few more chances, for a disk that is full now may have room in a moment.
-            fault = StoreUnavailable(f"cannot write {self.path}: {error}")
+            fault = StoreUnavailable(f"cannot write {self.place}: {error}")
             for _, future in batch:
                 if future is not None:
                     future.set_exception(fault)
             return [item for item in batch if item[1] is None]
         self.fault = ""
+        self._written(len(batch))
         for (_, future), result in zip(batch, results, strict=True):
             if future is None and isinstance(result, Exception):
                 self.lost += 1
@@ -163,13 +179,8 @@ class Writer:
         return []
 
     def _commit(self, batch: list[tuple[Operation, Future[Any] | None]]) -> list[Any]:
-        suspect = self._suspect.is_set()
-        if self._connection is not None and (suspect or identity(self.path) != self._identity):
-            self._connection.close()  # the file was removed, replaced or broken: what goes there now would be lost
-            self._connection = None
-        if self._connection is None:
-            self._connect(thorough=suspect)
-            self._suspect.clear()
+        if self._connection is None or not self._stands():
+            self._connect()
         assert self._connection is not None
         # Savepoints cost a tenth of the time: they are for the rare group in which a record is refused.
         try:
@@ -177,26 +188,14 @@ class Writer:
         except _RefusedError:
             return _transact(self._connection, batch, apart=True)
 
-    def _connect(self, *, thorough: bool = False) -> None:
+    def _connect(self) -> None:
         if time.monotonic() < self._retry_at:
             raise StoreUnavailable(self.fault)
         try:
-            self._connection = open_writer(self.path, thorough=thorough)
-            self._identity = identity(self.path)
+            self._connection = self._open()
         except StoreUnavailable:
             self._retry_at = time.monotonic() + 1.0
             raise
-
-    def _recover(self, error: Exception) -> None:
-        self._note(error)
-        if is_corruption(error):
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
-            try:
-                logger.error("agent_memory: kept the corrupt file as %s", set_aside(self.path).name)
-            except OSError as refused:
-                self._note(refused)
 
     def _note(self, error: Exception) -> None:
         if str(error) != self.fault:

@@ -1,0 +1,138 @@
+"""Looking after the database: verify, backup, forget, reembed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from optillm_memory.cli import render
+from optillm_memory.cli.common import database, file_of, opened, printed, settings_for
+from optillm_memory.errors import NotFound
+
+_DAY_S = 86_400
+
+
+def _told(line: str) -> None:
+    """Show progress where a person looks on, without touching what is printed."""
+    if sys.stderr.isatty():
+        click.echo(f"\r\x1b[K{line}", err=True, nl=False)
+
+
+def _done() -> None:
+    _told("")
+
+
+@click.command()
+@click.option("--deep", is_flag=True, help="Also fold a copy of the log, and compare all words.")
+@click.option("--mend", is_flag=True, help="Delete rows that belong to nothing, and vectors of a wrong length.")
+@database
+def verify(db: str | None, *, deep: bool, mend: bool, as_json: bool) -> None:
+    """Check the database, its indexes and what is derived; exit with 1 where something is wrong."""
+    from optillm_memory.learn.forms import form_named
+    from optillm_memory.store import verify as checks
+
+    settings = settings_for(db)
+    path = file_of(settings)
+    if mend:
+        with opened(db) as memory:
+            found = checks.mend(memory.store, path)
+        click.echo(f"deleted: {json.dumps(found)}", err=True)
+    shown = []
+    for check in checks.verify(path, deep=deep, normal=form_named(settings.answer_form)):
+        shown.append(check.as_dict())
+        if not as_json:
+            click.echo(render.finding(check.level, check.name, check.message))
+    if as_json:
+        click.echo(json.dumps(shown, indent=2))
+    if any(check["level"] == "fail" for check in shown):
+        sys.exit(1)
+
+
+@click.command()
+@click.argument("destination", type=click.Path(dir_okay=False, path_type=Path))
+@database
+def backup(destination: Path, db: str | None, *, as_json: bool) -> None:
+    """Copy the database to DESTINATION while it is in use, and check the copy."""
+    from optillm_memory.store import backup as copies
+
+    source, started = file_of(settings_for(db)), time.monotonic()
+    copies.backup(source, destination, progress=lambda done, total: _told(f"{done} of {total} pages"))
+    _done()
+    found = {
+        "path": str(destination), "bytes": destination.stat().st_size, **copies.counts_of(destination),
+        "seconds": round(time.monotonic() - started, 3),
+    }  # fmt: skip
+    printed(found, as_json=as_json, text=lambda: render.mapping(found))
+
+
+@click.command()
+@click.option("--trace", "trace_id", help="One request.")
+@click.option("--episode", "episode_id", help="All requests of an episode.")
+@click.option("--memory", "memory_id", help="What a memory rests on, and so the memory.")
+@click.option("--namespace", help="All of a namespace.")
+@click.option("--user-id", help="All of a user.")
+@click.option("--agent-id", help="All of an agent.")
+@click.option("--tenant", help="Of this tenant alone.")
+@click.option("--older-than", "days", type=click.FloatRange(min=0), help="What is older than so many days.")
+@click.option("--with-set-aside", is_flag=True, help="Also delete earlier databases that are kept because corrupt.")
+@click.option("--dry-run", is_flag=True, help="Only say how much it would be.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@database
+def forget(
+    db: str | None, *, days: float | None, with_set_aside: bool, dry_run: bool, yes: bool, as_json: bool, **named: Any
+) -> None:
+    """Delete for good what all the options given have in common: rows, vectors, words, free pages, journal."""
+    from optillm_memory.store import erase
+    from optillm_memory.store.selection import Selection
+
+    selection = Selection(**named, before=None if days is None else time.time() - days * _DAY_S)
+    with opened(db) as memory:
+        counts = memory.store.chosen_counts(selection)
+        if dry_run:
+            printed(counts, as_json=as_json, text=lambda: render.mapping(counts))
+            return
+        if not any(counts.values()):
+            raise NotFound("there is nothing of that kind to forget")
+        if not yes:
+            click.echo(render.mapping(counts), err=True)
+            click.confirm("Delete this for good?", abort=True, err=True)
+        found = erase.forget(memory.store, selection, with_set_aside=with_set_aside, progress=_told)
+    _done()
+    for line in found["left"]:
+        click.echo(line, err=True)
+    printed(found, as_json=as_json, text=lambda: render.mapping(found))
+    if found["left"]:
+        sys.exit(1)
+
+
+@click.command()
+@click.option("--prune", is_flag=True, help="Delete the vectors of other encoders when all is embedded.")
+@database
+def reembed(db: str | None, *, prune: bool, as_json: bool) -> None:
+    """Give every memory its vector by the encoder that is set; may be interrupted and run again."""
+    from optillm_memory.upkeep import prune_vectors
+    from optillm_memory.upkeep import reembed as embed
+
+    with opened(db, encoder=None) as memory:
+        memory.encoder.wait(600)
+        found: dict[str, Any] = {"encoder": memory.encoder.fingerprint or memory.encoder.state}
+        if memory.encoder.state != "ready":
+            reason = memory.encoder.reason or "OPTILLM_AGENT_MEMORY_ENCODER is `none`"
+            raise click.ClickException(f"there is no encoder: {reason}")
+        try:
+            found["embedded"] = embed(memory.store, memory.encoder, progress=_told)
+        except KeyboardInterrupt:
+            _done()
+            raise click.ClickException("interrupted; what was embedded is kept: run it again to go on") from None
+        if prune:
+            found["pruned"] = prune_vectors(memory.store, memory.encoder.fingerprint)
+    _done()
+    printed(found, as_json=as_json, text=lambda: render.mapping(found))
+
+
+COMMANDS: tuple[click.Command, ...] = (verify, backup, forget, reembed)

@@ -1,0 +1,276 @@
+"""Search among many vectors: an inverted file in one mapped file, written anew behind the requests' backs.
+
+Rows lie in lists around centroids (spherical k-means); a search looks into the lists nearest to the query, as many
+as this file's own vectors were found to need. Measured against graphs (HNSW) on sentences' vectors it was as fast
+at the same recall, a quarter of their time to build, and a row that goes is gone from the next file. Where vectors
+have no neighbourhoods the lists looked into become all of them: slower, never wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optillm_memory.recall import codes
+from optillm_memory.recall.codes import Codes
+from optillm_memory.recall.index import NOTHING, OUT, Near, Wanted, spread_of
+from optillm_memory.records import Scope
+
+FORMAT = 1
+_MAGIC = b"AMVECTOR"
+_HEAD = 4096
+_ALIGN = 64
+# A file's own rows are easier to find than requests: they were there when the lists were made. So more is asked of
+# them, and what lies between two rows, near to nothing, has to be found as well.
+_OF_OWN, _MARGIN, _OF_STRANGE = 0.99, 1.5, 0.97
+_JUDGED, _NEAREST = 128, 10
+_FEWEST = 4_096  # rows that a search looks at in any case
+Rest = Callable[[], None]
+
+
+class Draft(Protocol):
+    """A file in the making, which nobody else sees before it is committed."""
+
+    @property
+    def file(self) -> BinaryIO:
+        """Where it is written."""
+
+    def mapped(self) -> mmap.mmap:
+        """Return what was written so far."""
+
+    def commit(self) -> None:
+        """Put the file on disk and in the place of the one before, in one step. Raises OSError."""
+
+
+class Files(Protocol):
+    """Where the files of large scopes lie."""
+
+    def mapped(self, name: str) -> mmap.mmap | None:
+        """Return a file's content; None where there is none."""
+
+    def name(self, scope: Scope, fingerprint: str) -> str:
+        """Return the name of a scope's file for one encoder."""
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+
+    def blocks(self, name: str) -> Iterator[bytes]:
+        """Read a file piece by piece, without mapping it. Raises OSError."""
+
+    def draft(self, name: str) -> AbstractContextManager[Draft | None]:
+        """Make a file; None while another process does. What is not committed is removed. Raises OSError."""
+
+    def remove(self, name: str) -> None:
+        """Take a file away."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of itself."""
+
+    fingerprint: str
+    dimension: int
+    generation: int
+    revision: int  # every change up to it is in the file
+    count: int
+    lists: int
+    trained: int  # rows that there were when the lists were made
+    probes: int  # lists that a search looks into
+    recall: float  # of the nearest ten, as measured on the file's own rows
+    middle: float  # the median and spread of its pairs' cosines
+    spread: float
+    small: int = 0  # checksums: of what every search reads, and of the rest
+    large: int = 0
+    format: int = FORMAT
+
+    def to_bytes(self) -> bytes:
+        """Return the first bytes of the file."""
+        text = json.dumps(asdict(self)).encode()
+        return (_MAGIC + zlib.crc32(text).to_bytes(4, "little") + len(text).to_bytes(4, "little") + text).ljust(_HEAD)
+
+    @classmethod
+    def of(cls, head: bytes) -> Header:
+        """Read the first bytes of a file. Raises ValueError for anything but a header of this format."""
+        size = int.from_bytes(head[12:16], "little")
+        text = head[16 : 16 + size]
+        if head[:8] != _MAGIC or size > _HEAD - 16 or zlib.crc32(text) != int.from_bytes(head[8:12], "little"):
+            raise ValueError("not an index of vectors")
+        fields = json.loads(text)
+        if fields.get("format") != FORMAT:
+            raise ValueError(f"an index of format {fields.get('format')}")
+        return cls(**fields)
+
+
+class Places(NamedTuple):
+    """Where each array begins in the file; the last is the file's size."""
+
+    starts: int
+    centroid_scale: int
+    centroid_high: int
+    centroid_low: int
+    numbers: int
+    by_number: int
+    row_of: int
+    scale: int
+    high: int
+    low: int
+    end: int
+
+    @classmethod
+    def of(cls, count: int, lists: int, dimension: int) -> Places:
+        """Lay out a file of so many rows."""
+        sizes = (
+            8 * (lists + 1), 4 * lists, lists * dimension, lists * dimension,
+            8 * count, 8 * count, 4 * count, 4 * count, count * dimension, count * dimension,
+        )  # fmt: skip
+        places = [_HEAD]
+        for size in sizes:
+            places.append(-(-(places[-1] + size) // _ALIGN) * _ALIGN)
+        return cls(*places)
+
+
+class Base:
+    """A file of rows in lists, mapped. It never changes; rows that are out of date are masked by the search."""
+
+    def __init__(self, content: mmap.mmap) -> None:
+        """Take a file's content. Raises ValueError where it is not whole; the rest is checked by `is_whole`."""
+        self._content = content
+        self.header = head = Header.of(content[:_HEAD])
+        count, lists, dimension = head.count, head.lists, head.dimension
+        self._places = at = Places.of(count, lists, dimension)
+        if len(content) != at.end or min(count, lists, dimension) < 1:
+            raise ValueError("an index that was cut off")
+        if head.small and zlib.crc32(content[at.starts : at.numbers]) != head.small:
+            raise ValueError("an index that is damaged")
+
+        def array(kind: type, place: int, *shape: int) -> Any:
+            return np.frombuffer(content, dtype=kind, count=math.prod(shape), offset=place).reshape(shape)
+
+        self.starts: NDArray[np.int64] = array(np.int64, at.starts, lists + 1)
+        self.centroids = Codes(
+            array(np.int8, at.centroid_high, lists, dimension),
+            array(np.int8, at.centroid_low, lists, dimension),
+            array(np.float32, at.centroid_scale, lists),
+        )
+        self.numbers: NDArray[np.int64] = array(np.int64, at.numbers, count)
+        self._by_number: NDArray[np.int64] = array(np.int64, at.by_number, count)
+        self._row_of: NDArray[np.int32] = array(np.int32, at.row_of, count)
+        self.codes = Codes(
+            array(np.int8, at.high, count, dimension),
+            array(np.int8, at.low, count, dimension),
+            array(np.float32, at.scale, count),
+        )
+
+    def __len__(self) -> int:
+        return self.header.count
+
+    def list_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the list that each row lies in."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
+    def rows_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the row of each number, -1 where it has none."""
+        at = np.minimum(np.searchsorted(self._by_number, numbers), len(self) - 1)
+        return np.where(self._by_number[at] == numbers, self._row_of[at].astype(np.int64), -1)
+
+    def search(self, wanted: Wanted, gone: NDArray[np.bool_] | None = None, live: int = 0) -> Near:
+        """Return the nearest rows in the lists nearest to the query, less those that are `gone`.
+
+        `live` is how many are not: where they lie thinner, more lists are looked into.
+        """
+        if wanted.most <= 0:
+            return NOTHING
+        probes = self.header.probes * len(self) // max(live, 1) if gone is not None else self.header.probes
+        lists = np.sort(self._nearest_lists(wanted)[:probes])
+        spans = self._spans(lists)
+        # Brought together first: one call is quicker than many, and gives the interpreter away once only.
+        high, scale = (np.concatenate([plane[a:b] for a, b in spans]) for plane in (self.codes.high, self.codes.scale))
+        rough = codes.scores(high, scale, wanted.high)
+        if gone is not None:
+            rough[np.concatenate([gone[a:b] for a, b in spans])] = OUT
+        found = wanted.shortlist(rough)
+        # The place among all scores, less where the span's scores begin, is the place in the span.
+        begins = np.cumsum([0, *(b - a for a, b in spans[:-1])])
+        span = np.searchsorted(begins, found, side="right") - 1
+        return wanted.best(self.codes, self.numbers, found - begins[span] + np.array([a for a, _ in spans])[span])
+
+    def _nearest_lists(self, wanted: Wanted) -> NDArray[np.int64]:
+        return np.argsort(-codes.scores(self.centroids.high, self.centroids.scale, wanted.high))
+
+    def _spans(self, lists: NDArray[np.int64]) -> list[tuple[int, int]]:
+        """Return the rows of some lists, in order, as few spans as can be."""
+        spans: list[tuple[int, int]] = []
+        for a, b in zip(self.starts[lists].tolist(), self.starts[lists + 1].tolist(), strict=True):
+            if spans and spans[-1][1] == a:
+                spans[-1] = (spans[-1][0], b)
+            else:
+                spans.append((a, b))
+        return spans
+
+    def calibrated(self, rest: Rest) -> Header:
+        """Return the header with as many probes as this file's own vectors need to find their nearest."""
+        random = np.random.default_rng(1)
+        rows, others = (random.permutation(len(self))[:_JUDGED] for _ in range(2))
+        vectors = self.codes.vectors(rows)
+        own, strange = [], []
+        for at, row in enumerate(rows.tolist()):
+            own.append(self._needed(vectors[at], row))
+            rest()
+        for query in (vectors + self.codes.vectors(others))[: _JUDGED // 2]:
+            strange.append(self._needed(query / max(float(np.linalg.norm(query)), 1e-9)))
+            rest()
+        ranks = np.concatenate(own)
+        fewest = math.ceil(_FEWEST * self.header.lists / len(self))
+        enough = max(_MARGIN * _covering(ranks, _OF_OWN), _covering(np.concatenate(strange), _OF_STRANGE), fewest)
+        probes = min(math.ceil(enough), self.header.lists)
+        middle, spread = spread_of(vectors) if len(rows) > 1 else (0.0, 0.0)
+        self.let_go()
+        return replace(self.header, probes=probes, recall=float(np.mean(ranks <= probes)), middle=middle, spread=spread)
+
+    def _needed(self, query: NDArray[np.float32], itself: int | None = None) -> NDArray[np.int64]:
+        """Return how many lists have to be looked into for each of a query's nearest ten, less itself."""
+        wanted = Wanted.of(query, _NEAREST + 1)
+        rough = codes.scores(self.codes.high, self.codes.scale, wanted.high)
+        if itself is not None:
+            rough[itself] = OUT
+        found = wanted.shortlist(rough)
+        nearest = found[np.argsort(-self.codes.cosines(found, query))[:_NEAREST]]
+        rank = np.empty(self.header.lists, dtype=np.int64)
+        rank[self._nearest_lists(wanted)] = np.arange(1, self.header.lists + 1)
+        return rank[self.list_of(nearest)]
+
+    def is_whole(self, blocks: Iterator[bytes]) -> bool:
+        """Whether the file's bytes (from its beginning) are those that were written, or already those of another."""
+        first = next(blocks, b"")
+        if first[:_HEAD] != self._content[:_HEAD]:
+            return True
+        return checksum(chain([first], blocks), self._places.numbers) == self.header.large
+
+    def let_go(self) -> None:
+        """Let the pages that were read go from memory; they come back as they are searched."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._content.madvise(mmap.MADV_DONTNEED)
+
+
+def _covering(ranks: NDArray[np.int64], share: float) -> int:
+    """Return the rank within which this share of the ranks lies."""
+    return int(np.sort(ranks)[math.ceil(share * len(ranks)) - 1]) if len(ranks) else 1
+
+
+def checksum(blocks: Iterator[bytes], skipped: int) -> int:
+    """Return the checksum of a file's bytes but for the first few."""
+    value = 0
+    for block in blocks:
+        value = zlib.crc32(block[skipped:], value)
+        skipped = max(0, skipped - len(block))
+    return value

@@ -1,0 +1,99 @@
+"""Vectors as 16-bit fixed point in two planes: the high bytes are searched, both together say the exact cosine."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+Vectors = NDArray[np.float32]
+Bytes = NDArray[np.int8]
+_STEPS = 127 * 256  # of the largest component: the high byte stays within one byte when it is rounded
+_BLOCK = 65_536  # rows at once: what a search takes besides stays small
+_PLAIN_BLOCK = 2_048  # where numpy has to turn bytes into floats first
+
+
+class Codes(NamedTuple):
+    """Rows of unit vectors: `(256 * high + low) * scale`. Cosines of these are right to five digits."""
+
+    high: Bytes
+    low: Bytes
+    scale: NDArray[np.float32]
+
+    def take(self, rows: Any) -> Codes:
+        """Return some rows (an array or a list of them) as codes of their own."""
+        return Codes(self.high[rows], self.low[rows], self.scale[rows])
+
+    def vectors(self, rows: Any) -> Vectors:
+        """Return the vectors of some rows (a slice or an array of them)."""
+        whole: Vectors = np.multiply(self.high[rows], np.float32(256), dtype=np.float32)
+        whole += self.low[rows]
+        whole *= self.scale[rows][:, None]
+        return whole
+
+    def cosines(self, rows: NDArray[np.int64], query: Vectors) -> NDArray[np.float32]:
+        """Return the exact cosines of some rows."""
+        return np.asarray(np.vecdot(self.vectors(rows), query), dtype=np.float32)
+
+    def equals(self, row: int, other: Codes, at: int) -> bool:
+        """Whether a row is the same vector as a row of other codes."""
+        return bool(
+            self.scale[row] == other.scale[at]
+            and np.array_equal(self.high[row], other.high[at])
+            and np.array_equal(self.low[row], other.low[at])
+        )
+
+
+def encode(vectors: Vectors) -> Codes:
+    """Return vectors in fixed point, each with a scale of its own; a zero vector stays zero."""
+    largest = np.abs(vectors).max(axis=1, initial=0.0)
+    scale = np.maximum(largest / _STEPS, np.float32(1e-12)).astype(np.float32)
+    whole = np.rint(vectors * (1 / scale)[:, None]).astype("<i2")
+    low, rounded = whole.view(np.int8)[:, ::2], (whole + np.int16(128)).view(np.int8)[:, 1::2]
+    return Codes(np.ascontiguousarray(rounded), np.ascontiguousarray(low), scale)
+
+
+def empty(rows: int, dimension: int) -> Codes:
+    """Return room for so many rows."""
+    planes = [np.zeros((rows, dimension), dtype=np.int8) for _ in range(2)]
+    return Codes(planes[0], planes[1], np.zeros(rows, dtype=np.float32))
+
+
+def scores(high: Bytes, scale: NDArray[np.float32], query: Bytes) -> NDArray[np.float32]:
+    """Return what orders rows nearly as their cosines do: the products of high bytes, each times its row's scale."""
+    parts = [_products(high[s : s + _BLOCK], query) for s in range(0, len(high), _BLOCK)]
+    found = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
+    return np.asarray(found * scale, dtype=np.float32)
+
+
+def _products(high: Bytes, query: Bytes) -> NDArray[np.float32]:
+    if (kernels := _kernels()) is not None:
+        products: NDArray[np.float32] = np.asarray(kernels.cdist(query[None], high, "dot"), dtype=np.float32)[0]
+        return products
+    wide = query.astype(np.float32)
+    found = np.empty(len(high), dtype=np.float32)
+    for start in range(0, len(high), _PLAIN_BLOCK):
+        found[start : start + _PLAIN_BLOCK] = high[start : start + _PLAIN_BLOCK].astype(np.float32) @ wide
+    return found
+
+
+@cache
+def _kernels() -> Any:
+    """Return numkong, or None where it has no wheel or does not reckon right on this machine."""
+    try:
+        kernels = importlib.import_module("numkong")
+    except ImportError:
+        logger.warning("agent_memory: numkong is not installed: recall among many memories takes longer")
+        return None
+    rows = np.arange(-120, 120, dtype=np.int8).reshape(3, 80)
+    found = np.asarray(kernels.cdist(rows[:1], rows, "dot"))
+    if not np.array_equal(found[0], rows.astype(np.int64) @ rows[0].astype(np.int64)):
+        logger.warning("agent_memory: numkong reckons wrong here and is not used")
+        return None
+    return kernels

@@ -1,0 +1,340 @@
+"""The store: the log and what is derived from it, read by scope, written through one thread.
+
+Statements are in the SQL that SQLite and PostgreSQL have in common, less what `postgres_connection` translates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from optillm_memory.conversation.parse import key_of
+from optillm_memory.recall.recaller import Change
+from optillm_memory.records import Injected, MemoryRecord, Placement, Scope, Trace
+from optillm_memory.store import rows
+from optillm_memory.store.calls import model_calls
+from optillm_memory.store.connection import Connection, marks, objects
+from optillm_memory.store.decisions import DecisionReads, decision_of
+from optillm_memory.store.evidence import EpisodeReads
+from optillm_memory.store.fixes import FixReads
+from optillm_memory.store.index_files import IndexFiles
+from optillm_memory.store.proposals import ProposalReads, proposal_of
+from optillm_memory.store.selection import ForgetReads
+from optillm_memory.store.transaction import Transaction
+from optillm_memory.store.vectors import VectorReads
+from optillm_memory.store.words import WordReads
+from optillm_memory.store.writer import Writer
+
+T = TypeVar("T")
+
+
+class Store(EpisodeReads, WordReads, ProposalReads, DecisionReads, FixReads, ForgetReads, VectorReads):
+    """Reads on any thread, writes through one; satisfies `recall.recaller.Source`. A database brings the rest."""
+
+    def __init__(
+        self,
+        writer: Writer,
+        readers: Any,
+        transaction: Callable[[Connection, Callable[[str], str]], Transaction],
+        normal: Callable[[str], str],
+    ) -> None:
+        """Join the two sides; `normal` gives the form in which answers are compared."""
+        self._writer = writer
+        self._readers = readers
+        self._transaction = transaction
+        self._normal = normal
+
+    # -- what a database brings --------------------------------------------------------------------
+
+    @property
+    def place(self) -> str:
+        """Where the memories lie, as it may be shown."""
+        raise NotImplementedError
+
+    def size_bytes(self) -> int:
+        """Return how much room all of it takes."""
+        raise NotImplementedError
+
+    def nearest(self, scope: Scope, fingerprint: str, query: Any, count: int) -> list[tuple[int, float]] | None:
+        """Return (number, cosine) of the scope's nearest memories; None where vectors are not searched in here."""
+        raise NotImplementedError
+
+    def give_back(self, scopes: Iterable[Scope], *, with_set_aside: bool, progress: Callable[[str], None]) -> list[str]:
+        """Give the room back of what was deleted in these scopes; return what may still hold some of it, and why."""
+        raise NotImplementedError
+
+    def index_files(self) -> IndexFiles | None:
+        """Return where the vectors of large scopes lie, if in files."""
+        return None
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def write(self, operation: Callable[[Transaction], T]) -> Future[T]:
+        """Run an operation in the next commit; the future is set once it is on disk."""
+        return self._writer.submit(lambda connection: operation(self._transaction(connection, self._normal)))
+
+    def post(self, operation: Callable[[Transaction], Any]) -> None:
+        """Run an operation behind the caller, who does not wait for it."""
+        self._writer.post(lambda connection: operation(self._transaction(connection, self._normal)))
+
+    def flush(self) -> None:
+        """Wait until everything queued before is on disk."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is queued and close."""
+        self._readers.close()  # before the last that writes: it leaves no WAL behind
+        self._writer.close()
+        self._readers.close()
+
+    @property
+    def lost(self) -> int:
+        """Records that could not be written."""
+        return self._writer.lost
+
+    @property
+    def fault(self) -> str:
+        """What keeps the store from writing now; empty when all is well."""
+        return self._writer.fault
+
+    # -- recall: every call is bound to one scope --------------------------------------------------
+    # `+scope_id` keeps the planner from walking the whole scope where a few rows are named.
+
+    def revision(self) -> tuple[int, int]:
+        """Return (generation, revision)."""
+        with self._readers.borrow() as db:
+            counters = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('generation', 'revision')"))
+        return int(counters["generation"]), int(counters["revision"])
+
+    def changes(self, scope: Scope, since: int, fingerprint: str, limit: int) -> list[Change]:
+        """Return memories of the scope changed after a revision; a revision's changes come together."""
+        with self._readers.borrow() as db:
+            scope_id = rows.known_scope(db, scope)
+            found = db.execute(
+                "SELECT number, CASE WHEN status = 'verified' AND kind = 'exemplar' THEN vector END, revision "
+                "FROM memories LEFT JOIN vectors ON vectors.key_hash = memories.key_hash AND fingerprint = ? "
+                "WHERE scope_id = ? AND revision > ? AND revision <= coalesce((SELECT revision FROM memories "
+                "WHERE scope_id = ? AND revision > ? ORDER BY revision LIMIT 1 OFFSET ?), 4611686018427387904) "
+                "ORDER BY revision",
+                (fingerprint, scope_id, since, scope_id, since, limit - 1),
+            ).fetchall()
+        return [Change(*row) for row in found]
+
+    def vectors(self, scope: Scope, fingerprint: str, numbers: Sequence[int]) -> Mapping[int, bytes]:
+        """Return the vectors of those of the scope's memories with these numbers that are to be searched."""
+        with self._readers.borrow() as db:
+            found = db.execute(
+                "SELECT number, vector FROM memories JOIN vectors ON vectors.key_hash = memories.key_hash "
+                f"AND fingerprint = ? WHERE +scope_id = ? AND number IN ({marks(numbers)}) "
+                "AND status = 'verified' AND kind = 'exemplar'",
+                (fingerprint, rows.known_scope(db, scope), *numbers),
+            ).fetchall()
+        return {int(number): bytes(vector) for number, vector in found}
+
+    def memories(self, scope: Scope, numbers: Iterable[int]) -> Mapping[int, MemoryRecord]:
+        """Return the verified memories of the scope that have these numbers."""
+        wanted = list(numbers)
+        with self._readers.borrow() as db:
+            found = db.execute(
+                f"{rows.SELECT_MEMORY} WHERE +scope_id = ? AND status = 'verified' AND number IN ({marks(wanted)})",
+                (rows.known_scope(db, scope), *wanted),
+            ).fetchall()
+        return {row[0]: rows.memory_of(row) for row in found}
+
+    def of_episode_alone(self, scope: Scope, memory_ids: Sequence[str], episode_id: str) -> set[str]:
+        """Return those of the memories that rest on this episode and on no other."""
+        with self._readers.borrow() as db:
+            scope_id = rows.known_scope(db, scope)
+            found = db.execute(
+                "SELECT DISTINCT memory_id FROM traces CROSS JOIN contributions USING (trace_id) "
+                "WHERE scope_id = ? AND episode_id = ? AND role = 'evidence' AND success",
+                (scope_id, episode_id),
+            ).fetchall()
+            own = [row[0] for row in found if row[0] in set(memory_ids)]
+            shared = db.execute(
+                f"SELECT DISTINCT memory_id FROM contributions CROSS JOIN traces USING (trace_id) "
+                f"WHERE memory_id IN ({marks(own)}) AND role = 'evidence' AND success "
+                "AND NOT (scope_id = ? AND episode_id = ?)",
+                (*own, scope_id, episode_id),
+            ).fetchall()
+        return set(own) - {row[0] for row in shared}
+
+    # -- a request's episode -----------------------------------------------------------------------
+
+    def salt(self) -> bytes:
+        """Return the database's secret for the holdout."""
+        with self._readers.borrow() as db:
+            return bytes(db.execute("SELECT value FROM meta WHERE key = 'salt'").fetchone()[0])
+
+    def episode_of(self, scope: Scope, prefixes: Sequence[str], steps: Sequence[str] = ()) -> str | None:
+        """Return the episode that a conversation continues: with the longest of these prefixes, or with such a step."""
+        with self._readers.borrow() as db:
+            scope_id = rows.known_scope(db, scope)
+            for prefix in prefixes:
+                row = db.execute(
+                    "SELECT episode_id FROM prefixes WHERE scope_id = ? AND hash = ?", (scope_id, prefix)
+                ).fetchone()
+                if row:
+                    return str(row[0])
+            row = db.execute(
+                f"SELECT episode_id FROM steps WHERE scope_id = ? AND step_id IN ({marks(steps)}) "
+                "ORDER BY trace_id DESC LIMIT 1",
+                (scope_id, *steps),
+            ).fetchone()
+            if row:
+                return str(row[0])
+        return None
+
+    def ledger(self, scope: Scope, episode_id: str) -> list[Placement]:
+        """Return what was injected in an episode before, in order."""
+        with self._readers.borrow() as db:
+            found = db.execute(
+                "SELECT anchor, position, form, payload, items FROM ledger "
+                "WHERE scope_id = ? AND episode_id = ? ORDER BY position",
+                (rows.known_scope(db, scope), episode_id),
+            ).fetchall()
+        return [
+            Placement(anchor, position, form, json.loads(payload), tuple(Injected(**i) for i in json.loads(items)))
+            for anchor, position, form, payload, items in found
+        ]
+
+    # -- looking at it -----------------------------------------------------------------------------
+
+    def trace(self, trace_id: str, tenant: str | None) -> dict[str, Any] | None:
+        """Return a trace with its steps, injections and feedback; `tenant` None is the operator."""
+        with self._readers.borrow() as db:
+            row = db.execute(
+                f"{rows.SELECT_TRACE} WHERE trace_id = ? AND (CAST(? AS TEXT) IS NULL OR tenant = ?)",
+                (trace_id, tenant, tenant),
+            ).fetchone()
+            if row is None:
+                return None
+            trace = rows.trace_of(row)
+            shown = self._described(db, trace)
+            scope_id = rows.known_scope(db, trace.scope)
+            shown["messages"] = json.loads(trace.messages)
+            shown["steps"] = objects(
+                db,
+                "SELECT step_id, parent_id, call_id, ordinal, tool, arguments, observation, made_by, verdict, basis, "
+                "signature FROM steps LEFT JOIN attempts USING (scope_id, episode_id, step_id) "
+                "WHERE scope_id = ? AND episode_id = ? ORDER BY ordinal",
+                (scope_id, trace.episode_id),
+            )
+            feedback = db.execute(
+                f"{rows.SELECT_FEEDBACK} WHERE (trace_id = ? OR (coalesce(scope_id, ?) = ? AND episode_id = ?)) "
+                "AND tenant IN ('', ?) ORDER BY occurred_at, feedback_id",
+                (trace_id, scope_id, scope_id, trace.episode_id, trace.scope.tenant),
+            ).fetchall()
+            shown["proposal"] = proposal_of(db, trace_id)
+            shown["policy"] = decision_of(db, trace_id)
+            shown["calls"] = model_calls(db, trace_id)
+            shown["feedback"] = [asdict(rows.feedback_of(f)) for f in feedback]
+        return shown
+
+    def traces(self, tenant: str | None, *, limit: int = 50, text: str = "") -> list[dict[str, Any]]:
+        """Return the latest traces, newest first, whose task or answer holds a text."""
+        like = f"%{text.replace('%', '').replace('_', '')}%"
+        with self._readers.borrow() as db:
+            found = db.execute(
+                f"{rows.SELECT_TRACE} WHERE (CAST(? AS TEXT) IS NULL OR tenant = ?) "
+                "AND (lower(task) LIKE lower(?) OR lower(answer) LIKE lower(?)) "
+                "ORDER BY created_at DESC, trace_id DESC LIMIT ?",
+                (tenant, tenant, like, like, limit),
+            ).fetchall()
+            return [self._described(db, rows.trace_of(row)) for row in found]
+
+    def list_memories(self, tenant: str | None, *, limit: int = 50, memory_id: str | None = None) -> list[MemoryRecord]:
+        """Return a tenant's memories of every status, newest first; `tenant` None is the operator."""
+        with self._readers.borrow() as db:
+            found = db.execute(
+                f"{rows.SELECT_MEMORY} WHERE (CAST(? AS TEXT) IS NULL OR tenant = ?) "
+                "AND (CAST(? AS TEXT) IS NULL OR memory_id = ?) "
+                "AND status <> 'forgotten' ORDER BY created_at DESC, memory_id LIMIT ?",
+                (tenant, tenant, memory_id, memory_id, limit),
+            ).fetchall()
+        return [rows.memory_of(row) for row in found]
+
+    def tenants(self, namespace: str) -> list[str]:
+        """Return the tenants that have a namespace of this name."""
+        with self._readers.borrow() as db:
+            found = db.execute("SELECT DISTINCT tenant FROM scopes WHERE namespace = ?", (namespace,)).fetchall()
+        return sorted(row[0] for row in found)
+
+    def stats(self) -> dict[str, Any]:
+        """Return counts of the whole store: no text of anyone's."""
+        with self._readers.borrow() as db:
+            counts = {
+                name: int(db.execute(f"SELECT count(*) FROM {name}").fetchone()[0])
+                for name in ("traces", "steps", "feedback", "scopes")
+            }
+            actions = dict(db.execute("SELECT action, count(*) FROM traces GROUP BY action"))
+            kinds = dict(
+                db.execute(
+                    "SELECT kind, count(*) FROM memories WHERE status NOT IN ('withdrawn', 'forgotten') GROUP BY kind"
+                )
+            )
+            extra = int(db.execute("SELECT coalesce(sum(extra_calls), 0) FROM traces").fetchone()[0])
+            outcomes = dict(db.execute("SELECT verdict, count(*) FROM outcomes GROUP BY verdict"))
+            statuses = dict(
+                db.execute("SELECT status, count(*) FROM memories WHERE status <> 'forgotten' GROUP BY status")
+            )
+        return {
+            **counts, "memories": sum(statuses.values()), "memories_by_status": statuses, "memories_by_kind": kinds,
+            "extra_llm_calls": extra,
+            "traces_by_action": actions, "traces_by_outcome": outcomes,
+            "bytes": self.size_bytes(), "lost": self.lost, "fault": self.fault,
+        }  # fmt: skip
+
+    def derived(self) -> list[tuple[Any, ...]]:
+        """Return the derived state in a form to compare: what `rebuild` must bring back."""
+        with self._readers.borrow() as db:
+            memories = db.execute(
+                "SELECT memory_id, scope_id, status, task, answer, frame, successes, failures, "
+                "used_successes, used_failures, created_at FROM memories "
+                "WHERE status NOT IN ('withdrawn', 'forgotten') ORDER BY memory_id"
+            ).fetchall()
+            outcomes = db.execute("SELECT * FROM outcomes ORDER BY trace_id").fetchall()
+            fixes = db.execute("SELECT * FROM fix_evidence ORDER BY memory_id, episode_id, step_id, role").fetchall()
+            labels = db.execute("SELECT trace_id, correct FROM labels ORDER BY trace_id").fetchall()
+            rewards = db.execute(
+                "SELECT trace_id, reward, tokens, latency_ms FROM rewards ORDER BY trace_id"
+            ).fetchall()
+        return [*memories, *outcomes, *fixes, *labels, *rewards]
+
+    def without_vectors(self, fingerprint: str, after: int, limit: int) -> tuple[list[tuple[int, str, str]], int]:
+        """Return (number, key, key hash) of memories that this encoder has not seen: upkeep, not recall.
+
+        Looks through a stretch of the numbers after the given one; returns how far it came, too.
+        """
+        with self._readers.borrow() as db:
+            last = db.execute("SELECT coalesce(max(number), 0) FROM memories").fetchone()[0]
+            upto = max(min(after + _STRETCH, int(last)), after)
+            found = db.execute(
+                "SELECT number, task, key_hash FROM memories WHERE number > ? AND number <= ? AND kind = 'exemplar' "
+                "AND key_hash <> '' AND NOT EXISTS "
+                "(SELECT 1 FROM vectors WHERE vectors.key_hash = memories.key_hash AND fingerprint = ?) "
+                "ORDER BY number LIMIT ?",
+                (after, upto, fingerprint, limit),
+            ).fetchall()
+        missing = [(int(number), key_of(task), key) for number, task, key in found]
+        return missing, missing[-1][0] if len(missing) == limit else upto
+
+    def _described(self, db: Connection, trace: Trace) -> dict[str, Any]:
+        shown = asdict(trace)
+        verdict = db.execute("SELECT verdict, verified FROM outcomes WHERE trace_id = ?", (trace.trace_id,)).fetchone()
+        shown["outcome"] = {"verdict": verdict[0] if verdict else "unknown", "verified": bool(verdict and verdict[1])}
+        shown["skipped"] = json.loads(trace.skipped)
+        for name, withheld in (("injected", 0), ("withheld", 1)):
+            shown[name] = objects(
+                db,
+                "SELECT memory_id, kind, score, tokens, suggestion FROM injections WHERE trace_id = ? AND withheld = ?",
+                (trace.trace_id, withheld),
+            )
+        del shown["messages"]
+        return shown
+
+
+_STRETCH = 20_000  # numbers looked through in one statement, so that no reader holds on to an old state for long

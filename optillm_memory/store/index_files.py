@@ -1,0 +1,127 @@
+"""The files of large scopes' vectors: a folder beside the database, each file replaced in one step."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from optillm_memory.records import Scope
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - Windows: two processes may then both write, and the last stays
+    fcntl = None  # type: ignore[assignment]
+
+
+def folder_of(database: Path) -> Path:
+    """Return the folder that belongs to a database file."""
+    return database.with_name(database.name + ".index")
+
+
+class _Draft:
+    """A file in the making."""
+
+    def __init__(self, file: BinaryIO, unfinished: Path, final: Path) -> None:
+        self.file = file
+        self._unfinished, self._final = unfinished, final
+
+    def mapped(self) -> mmap.mmap:
+        """Return what was written so far."""
+        return mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def commit(self) -> None:
+        """Put the file on disk and in the place of the one before. Raises OSError, also where it was removed."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self._unfinished.replace(self._final)
+        with contextlib.suppress(OSError):  # where folders cannot be synced the old file may come back: it serves, too
+            folder = os.open(self._final.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+class IndexFiles:
+    """Satisfies `recall.ann.Files`; a scope's files are found by its digest, so that no name tells whose they are."""
+
+    def __init__(self, folder: Path) -> None:
+        """Name the folder; it is made with the first file."""
+        self._folder = folder
+
+    @staticmethod
+    def name(scope: Scope, fingerprint: str) -> str:
+        """Return the name of a scope's file for one encoder."""
+        return f"{_digest(scope)}-{hashlib.sha256(fingerprint.encode()).hexdigest()[:12]}"
+
+    def mapped(self, name: str) -> mmap.mmap | None:
+        """Return a file's content; None where there is none that can be read."""
+        try:
+            with (self._folder / name).open("rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError):  # an empty file cannot be mapped
+            return None
+
+    def blocks(self, name: str) -> Iterator[bytes]:
+        """Read a file piece by piece, without mapping it."""
+        with (self._folder / name).open("rb") as file:
+            while block := file.read(1 << 20):
+                yield block
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return (self._folder / name).is_file()
+
+    @contextlib.contextmanager
+    def draft(self, name: str) -> Iterator[_Draft | None]:
+        """Make a file; None while another process does. What is not committed is removed. Raises OSError."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        unfinished = self._folder / f"{name}.unfinished"
+        with self._alone(name) as alone:
+            if not alone:
+                yield None
+                return
+            unfinished.unlink(missing_ok=True)  # what a process that died left
+            descriptor = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                with os.fdopen(descriptor, "w+b") as file:
+                    yield _Draft(file, unfinished, self._folder / name)
+            finally:
+                unfinished.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _alone(self, name: str) -> Iterator[bool]:
+        descriptor = os.open(self._folder / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    yield False
+                    return
+            yield True
+        finally:
+            os.close(descriptor)
+
+    def remove(self, name: str) -> None:
+        """Take a file away, and one in the making."""
+        for path in (self._folder / name, self._folder / f"{name}.unfinished"):
+            path.unlink(missing_ok=True)
+
+    def forget(self, scope: Scope) -> int:
+        """Take away every file of a scope, also those in the making; return how many there were."""
+        found = [path for path in self._folder.glob(f"{_digest(scope)}-*") if path.suffix != ".lock"]
+        for path in found:
+            path.unlink(missing_ok=True)
+        return len(found)
+
+
+def _digest(scope: Scope) -> str:
+    text = json.dumps([scope.tenant, scope.namespace, scope.user_id, scope.agent_id])
+    return hashlib.sha256(text.encode()).hexdigest()[:24]

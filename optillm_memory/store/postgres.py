@@ -1,0 +1,197 @@
+"""The store on PostgreSQL, for many proxies at once: SQLite's statements, and a search of vectors in the database."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optillm_memory.errors import StoreUnavailable
+from optillm_memory.learn.outcomes import normal_answer
+from optillm_memory.records import Scope
+from optillm_memory.settings import shown
+from optillm_memory.store import connection as sqlite
+from optillm_memory.store import rows
+from optillm_memory.store.base import Store
+from optillm_memory.store.postgres_connection import PostgresConnection, PostgresReaders, vector_text
+from optillm_memory.store.postgres_schema import TABLES, migrate
+from optillm_memory.store.transaction import Transaction
+from optillm_memory.store.writer import Writer
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+_SEARCHED = 100  # candidates that the index keeps while it searches (pgvector's hnsw.ef_search)
+
+
+class PostgresTransaction(Transaction):
+    """One operation on the writing connection."""
+
+    def _as_stored(self, vector: bytes) -> str:
+        return vector_text(vector)
+
+
+class PostgresWriter(Writer):
+    """One connection and one thread that write; other proxies' writers wait for their turn in the database."""
+
+    def __init__(self, url: str, *, queue_size: int) -> None:
+        """Connect and bring the schema up; where that fails for now, each later operation tries again."""
+        self._url = url
+        super().__init__(shown(url), queue_size=queue_size)
+
+    def _open(self) -> Any:
+        try:
+            connection = PostgresConnection(self._url)
+        except sqlite.DatabaseError as error:
+            raise StoreUnavailable(f"cannot write {self.place}: {error}") from error
+        try:
+            migrate(connection, self.place)
+        except sqlite.DatabaseError as error:
+            connection.close()
+            raise StoreUnavailable(f"cannot write {self.place}: {error}") from error
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _stands(self) -> bool:
+        return not (self._connection is None or self._connection.closed)  # type: ignore[attr-defined]
+
+    def _failed(self, error: Exception) -> None:  # noqa: ARG002
+        # Whatever state it is in: a new one costs little.
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+class PostgresStore(Store):
+    """Reads on any thread, writes through one; the fold of all proxies goes through one at a time."""
+
+    def __init__(self, url: str, *, queue_size: int = 10_000, normal: Callable[[str], str] = normal_answer) -> None:
+        """Connect and bring the schema up; `normal` gives the form in which answers are compared.
+
+        Raises StoreTooNew, and StoreUnavailable without psycopg.
+        """
+        self.url = url
+        writer = PostgresWriter(url, queue_size=queue_size)
+        super().__init__(writer, PostgresReaders(url), PostgresTransaction, normal)
+        self._indexed: dict[str, bool] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def place(self) -> str:
+        """Where the memories lie, as it may be shown."""
+        return shown(self.url)
+
+    def salt(self) -> bytes:
+        """Return the database's secret for the holdout."""
+        with self._readers.borrow() as db:
+            return bytes(db.execute("SELECT value FROM salt").fetchone()[0])
+
+    def nearest(
+        self, scope: Scope, fingerprint: str, query: NDArray[np.float32], count: int
+    ) -> list[tuple[int, float]] | None:
+        """Return (number, cosine) of the scope's nearest memories through HNSW; nothing while its index is built."""
+        if not self._index_is_there(fingerprint, len(query)):
+            return []
+        sql = _NEAREST.format(dimension=len(query), fingerprint=_quoted(fingerprint))
+        text = vector_text(query.astype(np.float32).tobytes())
+        with self._readers.borrow() as db:
+            scope_id = rows.known_scope(db, scope)
+            db.execute(f"SET hnsw.ef_search = {max(_SEARCHED, 2 * count)}")
+            db.execute("SET hnsw.iterative_scan = relaxed_order")
+            found = db.execute(sql, (text, scope_id, text, count)).fetchall()
+        best = sorted(((int(number), 1.0 - float(distance)) for number, distance in found), key=lambda pair: -pair[1])
+        return best[:count]
+
+    def size_bytes(self) -> int:
+        """Return how much room all of it takes."""
+        with self._readers.borrow() as db:
+            return int(db.execute(_SIZE).fetchone()[0])
+
+    def give_back(
+        self,
+        scopes: Iterable[Scope],  # noqa: ARG002 - it is all in one place
+        *,
+        with_set_aside: bool,  # noqa: ARG002
+        progress: Callable[[str], None],
+    ) -> list[str]:
+        """Write the tables anew without what was deleted, one at a time, each locked meanwhile.
+
+        The server's write-ahead log and its backups are its operator's.
+        """
+        connection = PostgresConnection(self.url)
+        try:
+            for table in TABLES:
+                progress(f"writing the table {table} anew")
+                connection.execute(f"VACUUM FULL {table}")
+        except sqlite.DatabaseError as error:
+            return [f"the tables could not be written anew, so deleted rows may be left in them: {error}"]
+        finally:
+            connection.close()
+        return []
+
+    def _postings(self, db: Any, scope_id: int, words: Sequence[str], depth: int) -> Mapping[str, list[int]]:
+        terms = [rows.scoped(scope_id, word) for word in words]
+        found = dict(db.execute(_POSTINGS, (depth, terms)).fetchall())
+        return {word: list(found.get(term) or ()) for word, term in zip(words, terms, strict=True)}
+
+    def _holding_all(self, db: Any, scope_id: int, words: Sequence[str], depth: int, latest: int) -> list[int]:
+        terms = [rows.scoped(scope_id, word) for word in words]
+        return [int(row[0]) for row in db.execute(_HOLDING_ALL, (terms, latest, depth)).fetchall()]
+
+    def _index_is_there(self, fingerprint: str, dimension: int) -> bool:
+        """Whether the vectors of an encoder have their index; has it built where they do not."""
+        if (known := self._indexed.get(fingerprint)) is not None:
+            return known
+        with self._lock:
+            if fingerprint not in self._indexed:
+                self._indexed[fingerprint] = False
+                args = (fingerprint, dimension)
+                threading.Thread(target=self._build_index, args=args, name="agent-memory-hnsw", daemon=True).start()
+        return self._indexed[fingerprint]
+
+    def _build_index(self, fingerprint: str, dimension: int) -> None:
+        name = "vectors_" + hashlib.blake2b(fingerprint.encode(), digest_size=8).hexdigest()
+        try:
+            connection = PostgresConnection(self.url)
+            try:
+                connection.execute("SELECT pg_advisory_lock(hashtext(?))", (name,))  # one proxy builds, others wait
+                valid = connection.execute(_VALID, (name,)).fetchone()
+                if valid is None or not valid[0]:
+                    connection.execute(f"DROP INDEX IF EXISTS {name}")
+                    connection.execute(
+                        f"CREATE INDEX CONCURRENTLY {name} ON vectors USING hnsw ((vector::halfvec({dimension})) "
+                        f"halfvec_cosine_ops) WHERE fingerprint = {_quoted(fingerprint)}"
+                    )
+                self._indexed[fingerprint] = True
+            finally:
+                connection.close()
+        except sqlite.DatabaseError as error:
+            logger.error("agent_memory: the index of vectors could not be built: %s", error)
+            del self._indexed[fingerprint]  # the next recall tries again
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+_NEAREST = """
+    SELECT number, vector::halfvec({dimension}) <=> CAST(? AS halfvec({dimension})) AS distance
+    FROM vectors JOIN memories ON memories.key_hash = vectors.key_hash
+    WHERE fingerprint = {fingerprint} AND scope_id = ? AND status = 'verified' AND kind = 'exemplar'
+    ORDER BY vector::halfvec({dimension}) <=> CAST(? AS halfvec({dimension})) LIMIT ?"""
+_POSTINGS = """
+    SELECT term, (SELECT array_agg(rowid) FROM (
+        SELECT rowid FROM memories_fts WHERE terms @> ARRAY[term] LIMIT ?) AS found) FROM unnest(?::text[]) AS term"""
+_HOLDING_ALL = """
+    SELECT rowid FROM memories_fts WHERE terms @> ?::text[]
+    AND rowid > (SELECT coalesce(max(number), 0) FROM memories) - ? LIMIT ?"""
+_VALID = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(?)"
+_SIZE = """
+    SELECT coalesce(sum(pg_total_relation_size(pg_class.oid)), 0) FROM pg_class
+    JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE nspname = 'agent_memory' AND relkind = 'r'"""

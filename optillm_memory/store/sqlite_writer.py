@@ -1,0 +1,104 @@
+"""The writer of a SQLite file: what it does when the file is not what it was."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from optillm_memory.store.connection import (
+    Connection,
+    DatabaseError,
+    Identity,
+    checkpoint,
+    identity,
+    is_corruption,
+    leave,
+    open_writer,
+    set_aside,
+)
+from optillm_memory.store.turnstile import Turnstile
+from optillm_memory.store.writer import Writer
+
+logger = logging.getLogger(__name__)
+_CHECKPOINT_EVERY = 256  # operations
+
+
+class SqliteWriter(Writer):
+    """Writes to one file; notices when it was removed, replaced or broken, and goes on with one that is whole."""
+
+    def __init__(self, path: Path, *, queue_size: int, let_go: Callable[[], None] = lambda: None) -> None:
+        """Open the file, making it where it is missing.
+
+        `let_go` closes what other connections there are: it is called before the file is opened again.
+        """
+        self.path = path
+        self._identity: Identity = ()
+        self._let_go = let_go
+        self._vouched = False  # the file was checked throughout, and nothing was written since
+        self._suspect = threading.Event()
+        self._since_checkpoint = 0
+        self._turnstile = Turnstile(path.with_name(path.name + "-turnstile"))
+        super().__init__(str(path), queue_size=queue_size)
+
+    def distrust(self) -> None:
+        """Check the file before the next commit: a reader found it broken, which our own cached pages may hide."""
+        self._suspect.set()
+
+    def close(self) -> None:
+        """Write what is queued, then close; nothing is taken after this."""
+        super().close()
+        self._turnstile.close()
+
+    def _passing(self) -> AbstractContextManager[None]:
+        return self._turnstile.passing()
+
+    def _open(self) -> Connection:
+        thorough = self._suspect.is_set()
+        # They share the WAL's index with what is opened here: one of another file, or one that is only read.
+        self._let_go()
+        connection = open_writer(self.path, thorough=thorough)
+        self._identity = identity(self.path)
+        self._suspect.clear()
+        self._vouched = thorough
+        return connection
+
+    def _stands(self) -> bool:
+        if self._suspect.is_set() or identity(self.path) != self._identity:
+            self._leave()  # what goes there now would be lost
+            return False
+        return True
+
+    def _leave(self) -> None:
+        if self._connection is None:
+            return
+        if identity(self.path) == self._identity:
+            self._connection.close()
+        else:
+            logger.error("agent_memory: %s was removed, replaced or parted from its WAL; it is opened again", self.path)
+            leave(self._connection)
+        self._connection = None
+
+    def _written(self, operations: int) -> None:
+        self._vouched = False
+        self._since_checkpoint += operations
+
+    def _tidy(self) -> None:
+        # With the turnstile still ours: while others write a checkpoint has no end.
+        if self._connection is not None and self._since_checkpoint >= _CHECKPOINT_EVERY:
+            self._since_checkpoint = 0
+            checkpoint(self._connection)
+
+    def _failed(self, error: Exception) -> None:
+        if not is_corruption(error):
+            return
+        try:
+            self._leave()
+            if self._vouched:  # it was found whole, and still fails
+                set_aside(self.path, self._identity, error)
+            else:
+                self._suspect.set()
+        except (DatabaseError, OSError) as refused:
+            self._note(refused)

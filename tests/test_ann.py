@@ -1,0 +1,663 @@
+"""Recall among many vectors: memory and files searched as one, written behind, checked when opened."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import body, hashing_memory, response
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from vectors import FINGERPRINT, TableSource, Vectors, clustered, unit
+
+from optillm_memory import Scope
+from optillm_memory.conversation.options import Options
+from optillm_memory.recall import ann, build, codes
+from optillm_memory.recall.ann import Base, Header
+from optillm_memory.recall.corpora import Asked, Corpora
+from optillm_memory.recall.corpus import Batch, Change, Limits, ScopeIndex, header_for, without
+from optillm_memory.recall.index import VectorIndex, Wanted, reach
+from optillm_memory.recall.recaller import Recaller
+from optillm_memory.store.index_files import IndexFiles, folder_of
+
+SCOPE = Scope("local")
+SMALL = Limits(inline=150, large=200, share=0.25, most=400)
+UNRELATED = (0.0, 0.1)
+WHOLE = 32  # dimensions
+
+
+# -- fixed point and the rows in memory ------------------------------------------------------------
+
+
+def test_codes_keep_cosines_to_five_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoded rows are the vectors again, a zero vector too; with and without numkong rows are scored alike."""
+    vectors = np.concatenate([clustered(300, 384), np.zeros((1, 384), dtype=np.float32), np.eye(2, 384, dtype="f4")])
+    encoded = codes.encode(vectors)
+    np.testing.assert_allclose(encoded.vectors(slice(None)), vectors, atol=1e-5)
+    query = unit(np.random.default_rng(1).normal(size=384))
+    np.testing.assert_allclose(encoded.cosines(np.arange(300), query), vectors[:300] @ query, atol=1e-5)
+    wanted = Wanted.of(query, 10)
+    through_kernels = codes.scores(encoded.high, encoded.scale, wanted.high)
+    monkeypatch.setattr(codes, "_kernels", lambda: None)
+    np.testing.assert_allclose(codes.scores(encoded.high, encoded.scale, wanted.high), through_kernels, rtol=1e-5)
+    assert len(codes.scores(encoded.high[:0], encoded.scale[:0], wanted.high)) == 0
+
+
+@hypothesis_settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 90), st.booleans()), max_size=200), st.integers(0, 2**32 - 1), st.integers(0, 12)
+)
+def test_index_equals_brute_force(changes: list[tuple[int, bool]], seed: int, count: int) -> None:
+    """After any additions, replacements and removals a search finds what comparing with every vector finds."""
+    random = np.random.default_rng(seed)
+    index, rows = VectorIndex(8), dict[int, Vectors]()
+    for revision, (number, keep) in enumerate(changes, 1):
+        if keep:
+            rows[number] = unit(random.normal(size=8))
+            index.put([number], [revision], codes.encode(rows[number][None]))
+            assert index.revision(number) == revision
+        else:
+            rows.pop(number, None)
+            index.drop(number)
+    query = unit(random.normal(size=8))
+    expected = sorted((float(v @ query) for v in rows.values()), reverse=True)[:count]
+    found = index.search(Wanted.of(query, count))
+    assert len(index) == len(rows)
+    np.testing.assert_allclose(found.cosines, expected, atol=1e-4)
+    assert all(abs(float(rows[n] @ query) - cosine) < 1e-4 for n, cosine in zip(*found, strict=True))
+    for number in range(1, 91):
+        vector = index.vector(number)
+        assert (vector is None) == (number not in rows)
+        assert vector is None or np.allclose(vector, rows[number], atol=1e-4)
+    numbers, live = index.live()
+    assert dict(zip(numbers.tolist(), live.scale.tolist(), strict=True)).keys() == rows.keys()
+
+
+def filled(vectors: Vectors) -> ScopeIndex:
+    """Return an index of a scope that holds these as the numbers from 1 on."""
+    index = ScopeIndex(vectors.shape[1], (0.0, 0.08), 0)
+    for start in range(0, len(vectors), 64):
+        part = [Change(n, v.tobytes(), n) for n, v in enumerate(vectors[start : start + 64], start + 1)]
+        index.apply(Batch.of(part, index.since, vectors.shape[1]))
+    return index
+
+
+def test_floor_rises_with_the_store_and_stays_bounded() -> None:
+    """Among more memories a chance neighbour comes nearer, so more is asked; a scope of one subject is not shut."""
+    random = np.random.default_rng(0)
+    mixed = unit(random.normal(size=(512, 64)))
+    floors = [filled(mixed[:size]).floor for size in (8, 64, 512)]
+    assert floors == sorted(floors)
+    assert floors[0] < floors[2]
+    alike = filled(unit(random.normal(size=64) + 0.1 * random.normal(size=(512, 64))))
+    assert floors[-1] <= alike.floor <= reach((0.0, 0.08), 512) + 0.0501
+
+
+def test_vectors_of_another_length_are_not_taken_in() -> None:
+    """A vector that cannot be of this encoder makes its memory unsearchable, and harms no other."""
+    good = unit(np.ones(8)).tobytes()
+    batch = Batch.of([Change(1, good, 1), Change(2, b"1234", 2), Change(3, good, 3)], 0, 8)
+    assert (batch.numbers, batch.dropped, batch.since) == ([1, 3], [2], 3)
+
+
+# -- the file --------------------------------------------------------------------------------------
+
+
+def write_file(files: IndexFiles, vectors: Vectors, name: str = "x") -> tuple[Base, Header]:
+    """Write vectors as the numbers from 1 on, and open the file."""
+    rows, since = filled(vectors).rows()
+    with files.draft(name) as draft:
+        assert draft is not None
+        header = build.write(draft, rows, header_for(rows, FINGERPRINT, 0, since), lambda: None)
+    content = files.mapped(name)
+    assert content is not None
+    return Base(content), header
+
+
+def recall_at_10(base: Base, vectors: Vectors, queries: Vectors) -> float:
+    """Return the share of the true nearest ten that a search of the file finds."""
+    found = 0
+    for query in queries:
+        truth = np.argsort(-(vectors @ query))[:10] + 1
+        found += len(set(truth.tolist()) & set(base.search(Wanted.of(query, 10)).numbers.tolist()))
+    return found / (10 * len(queries))
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 4.0])
+def test_probes_are_calibrated_to_the_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spread: float) -> None:
+    """In groups, in a blur and with hardly any structure the nearest ten are found, for more work where need be."""
+    monkeypatch.setattr(ann, "_FEWEST", 1)
+    vectors = clustered(3_000, 48, spread=spread)
+    base, header = write_file(IndexFiles(tmp_path), vectors)
+    queries = clustered(100, 48, seed=5, spread=spread)
+    assert recall_at_10(base, vectors, queries) >= 0.97
+    assert header.recall >= 0.98
+    if spread < 1:
+        assert header.probes < header.lists / 3
+
+
+def test_rows_of_the_file_keep_their_lists_until_they_are_twice_as_many(tmp_path: Path) -> None:
+    """A file that grows is written without being sorted anew, and sorted anew when it has doubled."""
+    vectors, files = clustered(1_000, WHOLE), IndexFiles(tmp_path)
+    base, first = write_file(files, vectors[:400])
+    for size, sorted_anew in ((700, False), (900, True)):
+        index = ScopeIndex(WHOLE, UNRELATED, 0, base)
+        added = [Change(n, vectors[n - 1].tobytes(), n) for n in range(401, size + 1)]
+        index.apply(Batch.of(added, index.since, WHOLE))
+        rows, since = index.rows()
+        with files.draft("y") as draft:
+            assert draft is not None
+            header = build.write(draft, rows, header_for(rows, FINGERPRINT, 0, since), lambda: None)
+        assert (header.count, header.revision) == (size, size)
+        assert (header.trained != first.trained) == sorted_anew
+        content = files.mapped("y")
+        assert content is not None
+        written = Base(content)
+        assert sorted(written.numbers.tolist()) == list(range(1, size + 1))
+        assert recall_at_10(written, vectors[:size], vectors[:50]) >= 0.97
+
+
+def test_what_changed_meanwhile_is_left_out_of_the_next_file(tmp_path: Path) -> None:
+    """Rows that changed after the revision up to which a file holds are in none of its parts: they may be forgotten."""
+    vectors = clustered(120, WHOLE)
+    base, _ = write_file(IndexFiles(tmp_path), vectors[:100])
+    index = ScopeIndex(WHOLE, UNRELATED, 0, base)
+    index.apply(Batch.of([Change(n, vectors[n - 1].tobytes(), n) for n in range(101, 121)], 100, WHOLE))
+    rows = without(index.rows()[0], {3, 77, 110, 5_000})
+    numbers, _ = rows.gather(np.arange(rows.count))
+    assert sorted(numbers.tolist()) == sorted(set(range(1, 121)) - {3, 77, 110})
+
+
+def test_a_damaged_file_is_known_by_its_bytes(tmp_path: Path) -> None:
+    """Cut off, of another format, or with one byte changed anywhere: it does not open, or is not found whole."""
+    files = IndexFiles(tmp_path)
+    base, _ = write_file(files, clustered(300, WHOLE))
+    good = (tmp_path / "x").read_bytes()
+    assert base.is_whole(files.blocks("x"))
+    for size in (0, 100, 5_000, len(good) - 1):
+        (tmp_path / "cut").write_bytes(good[:size])
+        content = files.mapped("cut")
+        if content is not None:
+            with pytest.raises(ValueError, match="index"):
+                Base(content)
+    random = np.random.default_rng(0)
+    header_end = good.index(b"}") + 1
+    for place in [0, 9, 20, *range(4_096, len(good), len(good) // 40), *random.integers(4_096, len(good), 20).tolist()]:
+        if header_end <= place < 4_096:
+            continue
+        damaged = bytearray(good)
+        damaged[place] ^= 0x41
+        (tmp_path / "damaged").write_bytes(damaged)
+        content = files.mapped("damaged")
+        assert content is not None
+        try:
+            whole = Base(content).is_whole(files.blocks("damaged"))
+        except ValueError:
+            whole = False
+        assert not whole, place
+
+
+def test_files_are_for_their_owner_alone(tmp_path: Path) -> None:
+    """The folder and what is in it can be read by nobody else, and no name tells whose vectors they are."""
+    files = IndexFiles(folder_of(tmp_path / "memory.db"))
+    write_file(files, clustered(50, 8), files.name(Scope("acme", "secret"), FINGERPRINT))
+    folder = tmp_path / "memory.db.index"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    for path in folder.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert "acme" not in path.name
+
+
+# -- a scope, brought up to date -------------------------------------------------------------------
+
+
+class Bench:
+    """A source with its corpora on files, and what is true of it."""
+
+    def __init__(self, folder: Path, source: TableSource | None = None, limits: Limits = SMALL) -> None:
+        """Open the folder."""
+        self.source = source or TableSource()
+        self.files = IndexFiles(folder)
+        self.corpora = Corpora(self.source, self.files, limits)
+        self.asked = Asked(SCOPE, FINGERPRINT, WHOLE, UNRELATED)
+        self.name = self.files.name(SCOPE, FINGERPRINT)
+
+    def index(self) -> ScopeIndex:
+        """Return the scope's index as a request gets it."""
+        found = self.corpora.index(self.asked, self.source.revision())
+        assert isinstance(found, ScopeIndex)
+        return found
+
+    def settle(self) -> ScopeIndex:
+        """Ask until everything is taken in and nothing is being written."""
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            index = self.index()
+            corpus = self.corpora._corpora[SCOPE]
+            if not (corpus.loading or corpus.building) and corpus.version == self.source.revision():
+                return index
+            time.sleep(0.005)
+        raise AssertionError("not settled")
+
+    def check(self, queries: Vectors, least: float = 0.97) -> None:
+        """Compare the scope's nearest ten with the truth."""
+        index = self.settle()
+        truth = {n for n, (_, vector) in self.source.rows.items() if vector is not None}
+        assert len(index) == len(truth)
+        hit, all_ = 0, 0
+        for query in queries:
+            found, expected = index.search(query, 10), self.source.exact(query, 10)
+            assert {n for n, _ in found} <= truth
+            assert all(abs(cosine - float(self._vector(n) @ query)) < 1e-4 for n, cosine in found)
+            hit += sum(cosine > expected[-1][1] - 1e-4 for _, cosine in found)  # of equals any will do
+            all_ += len(expected)
+            known = index.cosines(query, [1, 2, 3, 999_999, *(n for n, _ in expected)])
+            assert set(known) == {1, 2, 3, *(n for n, _ in expected)} & truth
+        assert hit >= least * all_
+
+    def _vector(self, number: int) -> Vectors:
+        vector = self.source.rows[number][1]
+        assert vector is not None
+        return vector
+
+    def base(self) -> Base | None:
+        """Return the file as it is on disk."""
+        content = self.files.mapped(self.name)
+        return Base(content) if content is not None else None
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    """Give an empty scope on a folder."""
+    made = Bench(tmp_path / "index")
+    yield made
+    made.corpora.close()
+
+
+def numbered(vectors: Vectors, start: int = 1) -> dict[int, Vectors | None]:
+    """Return vectors by numbers."""
+    return dict(enumerate(vectors, start))
+
+
+def test_small_scopes_have_no_file(bench: Bench) -> None:
+    """Below the limit everything is in memory and found exactly."""
+    bench.source.put(numbered(clustered(150, WHOLE)))
+    bench.check(clustered(20, WHOLE, seed=2), least=1.0)
+    assert bench.base() is None
+
+
+def test_a_large_scope_is_read_in_pieces_and_put_in_a_file(bench: Bench) -> None:
+    """A request takes in no more than its share; the rest comes behind, and the bulk of it ends up in a file."""
+    bench.source.put(numbered(clustered(2_000, WHOLE)))
+    assert len(bench.index()) <= SMALL.inline
+    bench.check(clustered(30, WHOLE, seed=2))
+    base = bench.base()
+    assert base is not None
+    assert len(base) >= 2_000 - SMALL.most
+    assert len(bench.settle().delta) <= SMALL.most
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_changes_equal_brute_force(tmp_path: Path, seed: int) -> None:
+    """Whatever comes, changes, goes and comes back, before and after restarts: what is found is what there is."""
+    random = np.random.default_rng(seed)
+    bench = Bench(tmp_path / "index")
+    vectors = clustered(3_000, WHOLE, seed=seed)
+    for _ in range(12):
+        kind = random.integers(5)
+        if kind <= 1:
+            bench.source.put(numbered(vectors[random.integers(3_000, size=300)], int(random.integers(1, 1_500))))
+        elif kind == 2 and bench.source.rows:
+            gone = random.choice(list(bench.source.rows), size=min(200, len(bench.source.rows)), replace=False)
+            bench.source.put(dict.fromkeys(gone.tolist()))
+        elif kind == 3 and bench.source.rows:  # the memory changes, not its vector
+            same = random.choice(list(bench.source.rows), size=min(100, len(bench.source.rows)), replace=False)
+            bench.source.put({n: bench.source.rows[n][1] for n in same.tolist()})
+        else:
+            bench.corpora.close()
+            bench = Bench(tmp_path / "index", bench.source)
+        bench.check(vectors[random.integers(3_000, size=20)])
+    bench.corpora.close()
+
+
+def test_a_row_that_changes_gets_another_revision(bench: Bench) -> None:
+    """Also where its vector stays the same and lies in the file; the others keep theirs."""
+    bench.source.put(numbered(clustered(600, WHOLE)))
+    before = bench.settle()
+    known = {n: before.revision(n) for n in range(1, 601)}
+    changed = {1: bench.source.rows[1][1], 2: unit(np.ones(WHOLE)), 600: bench.source.rows[600][1]}
+    bench.source.put(changed)
+    index = bench.settle()
+    assert index is before
+    assert {n for n in known if index.revision(n) != known[n]} == set(changed)
+    assert all(index.revision(n) > known[n] for n in changed)
+    assert len(index.delta) < 600
+
+
+def test_a_restart_reads_only_what_changed_since(bench: Bench, tmp_path: Path) -> None:
+    """The first request after a start finds what is in the file, without having read the table."""
+    vectors = clustered(1_500, WHOLE)
+    bench.source.put(numbered(vectors))
+    bench.settle()
+    bench.corpora.close()
+    bench.source.put({1: None, 5_000: unit(np.ones(WHOLE))})
+    asked: list[int] = []
+
+    class Watched(TableSource):
+        def changes(self, scope: Scope, since: int, fingerprint: str, limit: int) -> list[Change]:
+            if threading.current_thread() is threading.main_thread():
+                asked.append(since)
+            return super().changes(scope, since, fingerprint, limit)
+
+    watched = Watched()
+    watched.rows, watched.at = bench.source.rows, bench.source.at
+    again = Bench(tmp_path / "index", watched, Limits(inline=1_000, large=10_000, share=1.0, most=10_000))
+    index = again.index()
+    assert len(index) == 1_500
+    assert min(asked) >= 1_000
+    assert index.search(unit(np.ones(WHOLE)), 1)[0][0] == 5_000
+    assert 1 not in [n for n, _ in index.search(vectors[0], 10)]
+    again.check(clustered(20, WHOLE, seed=3))
+    again.corpora.close()
+
+
+def cut(path: Path) -> None:
+    """Cut the file off."""
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def swap_planes(path: Path) -> None:
+    """Change bytes in the middle, which opening does not look at."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) * 3 // 4
+    content[middle : middle + 2_000] = bytes(2_000)
+    path.write_bytes(content)
+
+
+def overwrite(path: Path) -> None:
+    """Put something else in its place."""
+    path.write_bytes(b"not an index" * 1_000)
+
+
+@pytest.mark.parametrize("damage", [cut, swap_planes, overwrite, Path.unlink, lambda p: p.write_bytes(b"")])
+def test_damage_is_noticed_and_mended(bench: Bench, tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    """Whatever happened to the file, after a while everything is found, and a sound file lies there again."""
+    bench.source.put(numbered(clustered(800, WHOLE)))
+    bench.settle()
+    bench.corpora.close()
+    damage(tmp_path / "index" / bench.name)
+    again = Bench(tmp_path / "index", bench.source)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        again.settle()
+        base = again.base()
+        if base is not None and base.is_whole(again.files.blocks(again.name)):
+            break
+        time.sleep(0.01)
+    again.check(clustered(20, WHOLE, seed=2))
+    base = again.base()
+    assert base is not None
+    assert base.is_whole(again.files.blocks(again.name))
+    again.corpora.close()
+
+
+@pytest.mark.parametrize("wrong", ["generation", "fingerprint", "ahead", "another table"])
+def test_a_file_that_does_not_belong_to_the_table_is_not_used(bench: Bench, tmp_path: Path, wrong: str) -> None:
+    """Rebuilt, of another encoder, newer than the table, or of another table: it is made again from the table."""
+    vectors = clustered(1_600, WHOLE)
+    bench.source.put(numbered(vectors[:800]))
+    bench.settle()
+    bench.corpora.close()
+    other = TableSource()
+    other.put(numbered(vectors[800:], 1))
+    again = Bench(tmp_path / "index", other)
+    if wrong == "generation":
+        other.generation = 1
+    elif wrong == "fingerprint":  # two encoders whose names collide in the file's name
+        path = tmp_path / "index" / bench.name
+        content = path.read_bytes()
+        head = Header.of(content[:4_096])
+        altered = Header(**{**{k: getattr(head, k) for k in head.__slots__}, "fingerprint": "other"})
+        path.write_bytes(altered.to_bytes() + content[4_096:])
+    elif wrong == "ahead":
+        other.rows, other.at = dict(list(other.rows.items())[:300]), 300
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and len(again.settle().search(vectors[800], 1)) == 0:
+        time.sleep(0.01)
+    while time.monotonic() < deadline and again.settle().search(vectors[801], 1)[0][1] < 0.999:
+        time.sleep(0.01)
+    again.check(vectors[800:820])
+    again.corpora.close()
+
+
+def test_a_kill_while_saving_leaves_the_old_file(bench: Bench, tmp_path: Path) -> None:
+    """What was being written when the process died is nobody's, and is cleared away by the next to write."""
+    bench.source.put(numbered(clustered(800, WHOLE)))
+    bench.settle()
+    bench.corpora.close()
+    unfinished = tmp_path / "index" / f"{bench.name}.unfinished"
+    unfinished.write_bytes((tmp_path / "index" / bench.name).read_bytes()[:10_000])
+    again = Bench(tmp_path / "index", bench.source)
+    assert len(again.index()) >= 400
+    bench.source.put(numbered(clustered(600, WHOLE, seed=9), 2_000))
+    again.check(clustered(20, WHOLE, seed=2))
+    assert not unfinished.exists()
+    again.corpora.close()
+
+
+def test_where_files_cannot_be_written_memory_serves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A folder that cannot be made, or no folder at all, costs memory and not recall."""
+    (tmp_path / "index").write_text("in the way")
+    bench = Bench(tmp_path / "index")
+    bench.source.put(numbered(clustered(600, WHOLE)))
+    bench.check(clustered(20, WHOLE, seed=2), least=1.0)
+    bench.corpora.close()
+    assert "not up to date" in caplog.text
+    corpora = Corpora(bench.source, None, SMALL)
+    deadline = time.monotonic() + 10
+    asked = bench.asked
+    while len(corpora.index(asked, bench.source.revision())) < 600 and time.monotonic() < deadline:  # type: ignore[arg-type]
+        time.sleep(0.01)
+    assert len(corpora.index(asked, bench.source.revision())) == 600  # type: ignore[arg-type]
+    corpora.close()
+
+
+def all_bytes(folder: Path) -> bytes:
+    """Return every byte of every file of a folder."""
+    return b"".join(path.read_bytes() for path in sorted(folder.iterdir()))
+
+
+def traces_of(vector: Vectors) -> list[bytes]:
+    """Return the bytes by which a vector would be known in a file."""
+    code = codes.encode(vector[None])
+    return [vector.tobytes(), code.high[0].tobytes(), code.low[0].tobytes()]
+
+
+def test_a_forgotten_vector_is_in_no_file(bench: Bench, tmp_path: Path) -> None:
+    """Forgetting takes the files away; what is written then, also by who had the row in memory, is without it."""
+    secret = unit(np.random.default_rng(99).normal(size=WHOLE))
+    bench.source.put({**numbered(clustered(800, WHOLE)), 7: secret})
+    bench.settle()
+    assert all(piece in all_bytes(tmp_path / "index") for piece in traces_of(secret)[1:])
+    bench.source.put({7: None})
+    assert bench.files.forget(SCOPE) == 1
+    assert not any(piece in all_bytes(tmp_path / "index") for piece in traces_of(secret))
+    deadline = time.monotonic() + 20
+    while bench.base() is None and time.monotonic() < deadline:
+        bench.settle()
+        time.sleep(0.01)
+    assert bench.base() is not None
+    assert not any(piece in all_bytes(tmp_path / "index") for piece in traces_of(secret))
+    bench.check(clustered(20, WHOLE, seed=2))
+
+
+def test_forgetting_while_a_file_is_written_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The draft that still holds the row is taken away with the files; it never comes in their place."""
+    secret = unit(np.random.default_rng(99).normal(size=WHOLE))
+    bench = Bench(tmp_path / "index")
+    judging, forgotten = threading.Event(), threading.Event()
+    original = Base.calibrated
+
+    def slowly(self: Base, rest: Callable[[], None]) -> Header:
+        judging.set()
+        assert forgotten.wait(10)
+        return original(self, rest)
+
+    monkeypatch.setattr(Base, "calibrated", slowly)
+    bench.source.put({**numbered(clustered(350, WHOLE)), 7: secret})
+    while not judging.wait(0.01):
+        bench.index()
+    bench.source.put({7: None})
+    bench.files.forget(SCOPE)
+    forgotten.set()
+    while bench.corpora._corpora[SCOPE].building:
+        time.sleep(0.01)
+    assert not any(piece in all_bytes(tmp_path / "index") for piece in traces_of(secret))
+    assert bench.base() is None
+    bench.check(clustered(20, WHOLE, seed=2), least=1.0)
+    bench.corpora.close()
+
+
+def test_two_processes_share_a_folder(bench: Bench, tmp_path: Path) -> None:
+    """Each goes on with its own mapped file while the other writes; one at a time writes; both find everything."""
+    bench.source.put(numbered(clustered(800, WHOLE)))
+    other = Bench(tmp_path / "index", bench.source)
+    bench.settle()
+    other.settle()
+    for start in (1_000, 1_500, 2_000):
+        bench.source.put(numbered(clustered(300, WHOLE, seed=start), start))
+        bench.check(clustered(5, WHOLE, seed=2))
+        other.check(clustered(5, WHOLE, seed=3))
+    with bench.files.draft(bench.name) as mine, other.files.draft(bench.name) as theirs:
+        assert mine is not None
+        assert theirs is None
+    other.corpora.close()
+
+
+def test_a_source_that_searches_by_itself_is_asked(bench: Bench) -> None:
+    """A large scope of a database with an index of its own is searched there, with the same words for its answers."""
+    bench.source.searches = True
+    vectors = clustered(900, WHOLE)
+    bench.source.put(numbered(vectors))
+    deadline = time.monotonic() + 20
+    index = bench.corpora.index(bench.asked, bench.source.revision())
+    while isinstance(index, ScopeIndex) and time.monotonic() < deadline:
+        index = bench.corpora.index(bench.asked, bench.source.revision())
+        time.sleep(0.01)
+    assert index is not None
+    assert not isinstance(index, ScopeIndex)
+    assert bench.base() is None
+    bench.source.put({1_000: unit(np.ones(WHOLE))})
+    index = bench.corpora.index(bench.asked, bench.source.revision())
+    assert index is not None
+    assert index.search(unit(np.ones(WHOLE)), 1)[0][0] == 1_000
+    assert index.revision(1_000) == bench.source.at
+    assert index.cosines(vectors[0], [1, 77_777]).keys() == {1}
+    assert index.floor > reach(UNRELATED, 100)
+
+
+def test_a_scope_of_one_percent_is_searched_by_itself(tmp_path: Path) -> None:
+    """Recall in a small scope beside a large one is exact, for it has an index of its own."""
+    large, small = Bench(tmp_path / "index"), TableSource()
+    large.source.put(numbered(clustered(2_000, WHOLE)))
+    large.settle()
+    small.put(numbered(clustered(20, WHOLE, seed=4), 10_000))
+    bench = Bench(tmp_path / "index", small)
+    bench.check(clustered(10, WHOLE, seed=5), least=1.0)
+    large.corpora.close()
+    bench.corpora.close()
+
+
+def test_a_request_does_not_wait_for_a_load_or_a_build(tmp_path: Path) -> None:
+    """While the source is slow to tell what changed, others are served from what is there."""
+    held, asked = threading.Event(), threading.Event()
+
+    class Slow(TableSource):
+        def changes(self, scope: Scope, since: int, fingerprint: str, limit: int) -> list[Change]:
+            if self.at > 100:
+                asked.set()
+                assert held.wait(10)
+            return super().changes(scope, since, fingerprint, limit)
+
+    bench = Bench(tmp_path / "index", Slow())
+    bench.source.put(numbered(clustered(100, WHOLE)))
+    bench.settle()
+    bench.source.put(numbered(clustered(10, WHOLE, seed=8), 500))
+    waits = threading.Thread(target=bench.index)
+    waits.start()
+    assert asked.wait(5)
+    assert len(bench.index()) == 100  # it comes back although the other still waits
+    held.set()
+    waits.join()
+    assert len(bench.settle()) == 110
+    bench.corpora.close()
+
+
+def test_searching_goes_on_while_rows_change(bench: Bench) -> None:
+    """Requests on several threads find what stays, whatever comes, goes and is written meanwhile; nothing fails."""
+    stays = clustered(50, WHOLE, seed=1)
+    bench.source.put(numbered(stays))
+    bench.settle()
+    stop, faults = threading.Event(), list[BaseException]()
+
+    def search(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        try:
+            while not stop.is_set():
+                number = int(random.integers(50))
+                index = bench.corpora.index(bench.asked, bench.source.revision())
+                assert index is not None
+                found = dict(index.search(stays[number], 20))
+                assert found.get(number + 1, 0) > 0.999
+        except BaseException as fault:  # noqa: BLE001
+            faults.append(fault)
+
+    threads = [threading.Thread(target=search, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    more = clustered(2_000, WHOLE, seed=3)
+    for start in range(0, 2_000, 100):
+        bench.source.put(numbered(more[start : start + 100], 1_000 + start))
+        bench.source.put(dict.fromkeys(range(1_000 + start, 1_000 + start + 30)))
+        time.sleep(0.01)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not faults, faults
+    bench.check(clustered(10, WHOLE, seed=2))
+
+
+def test_memories_of_a_store_are_found_through_its_file(tmp_path: Path) -> None:
+    """Beside a real database: a large scope gets a file, the next process opens it, and forgetting takes it away."""
+    with hashing_memory(tmp_path, deadline_ms=20_000) as memory:
+        turns = []
+        for number in range(260):
+            turns.append(memory.begin(body(f"restart service number {number}"), options=Options(mode="write")))
+            memory.finish(turns[-1], response(f"restarted {number}"))
+        told = [{"trace_id": t.trace_id, "metric": "success", "value": True, "source": "code"} for t in turns]
+        memory.feedback(told)
+        files, asked = memory.store.index_files(), "restart service number 77"
+        assert files is not None
+        vector = memory.encoder.vector(asked, 5)
+        assert vector is not None
+        name = files.name(SCOPE, memory.encoder.fingerprint)
+        recaller = Recaller(memory.store, files, SMALL)
+        deadline = time.monotonic() + 20
+        while not files.exists(name) and time.monotonic() < deadline:
+            recaller.near(SCOPE, vector, memory.store.revision(), fingerprint=memory.encoder.fingerprint,
+                          unrelated=UNRELATED, count=5)  # fmt: skip
+            time.sleep(0.01)
+        recaller.close()
+        for _ in range(2):
+            recaller = Recaller(memory.store, files, SMALL)
+            hits = recaller.recall(SCOPE, asked, lambda: vector, fingerprint=memory.encoder.fingerprint)
+            assert hits[0].memory.answer == "restarted 77"
+            assert hits[0].cosine == pytest.approx(1, abs=1e-4)
+            recaller.close()
+        assert folder_of(tmp_path / "memory.db").is_dir()
+        assert files.forget(SCOPE) == 1

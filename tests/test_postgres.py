@@ -1,0 +1,256 @@
+"""PostgreSQL: what many proxies learn at once, what a crash leaves, and how its users are told what is wrong."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import psycopg
+import pytest
+from builders import SCOPE, ask, body, feedback, response, trace
+from postgres import Server, running
+from test_store import add, say, verified
+
+from optillm_memory import Memory, Settings, StoreError, StoreTooNew
+from optillm_memory.learn import fold
+from optillm_memory.learn.outcomes import normal_answer
+from optillm_memory.settings import shown
+from optillm_memory.store.base import Store
+from optillm_memory.store.opening import open_store
+from optillm_memory.store.postgres_connection import PostgresConnection
+from optillm_memory.store.transaction import key_hash
+
+T = TypeVar("T")
+FORK = multiprocessing.get_context("spawn")
+
+
+@pytest.fixture
+def url(postgres: Server) -> str:
+    """Give the URL of an empty database."""
+    return postgres.fresh()
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[Store]:
+    """Give a store on an empty database."""
+    opened = opened_at(url)
+    yield opened
+    opened.close()
+
+
+def opened_at(url: str) -> Store:
+    """Open a store."""
+    return open_store(url, queue_size=10_000, normal=normal_answer)
+
+
+def memory_at(url: str, **values: Any) -> Memory:
+    """Open a lexical memory without a holdout."""
+    return Memory(Settings(**{"db": url, "encoder": "none", "holdout": 0.0, "reuse_audit": 0.0, **values}))
+
+
+def rebuilt(store: Store) -> list[Any]:
+    """Return what the log says, folded anew."""
+    store.write(fold.rebuild).result(60)
+    return comparable(store)
+
+
+def comparable(store: Store) -> list[Any]:
+    """Return the derived state less the numbers that a rebuild gives anew."""
+    return sorted(repr(row) for row in store.derived())
+
+
+def test_a_password_is_never_shown(postgres: Server) -> None:
+    """Neither the place nor an error of a server that is not there tells the password."""
+    url = "postgresql://me:secret@127.0.0.1:1/memory?sslmode=disable"
+    assert shown(url) == "postgresql://me@127.0.0.1:1/memory"
+    store = opened_at(url)
+    try:
+        assert "secret" not in store.fault
+        assert "127.0.0.1" in store.fault
+        with pytest.raises(StoreError) as told:
+            store.revision()
+        assert "secret" not in str(told.value)
+    finally:
+        store.close()
+
+
+def test_a_newer_schema_is_refused(url: str) -> None:
+    """A database that a later release wrote is named, with what to do; nothing in it is touched."""
+    opened_at(url).close()
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("INSERT INTO agent_memory.migrations(name) VALUES ('p999_later')")
+    with pytest.raises(StoreTooNew, match="p999_later"):
+        opened_at(url)
+
+
+def test_several_processes_may_open_a_new_database_at_once(url: str) -> None:
+    """One of them makes the tables, all of them find them."""
+    with ThreadPoolExecutor(6) as pool:
+        stores = list(pool.map(opened_at, [url] * 6))
+    assert [store.fault for store in stores] == [""] * 6
+    assert [store.stats()["traces"] for store in stores] == [0] * 6
+    for store in stores:
+        store.close()
+
+
+def test_the_nearest_of_a_scope_are_found_in_the_database(store: Store) -> None:
+    """HNSW gives the nearest verified memories of one scope and one encoder, with their cosines."""
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((60, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    for number, vector in enumerate(vectors):
+        made = verified(store, f"task {number}")
+        kept = [(key_hash(made.task), vector.tobytes())]
+        store.write(lambda tx, kept=kept: tx.put_vectors(kept, "f")).result(10)  # type: ignore[misc]
+    other = verified(store, "task of another", scope=SCOPE.__class__("other"))
+    store.write(lambda tx: tx.put_vectors([(key_hash(other.task), vectors[0].tobytes())], "f")).result(10)
+    deadline = time.monotonic() + 20
+    while not (found := store.nearest(SCOPE, "f", vectors[7], 5)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    tasks = {number: memory.task for number, memory in store.memories(SCOPE, [n for n, _ in found]).items()}
+    cosines = vectors @ vectors[7]
+    expected = np.argsort(-cosines)[:5]
+    assert [tasks[n] for n, _ in found] == [f"task {i}" for i in expected]
+    assert [c for _, c in found] == pytest.approx(cosines[expected], abs=2e-3)
+    assert [c.vector for c in store.changes(SCOPE, 0, "f", 1000)] == [v.tobytes() for v in vectors]
+
+
+def test_what_one_proxy_learns_another_recalls_within_a_second(url: str) -> None:
+    """Feedback that one memory acknowledged is in the next recall of another."""
+    with memory_at(url) as one, memory_at(url) as other:
+        turn = ask(one, "restart the nginx server", "sudo systemctl restart nginx")
+        one.feedback({"trace_id": turn.trace_id, "metric": "success", "value": True, "source": "code"})
+        found = other.begin(body("restart the nginx server please"))
+        assert [item.kind for item in found.injected] == ["exemplar"]
+
+
+def test_many_proxies_learn_each_thing_once(url: str) -> None:
+    """Four memories at once take feedback on the same traces: nothing is lost or doubled, all is as a rebuild says."""
+    memories = [memory_at(url) for _ in range(4)]
+    traces = [ask(memories[0], f"task number {n}", f"answer {n}").trace_id for n in range(20)]
+
+    def told(which: int) -> None:
+        for n, trace_id in enumerate(traces):
+            memories[which].feedback(
+                {
+                    "trace_id": trace_id, "metric": "success", "value": True, "source": "code",
+                    "feedback_id": f"{n}" if n % 2 else f"{n}-{which}",
+                }
+            )  # fmt: skip
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(told, range(4)))
+    store = memories[0].store
+    assert store.stats()["feedback"] == 10 + 40
+    found = memories[1].store.list_memories(None, limit=100)
+    assert [record.successes for record in found] == [1] * 20
+    assert comparable(store) == rebuilt(store)
+    for memory in memories:
+        memory.close()
+
+
+def killed_while_it_learns(url: str, said: Any) -> None:
+    """Send feedback and tell what was acknowledged, until killed."""
+    store = opened_at(url)
+    for number in range(100_000):
+        made = add(store, trace(f"task {number} of {os.getpid()}", "an answer"))
+        say(store, feedback(trace_id=made.trace_id, feedback_id=f"fb-{os.getpid()}-{number}"))
+        said.send(f"fb-{os.getpid()}-{number}")
+
+
+def test_one_killed_while_it_learns_leaves_nothing_half_done(url: str) -> None:
+    """What a proxy acknowledged before kill -9 is there once, and the rest of the state is what a rebuild gives."""
+    with memory_at(url) as memory:
+        acknowledged: set[str] = set()
+        for _ in range(3):
+            here, there = FORK.Pipe(duplex=False)
+            process = FORK.Process(target=killed_while_it_learns, args=(url, there))
+            process.start()
+            there.close()
+            for _ in range(8):
+                acknowledged.add(here.recv())
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            while here.poll(0):
+                try:
+                    acknowledged.add(here.recv())
+                except EOFError:
+                    break
+        with psycopg.connect(url, options="-c search_path=agent_memory") as connection:
+            kept = [row[0] for row in connection.execute("SELECT feedback_id FROM feedback").fetchall()]
+        assert len(acknowledged) >= 24
+        assert acknowledged <= set(kept)
+        assert len(kept) == len(set(kept))
+        assert comparable(memory.store) == rebuilt(memory.store)
+        assert ask(memory, "still there", "yes").trace_id
+
+
+def until_it_works(attempt: Callable[[], T]) -> T:
+    """Return what an attempt gives once the store is there again."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return attempt()
+        except StoreError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def test_a_server_that_was_restarted_is_found_again() -> None:
+    """After a crash of the server feedback is taken and memories are recalled again, by the same process."""
+    with running() as server, memory_at(server.fresh()) as memory:
+        turn = ask(memory, "restart the nginx server", "systemctl restart nginx")
+        said = {"trace_id": turn.trace_id, "metric": "success", "value": True, "source": "code"}
+        memory.feedback(said)
+        server.restart()
+        until_it_works(lambda: memory.feedback({**said, "feedback_id": "later"}))
+        assert until_it_works(lambda: memory.begin(body("restart the nginx server"))).action == "inject"
+
+
+def test_threads_read_while_one_writes(url: str) -> None:
+    """More threads than the pool has connections recall while feedback comes in; none fails."""
+    with memory_at(url) as memory:
+        turns = [ask(memory, f"restart server {n}", f"answer {n}") for n in range(10)]
+        failed: list[BaseException] = []
+
+        def recalls() -> None:
+            try:
+                for n in range(20):
+                    memory.finish(memory.begin(body(f"restart server {n}")), response("x"))
+            except BaseException as error:  # noqa: BLE001
+                failed.append(error)
+
+        threads = [threading.Thread(target=recalls) for _ in range(24)]
+        for thread in threads:
+            thread.start()
+        for turn in turns:
+            memory.feedback({"trace_id": turn.trace_id, "metric": "success", "value": True, "source": "code"})
+        for thread in threads:
+            thread.join(60)
+        memory.settle()
+        assert failed == []
+        assert memory.store.stats()["traces"] == 10 + 24 * 20
+        assert memory.store.lost == 0
+
+
+def test_errors_are_those_that_the_store_knows(url: str) -> None:
+    """A statement that is wrong, and one record that is, raise as they do with SQLite."""
+    from optillm_memory.store import connection as sqlite
+
+    connection = PostgresConnection(url)
+    with pytest.raises(sqlite.OperationalError):
+        connection.execute("SELECT nothing FROM nowhere")
+    with pytest.raises(sqlite.IntegrityError):
+        connection.execute("SELECT CAST(? AS BIGINT)", (1 << 70,))
+    connection.close()
+    assert connection.closed
+    assert not connection.in_transaction
