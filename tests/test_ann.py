@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from vectors import FINGERPRINT, TableSource, Vectors, clustered, unit
 from optillm_memory import Scope
 from optillm_memory.conversation.options import Options
 from optillm_memory.recall import ann, build, codes
-from optillm_memory.recall.ann import Base, Header
+from optillm_memory.recall.ann import Base, Draft, Header
 from optillm_memory.recall.corpora import Asked, Corpora
 from optillm_memory.recall.corpus import Batch, Change, Limits, ScopeIndex, header_for, without
 from optillm_memory.recall.index import VectorIndex, Wanted, reach
@@ -494,6 +495,27 @@ def test_a_forgotten_vector_is_in_no_file(bench: Bench, tmp_path: Path) -> None:
     assert bench.base() is not None
     assert not any(piece in all_bytes(tmp_path / "index") for piece in traces_of(secret))
     bench.check(clustered(20, WHOLE, seed=2))
+
+
+def test_what_was_forgotten_unseen_is_not_in_the_next_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that is still in memory, and was forgotten before the file is begun, is left out of it."""
+    secret = unit(np.random.default_rng(99).normal(size=WHOLE))
+    bench = Bench(tmp_path / "index")
+    bench.source.put({**numbered(clustered(350, WHOLE)), 7: secret})
+    original = bench.files.draft
+
+    def draft(name: str) -> AbstractContextManager[Draft | None]:
+        bench.source.put({7: None})
+        return original(name)
+
+    monkeypatch.setattr(bench.files, "draft", draft)
+    deadline = time.monotonic() + 20
+    while bench.base() is None and time.monotonic() < deadline:
+        bench.index()
+        time.sleep(0.001)
+    assert bench.base() is not None
+    assert not any(piece in all_bytes(tmp_path / "index") for piece in traces_of(secret))
+    bench.corpora.close()
 
 
 def test_forgetting_while_a_file_is_written_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

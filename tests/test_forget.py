@@ -50,12 +50,16 @@ def memory(tmp_path: Path) -> Iterator[Memory]:
 
 def agent_episode(memory: Memory, secret: str = SECRET, **fields: Any) -> str:
     """Let an agent fail, mend it and be praised; return the episode."""
+    note = fields.get("note", "")
     call = {"id": "c1", "function": {"name": "bash", "arguments": json.dumps({"command": f"pip3 instal {secret}"})}}
     again = {"id": "c2", "function": {"name": "bash", "arguments": json.dumps({"command": f"pip3 install {secret}"})}}
     said: list[Any] = [{"role": "user", "content": f"install it {fields.get('ask', '')}"}]
     turn = None
     for message, output in (
-        (call, f'ERROR: unknown command "instal" - maybe you meant "install" ({secret})\nexit code: 1'),
+        (
+            call,
+            f'ERROR: unknown command "instal" - maybe you meant "install" ({secret})\nexit code: 1{note}',
+        ),
         (again, f"Successfully installed {secret}\nexit code: 0"),
     ):
         made = {"role": "assistant", "content": None, "tool_calls": [{**message, "type": "function"}]}
@@ -234,6 +238,18 @@ def test_a_fix_that_two_episodes_show_keeps_the_words_of_the_other(memory: Memor
     assert same_as_rebuilt(memory)
 
 
+def test_the_words_of_a_shared_fix_are_not_those_of_the_forgotten(memory: Memory, tmp_path: Path) -> None:
+    """Two episodes with the same fix had other output around it: that of the forgotten one is nowhere any more."""
+    one = agent_episode(memory, "requests", ask="first", note=f"\nin folder {SECRET}")
+    agent_episode(memory, "requests", ask="second", note="\nin folder ~another")
+    (fix,) = [m for m in memory.store.list_memories(None) if m.kind == "fix"]
+    assert SECRET in memory.described(fix.memory_id)["fix"]["output"]
+    forget(memory.store, Selection(episode_id=one))
+    assert "~another" in memory.described(fix.memory_id)["fix"]["output"]
+    assert holding(tmp_path) == []
+    assert same_as_rebuilt(memory)
+
+
 def test_what_was_said_of_a_whole_does_not_pass_to_another_trace(memory: Memory) -> None:
     """The trace that closed an episode is forgotten: the right answer for it teaches nothing about an earlier one."""
     one = ask(memory, body("add two and two", agent_memory={"episode_id": "sums"}), "4")
@@ -373,6 +389,7 @@ def test_the_command_asks_and_counts_first(memory: Memory, tmp_path: Path) -> No
 def test_files_of_vectors_go_with_their_scope(memory: Memory, tmp_path: Path) -> None:
     """The vectors that lie beside the database are taken away for the scopes concerned, and for no other."""
     files = memory.store.index_files()
+    assert files is not None
     for scope in (Scope("local"), Scope("other")):
         with files.draft(files.name(scope, "f")) as draft:
             assert draft is not None

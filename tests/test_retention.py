@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from builders import NOW, feedback, hashing_memory, lexical_memory, settings, trace
+from click.testing import CliRunner
 
 from optillm_memory import InvalidField, Memory, Settings
+from optillm_memory.cli import main
 from optillm_memory.learn import fold
 from optillm_memory.recall.encoder import HashingEncoder, Vectors
 from optillm_memory.records import Trace, new_trace_id
@@ -204,3 +207,17 @@ def test_embedding_anew_can_be_broken_off(tmp_path: Path, monkeypatch: pytest.Mo
         assert lines[0] == "64 embedded, of 150 memories"
         assert memory.store.coverage()[1]["other-64"] == 128
         assert reembed(memory.store, memory.encoder) == 22
+
+
+def test_the_command_embeds_and_prunes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`reembed --prune` leaves the vectors of the encoder that is set alone, and refuses where none is set."""
+    taught(tmp_path, 3)
+    with lexical_memory(tmp_path) as memory:
+        memory.store.write(lambda tx: tx.put_vectors([("k", b"1234")], "another")).result(10)
+    monkeypatch.setenv("OPTILLM_AGENT_MEMORY_ENCODER", "hashing")
+    where = ("--db", str(tmp_path / "memory.db"), "--json")
+    done = CliRunner().invoke(main, ["reembed", "--prune", *where])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == {"encoder": "hashing-trigram-256", "embedded": 0, "pruned": 1, "left": []}
+    monkeypatch.setenv("OPTILLM_AGENT_MEMORY_ENCODER", "none")
+    assert "there is no encoder" in CliRunner().invoke(main, ["reembed", *where]).output

@@ -290,6 +290,31 @@ def replay(db: Path, token_price: float, second_price: float, out: Path | None) 
     click.echo(render.mapping(lines(figures)))
 
 
+@bench.command()
+@click.option("--kills", type=click.IntRange(0), default=1000, show_default=True, help="Times to `kill -9`.")
+@click.option("--power-losses", type=click.IntRange(0), default=500, show_default=True, help="Times to cut the power.")
+@click.option("--processes", type=click.IntRange(1), default=8, show_default=True, help="Processes at once.")
+@click.option("--threads", type=click.IntRange(1), default=4, show_default=True, help="Threads of each.")
+@click.option("--seconds", type=click.FloatRange(0), default=300.0, show_default=True, help="How long they write.")
+@click.option("--seed", default=0, show_default=True, help="Seeds everything random.")
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file.")
+def durability(
+    kills: int, power_losses: int, processes: int, threads: int, seconds: float, seed: int, out: Path | None
+) -> None:
+    """Kill it, cut its power, have many processes write at once, and look for what was acknowledged."""
+    from optillm_memory.bench import report
+    from optillm_memory.bench.durability import STEPS_OF_SOAK, run
+
+    settings: dict[str, Any] = {
+        "kills": kills, "power_losses": power_losses, "processes": processes, "threads": threads, "seconds": seconds,
+        "seed": seed,
+    }  # fmt: skip
+    with _bar(kills + power_losses + (STEPS_OF_SOAK if seconds else 0), "steps") as bar:
+        figures = run(**settings, say=_say, tick=lambda: bar.update(1))
+    report.write(report.report(figures, settings), out)
+    click.echo(render.mapping(figures))
+
+
 def _numbers(text: str, option: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]

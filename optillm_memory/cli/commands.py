@@ -242,10 +242,11 @@ def settings(*, as_json: bool) -> None:
 
 def _add_later_commands() -> None:
     from optillm_memory.cli.bench import bench
+    from optillm_memory.cli.copy import copy
     from optillm_memory.cli.demo import demo
     from optillm_memory.cli.maintain import COMMANDS
 
-    for command in (demo, bench, *COMMANDS):
+    for command in (demo, bench, copy, *COMMANDS):
         main.add_command(command)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,3 +66,9 @@ def scope_named(memory: Memory, tenant: str | None, namespace: str, user_id: str
 def printed(value: Any, *, as_json: bool, text: Callable[[], str]) -> None:
     """Print a result for people, or as JSON."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str) if as_json else text())
+
+
+def told(line: str) -> None:
+    """Show progress where a person looks on, without touching what is printed; an empty line takes it away."""
+    if sys.stderr.isatty():
+        click.echo(f"\r\x1b[K{line}", err=True, nl=False)

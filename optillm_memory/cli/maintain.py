@@ -11,20 +11,10 @@ from typing import Any
 import click
 
 from optillm_memory.cli import render
-from optillm_memory.cli.common import database, file_of, opened, printed, settings_for
+from optillm_memory.cli.common import database, file_of, opened, printed, settings_for, told
 from optillm_memory.errors import NotFound
 
 _DAY_S = 86_400
-
-
-def _told(line: str) -> None:
-    """Show progress where a person looks on, without touching what is printed."""
-    if sys.stderr.isatty():
-        click.echo(f"\r\x1b[K{line}", err=True, nl=False)
-
-
-def _done() -> None:
-    _told("")
 
 
 @click.command()
@@ -61,8 +51,8 @@ def backup(destination: Path, db: str | None, *, as_json: bool) -> None:
     from optillm_memory.store import backup as copies
 
     source, started = file_of(settings_for(db)), time.monotonic()
-    copies.backup(source, destination, progress=lambda done, total: _told(f"{done} of {total} pages"))
-    _done()
+    copies.backup(source, destination, progress=lambda done, total: told(f"{done} of {total} pages"))
+    told("")
     found = {
         "path": str(destination), "bytes": destination.stat().st_size, **copies.counts_of(destination),
         "seconds": round(time.monotonic() - started, 3),
@@ -101,8 +91,8 @@ def forget(
         if not yes:
             click.echo(render.mapping(counts), err=True)
             click.confirm("Delete this for good?", abort=True, err=True)
-        found = erase.forget(memory.store, selection, with_set_aside=with_set_aside, progress=_told)
-    _done()
+        found = erase.forget(memory.store, selection, with_set_aside=with_set_aside, progress=told)
+    told("")
     for line in found["left"]:
         click.echo(line, err=True)
     printed(found, as_json=as_json, text=lambda: render.mapping(found))
@@ -125,13 +115,14 @@ def reembed(db: str | None, *, prune: bool, as_json: bool) -> None:
             reason = memory.encoder.reason or "OPTILLM_AGENT_MEMORY_ENCODER is `none`"
             raise click.ClickException(f"there is no encoder: {reason}")
         try:
-            found["embedded"] = embed(memory.store, memory.encoder, progress=_told)
+            found["embedded"] = embed(memory.store, memory.encoder, progress=told)
         except KeyboardInterrupt:
-            _done()
+            told("")
             raise click.ClickException("interrupted; what was embedded is kept: run it again to go on") from None
         if prune:
             found["pruned"] = prune_vectors(memory.store, memory.encoder.fingerprint)
-    _done()
+            found["left"] = memory.store.give_back((), with_set_aside=False, progress=told)
+    told("")
     printed(found, as_json=as_json, text=lambda: render.mapping(found))
 
 

@@ -71,6 +71,12 @@ class PostgresConnection:
             with _mapped(self._psycopg), self._raw.cursor() as cursor:
                 cursor.executemany(translated(sql), given)
 
+    def stream(self, sql: str) -> Iterator[Any]:
+        """Yield the rows of a statement as they come, inside a transaction: they need not fit into memory."""
+        with _mapped(self._psycopg), self._raw.cursor(name="rows") as cursor:
+            cursor.itersize = 1_000
+            yield from cursor.execute(translated(sql))
+
     @property
     def in_transaction(self) -> bool:
         """Whether a transaction is open."""
@@ -152,6 +158,9 @@ def _adapt(psycopg: Any, connection: Any) -> None:
 
         def dump(self, value: Any) -> bytes:
             return str(int(value)).encode()
+
+        def quote(self, value: Any) -> bytes:
+            return bytes(self.dump(value))
 
     class Text(psycopg.types.string.StrDumperUnknown):  # type: ignore[misc]
         """A text that goes."""

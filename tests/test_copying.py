@@ -1,0 +1,129 @@
+"""Copying a store from SQLite to PostgreSQL and back: everything goes, nothing changes, or nothing happens at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from agents import mend
+from builders import SCOPE, ask, body, hashing_memory
+from click.testing import CliRunner
+from postgres import Server
+
+from optillm_memory import Memory, NotFound, Settings, StoreError
+from optillm_memory.cli import main
+from optillm_memory.learn.outcomes import normal_answer
+from optillm_memory.store import copying
+from optillm_memory.store.base import Store
+from optillm_memory.store.connection import connect
+from optillm_memory.store.copying import copy
+from optillm_memory.store.opening import open_store
+from optillm_memory.store.postgres_schema import TABLES
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    """Give a file with something in every kind of table."""
+    with hashing_memory(tmp_path) as memory:
+        for number in range(5):
+            turn = ask(memory, f"restart server number {number}", f"answer {number} \x00 \ue000 é")
+            memory.feedback({"trace_id": turn.trace_id, "metric": "success", "value": number != 2, "source": "code"})
+        mend(memory)
+        ask(memory, {**body("restart server number 9"), "agent_memory": {"reuse": {"max_error": 0.1}}})
+        memory.settle()
+    return str(tmp_path / "memory.db")
+
+
+@contextlib.contextmanager
+def opened(place: str) -> Iterator[Store]:
+    """Open a store for a moment."""
+    store = open_store(place, queue_size=100, normal=normal_answer)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def contents(path: str) -> dict[str, list[Any]]:
+    """Return all rows of a file, in order."""
+    with contextlib.closing(connect(Path(path), read_only=True)) as db:
+        return {
+            table: sorted(map(repr, db.execute(f"SELECT * FROM {table}").fetchall()))
+            for table in TABLES
+        }  # fmt: skip
+
+
+def test_there_and_back_nothing_changes(file: str, postgres: Server, tmp_path: Path) -> None:
+    """Every row of every table is the same after a journey through PostgreSQL, secret and counters included."""
+    before, server, back = contents(file), postgres.fresh(), str(tmp_path / "back.db")
+    shown: list[tuple[str, int, int]] = []
+    rows = copy(file, server, lambda *step: shown.append(step))
+    assert rows["traces"] >= 6
+    assert {table for table, _, _ in shown} == set(TABLES) - {"meta"}
+    with opened(file) as here, opened(server) as there:
+        assert here.derived() == there.derived()
+        assert here.salt() == there.salt()
+        assert here.revision() == there.revision()
+    assert copy(server, back) == rows
+    assert contents(back) == before
+
+
+def test_a_copy_is_used_as_the_first_was(file: str, postgres: Server) -> None:
+    """What was known is recalled from the server, and new records do not clash with the copied ones."""
+    server = postgres.fresh()
+    copy(file, server)
+    with Memory(Settings(db=server, encoder="none", holdout=0.0)) as memory:
+        assert memory.begin(body("restart server number 1")).action == "inject"
+        turn = ask(memory, "restart server number 77", "a new answer")
+        memory.feedback({"trace_id": turn.trace_id, "metric": "success", "value": True, "source": "code"})
+        assert memory.recall("restart server number 77", scope=SCOPE)
+
+
+def test_a_target_that_holds_anything_is_refused(file: str, postgres: Server, tmp_path: Path) -> None:
+    """Nothing is mixed into another store, and a source that is not there is named."""
+    server = postgres.fresh()
+    copy(file, server)
+    for source, target in ((file, server), (server, file)):
+        with pytest.raises(StoreError, match="not empty"):
+            copy(source, target)
+    with pytest.raises(NotFound, match="nowhere"):
+        copy(str(tmp_path / "nowhere.db"), server)
+
+
+def test_interrupted_it_leaves_the_target_empty(file: str, postgres: Server) -> None:
+    """A copy that stops half way can be run again."""
+    server = postgres.fresh()
+
+    def stop(table: str, _done: int, _total: int) -> None:
+        if table == "memories":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        copy(file, server, stop)
+    with opened(server) as store:
+        assert store.stats()["traces"] == 0
+    assert copy(file, server)["traces"] >= 6
+
+
+def test_a_copy_that_is_not_equal_is_found(file: str, postgres: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that arrives changed is noticed by the check."""
+    put = copying._ServerSide.put
+
+    def spoiled(self: Any, table: str, columns: Any, rows: Any) -> None:
+        place = list(columns).index("answer") if table == "traces" else None
+        put(self, table, columns, [(*r[:place], "other", *r[place + 1 :]) if place is not None else r for r in rows])
+
+    monkeypatch.setattr(copying._ServerSide, "put", spoiled)
+    with pytest.raises(StoreError, match="traces is not equal"):
+        copy(file, postgres.fresh())
+
+
+def test_the_command_tells_what_was_copied(file: str, postgres: Server) -> None:
+    """`optillm-memory copy` prints the rows of each table."""
+    result = CliRunner().invoke(main, ["copy", file, postgres.fresh(), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["traces"] >= 6
