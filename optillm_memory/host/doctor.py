@@ -19,9 +19,11 @@ from typing import Any, Literal
 from optillm_memory.errors import AgentMemoryError
 from optillm_memory.host.install import plugin_path
 from optillm_memory.host.server import NAMES
+from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.recall.encoder import WEIGHTS_PACKAGE, encoder_source
-from optillm_memory.settings import Settings
+from optillm_memory.settings import Settings, is_url
 from optillm_memory.store.connection import open_writer, sqlite_version, wal_is_safe
+from optillm_memory.store.opening import open_store
 from optillm_memory.store.vectors import coverage_in
 
 Level = Literal["ok", "warn", "fail"]
@@ -73,8 +75,22 @@ def _sqlite() -> Finding:
     )  # fmt: skip
 
 
+def _server(settings: Settings) -> Finding:
+    try:
+        store = open_store(settings.db, queue_size=1, normal=normal_answer)
+    except AgentMemoryError as error:
+        return Finding("database", "fail", str(error))
+    with contextlib.closing(store):
+        if store.fault:
+            return Finding("database", "fail", f"{store.fault}; check the URL, the server, pgvector and the rights")
+        return Finding("database", "ok", f"{store.place} can be written")
+
+
 def _database(settings: Settings) -> Finding:
-    path = settings.path
+    return _server(settings) if is_url(settings.db) else _file(settings.path)
+
+
+def _file(path: Path) -> Finding:
     if not path.exists():
         parent = next(p for p in path.parents if p.exists())
         if not os.access(parent, os.W_OK):
@@ -114,10 +130,10 @@ def _encoder(settings: Settings) -> Finding:
 
 
 def _embedded(settings: Settings) -> Finding:
-    if not settings.path.exists():
+    if not is_url(settings.db) and not settings.path.exists():
         return Finding("vectors", "ok", "nothing to embed yet")
     try:
-        total, embedded = coverage_in(settings.path)
+        total, embedded = _coverage(settings)
     except AgentMemoryError as error:
         return Finding("vectors", "warn", f"cannot be counted: {error}")
     shown = ", ".join(f"{count} by {name}" for name, count in embedded.items()) or "none"
@@ -127,6 +143,13 @@ def _embedded(settings: Settings) -> Finding:
             f"of {total} memories embedded: {shown}; the server fills them in, or run: optillm-memory reembed",
         )  # fmt: skip
     return Finding("vectors", "ok", f"of {total} memories embedded: {shown}")
+
+
+def _coverage(settings: Settings) -> tuple[int, dict[str, int]]:
+    if not is_url(settings.db):
+        return coverage_in(settings.path)
+    with contextlib.closing(open_store(settings.db, queue_size=1, normal=normal_answer)) as store:
+        return store.coverage()
 
 
 def _host() -> Iterator[Finding]:

@@ -225,7 +225,7 @@ class Store(EpisodeReads, WordReads, ProposalReads, DecisionReads, FixReads, For
             )
             feedback = db.execute(
                 f"{rows.SELECT_FEEDBACK} WHERE (trace_id = ? OR (coalesce(scope_id, ?) = ? AND episode_id = ?)) "
-                "AND tenant IN ('', ?) ORDER BY occurred_at, feedback_id",
+                "AND coalesce(tenant, '') IN ('', ?) ORDER BY occurred_at, feedback_id",
                 (trace_id, scope_id, scope_id, trace.episode_id, trace.scope.tenant),
             ).fetchall()
             shown["proposal"] = proposal_of(db, trace_id)

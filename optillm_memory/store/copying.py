@@ -40,7 +40,7 @@ def copy(source: str, target: str, progress: Progress = lambda *_: None) -> dict
         for table, (rows, digest) in said.items():
             found = _digest(new.rows(table, new.columns(table)), lambda _: None)
             if found != (rows, digest):
-                raise StoreError(f"the copy of {table} is not equal ({found[0]} of {rows} rows); nothing was kept of it")
+                raise StoreError(f"the copy of {table} is not equal ({found[0]} of {rows} rows); nothing was kept")
     return {table: rows for table, (rows, _) in said.items()}
 
 
