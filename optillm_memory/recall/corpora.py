@@ -125,6 +125,12 @@ class Corpora:
         with self._lock:
             self._corpora.clear()
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything is being taken in or written behind."""
+        with self._lock:
+            return any(corpus.loading or corpus.building for corpus in self._corpora.values())
+
     def index(self, asked: Asked, version: Version) -> Index | None:
         """Return a scope's index with what the source held at a version, as far as that can be had at once.
 

