@@ -45,7 +45,7 @@ _MEMORY_VALUES = (
 INSERT_MEMORY = (
     "INSERT INTO memories(memory_id, kind, scope_id, status, task, answer, frame, key_hash, successes, failures, "
     "used_successes, used_failures, created_at, revision) "
-    "VALUES (?, 'exemplar', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING number"
+    "VALUES (?, 'exemplar', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 UPDATE_MEMORY = f"UPDATE memories SET {_MEMORY_VALUES} WHERE number = ?"
 SELECT_MEMORY = (

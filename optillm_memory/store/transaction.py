@@ -25,6 +25,8 @@ from optillm_memory.store.steps import StepTables
 from optillm_memory.store.vectors import VectorTables
 
 PENDING_S = 7 * 86_400.0
+# The traces that a tenant may speak of; the empty tenant is the operator at the machine.
+_VISIBLE = "SELECT trace_id FROM traces JOIN scopes ON scopes.id = scope_id WHERE ? IN ('', tenant) AND"
 
 
 def key_hash(task: str) -> str:
@@ -40,15 +42,19 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
         self._db = connection
         self.normal = normal
         self._scope_ids: dict[Scope, int] = {}
+        self._latest: tuple[Scope, int] | None = None
 
     # -- the log -----------------------------------------------------------------------------------
 
     def scope_id(self, scope: Scope) -> int:
         """Return the scope's number, made at first use."""
+        if self._latest is not None and self._latest[0] is scope:
+            return self._latest[1]
         if (known := self._scope_ids.get(scope)) is None:
             key = (scope.tenant, scope.namespace, scope.user_id, scope.agent_id)
             row = self._db.execute(rows.SCOPE_ID, key).fetchone() or self._db.execute(rows.INSERT_SCOPE, key).fetchone()
             known = self._scope_ids[scope] = int(row[0])
+        self._latest = scope, known
         return known
 
     def add_trace(
@@ -141,12 +147,11 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
             (tenant, feedback.feedback_id),
         ).fetchall():
             if trace_id:
-                sql, values = "SELECT trace_id FROM traces WHERE trace_id = ?", [trace_id]
+                sql, values = f"{_VISIBLE} trace_id = ?", [trace_id]
             else:
-                sql = "SELECT trace_id FROM traces WHERE scope_id = coalesce(?, scope_id) AND episode_id = ?"
-                values = [scope_id, episode_id]
-            targets += [row[0] for row in self._db.execute(sql, values).fetchall()]
-        return [t for t in dict.fromkeys(targets) if self.visible(t, tenant)]
+                sql, values = f"{_VISIBLE} scope_id = coalesce(?, scope_id) AND episode_id = ?", [scope_id, episode_id]
+            targets += [row[0] for row in self._db.execute(sql, (tenant, *values)).fetchall()]
+        return list(dict.fromkeys(targets))
 
     def tenant_of_feedback(self, feedback_id: str) -> str | None:
         """Return whose feedback this is, where only one tenant has such an id."""
@@ -154,16 +159,6 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
             "SELECT DISTINCT tenant FROM feedback WHERE feedback_id = ?", (feedback_id,)
         ).fetchall()
         return str(found[0][0]) if len(found) == 1 else None
-
-    def visible(self, trace_id: str, tenant: str) -> bool:
-        """Whether a tenant may speak of a trace; the empty tenant is the operator at the machine."""
-        if not tenant:
-            return True
-        row = self._db.execute(
-            "SELECT 1 FROM traces JOIN scopes ON scopes.id = scope_id WHERE trace_id = ? AND tenant = ?",
-            (trace_id, tenant),
-        ).fetchone()
-        return row is not None
 
     def episode_scopes(self, tenant: str, episode_id: str) -> list[int]:
         """Return the scopes of a tenant (all, for the operator) that have an episode of this name."""
@@ -258,7 +253,8 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
             row[0]
             for row in self._db.execute("SELECT memory_id FROM contributions WHERE trace_id = ?", (trace.trace_id,))
         }
-        self._db.execute("DELETE FROM contributions WHERE trace_id = ?", (trace.trace_id,))
+        if touched:
+            self._db.execute("DELETE FROM contributions WHERE trace_id = ?", (trace.trace_id,))
         contributions: list[tuple[Any, ...]] = [
             (e.memory_id, trace.trace_id, "evidence", int(e.success), int(e.verified), e.answer)
             for e in learned.evidence
@@ -315,7 +311,9 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
             created_at, revision,
         )  # fmt: skip
         if known is None:
-            number = self._db.execute(rows.INSERT_MEMORY, (memory_id, *values)).fetchone()[0]
+            self._db.execute(rows.INSERT_MEMORY, (memory_id, *values))
+            # Not RETURNING: SQLite takes five times as long for it.
+            number = self._db.execute("SELECT number FROM memories WHERE memory_id = ?", (memory_id,)).fetchone()[0]
         else:
             number = known[0]
             self._db.execute(rows.UPDATE_MEMORY, (*values, number))
