@@ -23,7 +23,7 @@ from optillm_memory.store.turnstile import Turnstile
 from optillm_memory.store.writer import Writer
 
 logger = logging.getLogger(__name__)
-_CHECKPOINT_EVERY = 1_024  # operations
+_CHECKPOINT_EVERY = 4_096  # operations
 
 
 class SqliteWriter(Writer):

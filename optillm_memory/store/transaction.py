@@ -228,14 +228,20 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
         """Return the traces of an episode that feedback, on them or on the episode, shows the right way of."""
         scope_id = self.scope_id(scope)
         found = self._db.execute(
-            "SELECT DISTINCT traces.trace_id FROM traces JOIN feedback ON feedback.trace_id = traces.trace_id "
-            "WHERE traces.scope_id = ? AND traces.episode_id = ? AND metric = 'demonstration' "
-            "UNION SELECT * FROM (SELECT trace_id FROM traces WHERE scope_id = ? AND episode_id = ? AND EXISTS "
-            "(SELECT 1 FROM feedback WHERE feedback.episode_id = ? AND metric = 'demonstration') "
-            "ORDER BY created_at DESC, trace_id DESC LIMIT 1)",
-            (scope_id, episode_id, scope_id, episode_id, episode_id),
+            "SELECT traces.trace_id FROM traces CROSS JOIN feedback ON feedback.trace_id = traces.trace_id "
+            "WHERE traces.scope_id = ? AND traces.episode_id = ? AND metric = 'demonstration'",
+            (scope_id, episode_id),
         ).fetchall()
-        return [trace for row in found if (trace := self.trace(row[0])) is not None]
+        if self._db.execute(
+            "SELECT 1 FROM feedback WHERE episode_id = ? AND metric = 'demonstration' LIMIT 1", (episode_id,)
+        ).fetchone():
+            found += self._db.execute(
+                "SELECT trace_id FROM traces WHERE scope_id = ? AND episode_id = ? "
+                "ORDER BY created_at DESC, trace_id DESC LIMIT 1",
+                (scope_id, episode_id),
+            ).fetchall()
+        shown = sorted({row[0] for row in found})
+        return [trace for trace_id in shown if (trace := self.trace(trace_id)) is not None]
 
     def episodes(self) -> list[tuple[Scope, str]]:
         """Return every episode."""

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Operation = Callable[[Connection], Any]
-GROUP = 256
+GROUP = 512
 _RETRIES = 5
 _CLOSING_S = 30.0
 # What nobody waits for gives way to the response that it records, and gathers company for its commit.
