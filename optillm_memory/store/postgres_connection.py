@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import struct
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,6 +18,7 @@ SCHEMA = "agent_memory"
 # One lock for all that write, of any number of proxies: the fold then reads and writes as if it were alone.
 WRITERS_LOCK = 0x6F70746D656D
 _CONNECT_S, _STATEMENT_MS, _POOL = 5, 10_000, 8
+_PATIENCE_S = 2.0  # for a connection that reads
 # PostgreSQL's texts have no place for NUL: it is written with an escape that is escaped itself.
 _ESCAPE = "\ue000"
 _ESCAPED = _ESCAPE.encode()
@@ -97,14 +99,24 @@ class PostgresReaders:
     """A pool of connections that only read: any thread borrows one."""
 
     def __init__(self, url: str, size: int = _POOL) -> None:
-        """Open connections as they are needed; keep at most `size` of them."""
+        """Open connections as they are needed; at most `size` of them."""
         self._url = url
         self._idle: list[PostgresConnection] = []
-        self._size = size
+        self._places = threading.BoundedSemaphore(size)
 
     @contextlib.contextmanager
     def borrow(self) -> Iterator[Any]:
         """Lend a connection; one that failed is closed, not lent again. Raises StoreError."""
+        if not self._places.acquire(timeout=_PATIENCE_S):
+            raise StoreError(f"cannot read {shown(self._url)}: all connections have been busy for {_PATIENCE_S} s")
+        try:
+            with self._lent() as connection:
+                yield connection
+        finally:
+            self._places.release()
+
+    @contextlib.contextmanager
+    def _lent(self) -> Iterator[PostgresConnection]:
         try:
             connection = self._idle.pop()
         except IndexError:
@@ -116,9 +128,7 @@ class PostgresReaders:
             if isinstance(error, sqlite.DatabaseError):
                 raise StoreError(f"cannot read {shown(self._url)}: {error}") from error
             raise
-        if connection.closed or len(self._idle) >= self._size:
-            connection.close()
-        else:
+        if not connection.closed:
             self._idle.append(connection)
 
     def _open(self) -> PostgresConnection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from optillm_memory.errors import StoreTooNew
@@ -39,6 +40,12 @@ def _migrate(connection: PostgresConnection, place: str) -> None:
             if name == "p001_tables":
                 connection.execute("INSERT INTO salt VALUES (?)", (os.urandom(16),))
             connection.execute("INSERT INTO migrations(name) VALUES (?)", (name,))
+
+
+def drop(url: str) -> None:
+    """Delete everything that is kept on a server."""
+    with contextlib.closing(PostgresConnection(url)) as connection:
+        connection.execute(f"DROP SCHEMA IF EXISTS {SCHEMA} CASCADE")
 
 
 def _exists(connection: PostgresConnection) -> bool:

@@ -1,0 +1,68 @@
+"""`bench store` measures the real store: its records are what they claim to be, its figures are all there."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from postgres import Server
+
+from optillm_memory.bench.records import LARGE, SMALL, Records
+from optillm_memory.bench.store import run
+from optillm_memory.cli import main
+
+KEYS = {
+    "ingest_per_s", "ingest_8_per_s", "index_s", "startup_s", "bytes_per_trace", "rss_mb", "recall_at_10",
+    "scope_recall_at_10",
+    *(f"{scope}recall_p{share}_ms" for scope in ("", "scope_") for share in (50, 95, 99)),
+}  # fmt: skip
+
+
+def test_records_are_the_same_for_a_seed() -> None:
+    """Any block can be made again, and another seed makes others."""
+    records = Records(9_000, 3)
+    again = dict(Records(9_000, 3).blocks())
+    for start, block in records.blocks():
+        assert np.array_equal(block, again[start])
+    first = [(r.number, r.task) for r in islice(records, 5)]
+    assert first == [(r.number, r.task) for r in islice(Records(9_000, 3), 5)]
+    assert first != [(r.number, r.task) for r in islice(Records(9_000, 4), 5)]
+
+
+def test_records_lie_like_a_sentence_encoders() -> None:
+    """Vectors have length 1; strangers are hardly alike, the nearest are; every hundredth is in the small scope."""
+    records = list(Records(4_000))
+    vectors = np.stack([record.vector for record in records])
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    cosines = vectors[:500] @ vectors.T
+    np.fill_diagonal(cosines, -1)
+    assert abs(np.median(cosines)) < 0.05
+    assert 0.5 < np.median(cosines.max(axis=1)) < 0.85
+    assert sum(record.scope == SMALL for record in records) == 40
+    assert {record.scope for record in records} == {LARGE, SMALL}
+    assert len({record.task for record in records}) == 4_000
+
+
+def test_a_file_has_all_figures(tmp_path: Path) -> None:
+    """The command writes every figure for its size; at a small one the search finds what an exact one does."""
+    out = tmp_path / "figures.json"
+    result = CliRunner().invoke(main, ["bench", "store", "--sizes", "600", "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(out.read_text())
+    assert set(figures["600"]) == KEYS
+    assert figures["600"]["recall_at_10"] == figures["600"]["scope_recall_at_10"] == 1.0
+    assert all(value > 0 for name, value in figures["600"].items() if name != "rss_mb")
+    assert figures["settings"]["writes_per_s"] == 50.0
+
+
+@pytest.mark.parametrize("size", [300])
+def test_a_server_has_the_same_figures(postgres: Server, size: int) -> None:
+    """PostgreSQL is measured in the same way, and is empty afterwards: two sizes do not mix."""
+    url = postgres.fresh()
+    figures = run([size, size], place=url, writes_per_s=20, seed=0, say=lambda _: None)
+    assert set(figures[str(size)]) == KEYS
+    assert figures[str(size)]["recall_at_10"] == 1.0
