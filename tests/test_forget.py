@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from builders import ask, assistant, body, hashing_memory, response, teach, tell
 from click.testing import CliRunner
@@ -18,11 +19,13 @@ from click.testing import CliRunner
 from optillm_memory import InvalidField, Memory, NotFound, Scope
 from optillm_memory.cli import main
 from optillm_memory.conversation.options import Options
+from optillm_memory.settings import is_url
 from optillm_memory.store.connection import sqlite3
 from optillm_memory.store.erase import forget
 from optillm_memory.store.selection import Selection
 from optillm_memory.store.shrink import shrink
 
+BOTH = pytest.mark.parametrize("memory", ["sqlite", "postgres"], indirect=True)
 SECRET = "zwitscherlich"  # no word of any other text
 
 
@@ -30,6 +33,19 @@ def holding(folder: Path, text: str = SECRET) -> list[str]:
     """Return the files below a folder that hold a text, in any case."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return [path.name for path in files if text.lower().encode() in path.read_bytes().lower()]
+
+
+def held(memory: Memory, text: str = SECRET) -> list[str]:
+    """Return the files of a memory, or its tables on a server, that hold a text, in any case."""
+    if not is_url(memory.settings.db):
+        return holding(Path(memory.settings.db).parent, text)
+    with psycopg.connect(memory.settings.db) as connection:
+        tables = "SELECT tablename FROM pg_tables WHERE schemaname = 'agent_memory'"
+        names = [name for (name,) in connection.execute(tables)]
+        assert "traces" in names
+        like = f"%{text}%"
+        rows = {name: f"SELECT count(*) FROM agent_memory.{name} AS t WHERE t::text ILIKE %s" for name in names}
+        return [name for name, sql in rows.items() if connection.execute(sql, (like,)).fetchone() != (0,)]
 
 
 def same_as_rebuilt(memory: Memory) -> bool:
@@ -41,9 +57,11 @@ def same_as_rebuilt(memory: Memory) -> bool:
 
 
 @pytest.fixture
-def memory(tmp_path: Path) -> Iterator[Memory]:
+def memory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Memory]:
     """Give a memory that knows something else, too."""
-    with hashing_memory(tmp_path) as opened:
+    server = getattr(request, "param", "sqlite") == "postgres"
+    values = {"db": request.getfixturevalue("postgres").fresh()} if server else {}
+    with hashing_memory(tmp_path, **values) as opened:
         teach(opened, "restart the nginx server", "systemctl restart nginx")
         yield opened
 
@@ -80,7 +98,8 @@ def agent_episode(memory: Memory, secret: str = SECRET, **fields: Any) -> str:
 @pytest.mark.parametrize(
     "place", ["task", "answer", "tags", "comment", "demonstration", "evidence", "error", "retracted"]
 )
-def test_no_file_holds_a_forgotten_text(memory: Memory, tmp_path: Path, place: str) -> None:
+@BOTH
+def test_no_file_holds_a_forgotten_text(memory: Memory, place: str) -> None:
     """Wherever in a request or its feedback a text stood, after `forget` no file holds it; the rest is as rebuilt."""
     fields: dict[str, Any] = {"tags": {"project": SECRET}} if place == "tags" else {}
     turn = ask(
@@ -96,27 +115,29 @@ def test_no_file_holds_a_forgotten_text(memory: Memory, tmp_path: Path, place: s
     evidence = {"evidence": {"command": "pytest", "output": SECRET}} if place == "evidence" else {}
     tell(memory, turn, place != "error", **evidence)
     memory.settle()
-    assert holding(tmp_path)
+    assert held(memory)
     done = forget(memory.store, Selection(trace_id=turn.trace_id))
     assert (done["traces"], done["left"]) == (1, [])
-    assert holding(tmp_path) == []
+    assert held(memory) == []
     assert memory.store.stats()["traces"] == 1
     assert same_as_rebuilt(memory)
     assert [h.memory.answer for h in memory.recall("restart the nginx server")] == ["systemctl restart nginx"]
 
 
-def test_steps_and_fixes_of_a_forgotten_episode_are_gone(memory: Memory, tmp_path: Path) -> None:
+@BOTH
+def test_steps_and_fixes_of_a_forgotten_episode_are_gone(memory: Memory) -> None:
     """Tool calls, their results, the fix that was mined and the feedback that was inferred go with their episode."""
     episode = agent_episode(memory)
     assert memory.store.stats()["memories_by_kind"]["fix"] == 1
     forget(memory.store, Selection(episode_id=episode))
-    assert holding(tmp_path) == []
-    assert holding(tmp_path, "instal") == []
+    assert held(memory) == []
+    assert held(memory, "instal") == []
     assert "fix" not in memory.store.stats()["memories_by_kind"]
     assert same_as_rebuilt(memory)
 
 
-def test_a_name_is_forgotten_with_its_namespace(memory: Memory, tmp_path: Path) -> None:
+@BOTH
+def test_a_name_is_forgotten_with_its_namespace(memory: Memory) -> None:
     """A namespace, a user and what waits for an episode there go, with their names; the same words elsewhere stay."""
     fields = {"user": "x"}
     for number in range(3):
@@ -133,17 +154,18 @@ def test_a_name_is_forgotten_with_its_namespace(memory: Memory, tmp_path: Path) 
     done = forget(memory.store, Selection(namespace=SECRET, tenant="local"))
     assert (done["traces"], done["pending_feedback"], done["scopes"], done["left"]) == (3, 1, 1, [])
     assert done["vectors"] == 3
-    assert holding(tmp_path) == []
+    assert held(memory) == []
     assert memory.store.stats()["scopes"] == 1
     assert same_as_rebuilt(memory)
 
 
-def test_feedback_that_waits_is_forgotten(memory: Memory, tmp_path: Path) -> None:
+@BOTH
+def test_feedback_that_waits_is_forgotten(memory: Memory) -> None:
     """Feedback on a trace that never came is deleted by the trace's id, though there is no trace to forget."""
     memory.feedback({"trace_id": "chatcmpl-x", "metric": "comment", "value": SECRET, "source": "human"})
-    assert holding(tmp_path)
+    assert held(memory)
     assert forget(memory.store, Selection(trace_id="chatcmpl-x"))["pending_feedback"] == 1
-    assert holding(tmp_path) == []
+    assert held(memory) == []
 
 
 def test_earlier_versions_in_free_pages_are_gone(memory: Memory, tmp_path: Path) -> None:
@@ -165,7 +187,8 @@ def test_earlier_versions_in_free_pages_are_gone(memory: Memory, tmp_path: Path)
 # -- copies ----------------------------------------------------------------------------------------
 
 
-def test_copies_in_other_requests_are_gone(memory: Memory, tmp_path: Path) -> None:
+@BOTH
+def test_copies_in_other_requests_are_gone(memory: Memory) -> None:
     """An injected example, a proposal and a reused answer leave the requests that got them; the requests stay."""
     first = teach(memory, "what is the codename?", SECRET)
     others = []
@@ -182,7 +205,7 @@ def test_copies_in_other_requests_are_gone(memory: Memory, tmp_path: Path) -> No
     tell(memory, reused)
     memory_id = reused.proposal.memory_ids[0] if reused.proposal else ""
     forget(memory.store, Selection(memory_id=memory_id))
-    assert holding(tmp_path) == []
+    assert held(memory) == []
     assert memory.store.trace(first.trace_id, None) is None
     shown = memory.trace(reused.trace_id)
     assert (shown["answer"], shown["action"], shown["proposal"]) == ("(forgotten)", "reuse", None)
@@ -191,6 +214,7 @@ def test_copies_in_other_requests_are_gone(memory: Memory, tmp_path: Path) -> No
     assert same_as_rebuilt(memory)
 
 
+@BOTH
 def test_a_forgotten_example_is_not_put_in_its_episodes_again(memory: Memory) -> None:
     """The next request of an episode that had the example goes without it, also in the process that remembers it."""
     taught = teach(memory, "what is the codename?", SECRET)
@@ -206,7 +230,8 @@ def test_a_forgotten_example_is_not_put_in_its_episodes_again(memory: Memory) ->
     assert SECRET not in json.dumps(after.messages)
 
 
-def test_a_memory_that_rests_on_other_traces_stays(memory: Memory, tmp_path: Path) -> None:
+@BOTH
+def test_a_memory_that_rests_on_other_traces_stays(memory: Memory) -> None:
     """Of two requests with the same answer one is forgotten: the memory stays, with the other's words and vector."""
     teach(memory, "What is the CAPITAL of Peru?", "Lima")
     kept = teach(memory, "what is the capital of peru?", "lima")
@@ -216,14 +241,15 @@ def test_a_memory_that_rests_on_other_traces_stays(memory: Memory, tmp_path: Pat
     forget(memory.store, Selection(trace_id=forgotten[0]))
     (after,) = [m for m in memory.store.list_memories(None) if m.answer.lower() == "lima"]
     assert (after.memory_id, after.answer, after.successes) == (before.memory_id, "lima", 1)
-    assert holding(tmp_path, "CAPITAL of Peru")  # the words of the one that was kept
+    assert held(memory, "CAPITAL of Peru")  # the words of the one that was kept
     assert not any("CAPITAL" in json.dumps(t, default=str) for t in memory.store.traces(None))
     assert [h.memory.memory_id for h in memory.recall("what is the capital of peru?")] == [after.memory_id]
     assert memory.store.trace(kept.trace_id, None)
     assert same_as_rebuilt(memory)
 
 
-def test_a_fix_that_two_episodes_show_keeps_the_words_of_the_other(memory: Memory, tmp_path: Path) -> None:
+@BOTH
+def test_a_fix_that_two_episodes_show_keeps_the_words_of_the_other(memory: Memory) -> None:
     """One of two episodes with the same fix is forgotten: what is left of the fix is what the other one shows."""
     one, two = agent_episode(memory, "requests", ask="first"), agent_episode(memory, "requests", ask="second")
     assert one != two
@@ -234,11 +260,12 @@ def test_a_fix_that_two_episodes_show_keeps_the_words_of_the_other(memory: Memor
     assert same_as_rebuilt(memory)
     forget(memory.store, Selection(memory_id=fix.memory_id))
     assert [m for m in memory.store.list_memories(None) if m.kind == "fix"] == []
-    assert holding(tmp_path, "pip3") == []
+    assert held(memory, "pip3") == []
     assert same_as_rebuilt(memory)
 
 
-def test_the_words_of_a_shared_fix_are_not_those_of_the_forgotten(memory: Memory, tmp_path: Path) -> None:
+@BOTH
+def test_the_words_of_a_shared_fix_are_not_those_of_the_forgotten(memory: Memory) -> None:
     """Two episodes with the same fix had other output around it: that of the forgotten one is nowhere any more."""
     one = agent_episode(memory, "requests", ask="first", note=f"\nin folder {SECRET}")
     agent_episode(memory, "requests", ask="second", note="\nin folder ~another")
@@ -246,10 +273,11 @@ def test_the_words_of_a_shared_fix_are_not_those_of_the_forgotten(memory: Memory
     assert SECRET in memory.described(fix.memory_id)["fix"]["output"]
     forget(memory.store, Selection(episode_id=one))
     assert "~another" in memory.described(fix.memory_id)["fix"]["output"]
-    assert holding(tmp_path) == []
+    assert held(memory) == []
     assert same_as_rebuilt(memory)
 
 
+@BOTH
 def test_what_was_said_of_a_whole_does_not_pass_to_another_trace(memory: Memory) -> None:
     """The trace that closed an episode is forgotten: the right answer for it teaches nothing about an earlier one."""
     one = ask(memory, body("add two and two", agent_memory={"episode_id": "sums"}), "4")
@@ -343,6 +371,7 @@ def test_files_set_aside_are_named_and_deleted_on_request(memory: Memory, tmp_pa
     assert holding(tmp_path) == []
 
 
+@BOTH
 def test_what_was_under_way_leaves_no_copy(memory: Memory) -> None:
     """A request that had the example when it was forgotten is recorded without it by the next upkeep."""
     taught = teach(memory, "what is the codename?", SECRET)
@@ -358,6 +387,7 @@ def test_what_was_under_way_leaves_no_copy(memory: Memory) -> None:
     assert same_as_rebuilt(memory)
 
 
+@BOTH
 def test_a_tenant_forgets_only_its_own(memory: Memory) -> None:
     """Named by another tenant, a trace, a memory and a namespace are not found, and stay."""
     taught = teach(memory, "what is the codename?", SECRET, tenant="alice")

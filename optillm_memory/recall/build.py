@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,14 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from optillm_memory.recall import codes
-from optillm_memory.recall.ann import Base, Draft, Header, Places, Rest, checksum
+from optillm_memory.recall import codes, lists
+from optillm_memory.recall.ann import LEAD, Base, Draft, Header, Places, Rest, checksum
 from optillm_memory.recall.codes import Codes
 
-_LISTS_PER_ROOT = 4  # lists = 4 * sqrt(rows)
-_TRAINED_ON = 32  # rows of each list
-_ROUNDS = 6
-_BLOCK = 128  # rows compared with every centroid at once: a few milliseconds of work
+_BLOCK = 4_096  # rows put into lists at once
 _COPIED = 16_384  # rows copied at once
 _RETRAIN = 2  # when the rows have become so many times those that the lists were made for
 
@@ -54,35 +50,6 @@ class Rows:
         return both(self.base.numbers, self.numbers), found
 
 
-def nearest_centroids(vectors: NDArray[np.float32], centroids: NDArray[np.float32]) -> NDArray[np.int32]:
-    """Return the centroid nearest to each vector."""
-    return np.asarray((vectors @ centroids.T).argmax(axis=1), dtype=np.int32)
-
-
-def trained(rows: Rows, lists: int, rest: Rest) -> Codes:
-    """Return centroids for so many lists: spherical k-means over a sample, seeded."""
-    random = np.random.default_rng(0)
-    drawn = random.permutation(rows.count)[: lists * _TRAINED_ON]
-    sample = rows.gather(drawn)[1]  # in no order: any of them are a sample again
-    centroids = sample.vectors(slice(lists))
-    for _ in range(_ROUNDS):
-        labels = np.empty(len(drawn), dtype=np.int32)
-        for start in range(0, len(drawn), _BLOCK):
-            block = sample.vectors(slice(start, start + _BLOCK))
-            labels[start : start + _BLOCK] = nearest_centroids(block, centroids)
-            rest()
-        order = np.argsort(labels, kind="stable")
-        edges = np.searchsorted(labels[order], np.arange(lists + 1))
-        for number in range(lists):
-            members = order[edges[number] : edges[number + 1]]
-            if len(members) == 0:  # a centroid that nothing is near to starts again somewhere else
-                members = random.integers(len(drawn), size=1)
-            middle = sample.vectors(members).sum(axis=0)
-            centroids[number] = middle / max(float(np.linalg.norm(middle)), 1e-9)
-            rest()
-    return codes.encode(centroids)
-
-
 def _labels(rows: Rows, centroids: Codes, known: bool, rest: Rest) -> NDArray[np.int32]:
     """Return the list of each row; `known`: those of the base stay where they are."""
     labels = np.empty(rows.count, dtype=np.int32)
@@ -90,32 +57,40 @@ def _labels(rows: Rows, centroids: Codes, known: bool, rest: Rest) -> NDArray[np
     if known and rows.base is not None:
         first = len(rows.kept)
         labels[:first] = rows.base.list_of(rows.kept)
-    middles = centroids.vectors(slice(None))
+    if first == rows.count:
+        return labels
+    assigner = lists.Assigner(centroids, rest)
     for start in range(first, rows.count, _BLOCK):
         block = rows.gather(np.arange(start, min(start + _BLOCK, rows.count)))[1]
-        labels[start : start + _BLOCK] = nearest_centroids(block.vectors(slice(None)), middles)
+        labels[start : start + _BLOCK] = assigner.nearest(block.vectors(slice(None)))
         rest()
     return labels
 
 
-def write(draft: Draft, rows: Rows, header: Header, rest: Rest) -> Header:
+def write(draft: Draft, rows: Rows, header: Header, rest: Rest, *, anew: bool = False) -> Header:
     """Write the next file and commit it; `header` has the fields that tell what it is of. Raises OSError.
 
+    `anew` has the lists made from these rows alone: a centroid may be the very vector of a row that must be forgotten.
     `rest` is called between pieces of work, to let others have the processor.
     """
     count, dimension = rows.count, header.dimension
     base = rows.base
-    sorted_before = base is not None and base.header.trained / _RETRAIN < count < base.header.trained * _RETRAIN
+    sorted_before = False
+    if base is not None and not anew:
+        sorted_before = base.header.trained / _RETRAIN < count < base.header.trained * _RETRAIN
     if base is not None and sorted_before:
-        lists, made_for, centroids = base.header.lists, base.header.trained, base.centroids
+        made_for, centroids, directions = base.header.trained, base.centroids, base.directions
     else:
-        lists, made_for = max(1, min(count, round(_LISTS_PER_ROOT * math.sqrt(count)))), count
-        centroids = trained(rows, lists, rest)
+        sample = rows.gather(lists.sampled(count))[1]
+        made_for, centroids = count, codes.encode(lists.made(sample, lists.count_for(count), rest))
+        directions = lists.directions(sample, LEAD, rest)
     labels = _labels(rows, centroids, sorted_before, rest)
     order = np.argsort(labels, kind="stable")
-    starts = np.searchsorted(labels[order], np.arange(lists + 1)).astype(np.int64)
-    at = Places.of(count, lists, dimension)
+    number_of_lists = len(centroids.scale)
+    starts = np.searchsorted(labels[order], np.arange(number_of_lists + 1)).astype(np.int64)
+    at = Places.of(count, number_of_lists, dimension)
     file, numbers, scale = draft.file, np.empty(count, dtype=np.int64), np.empty(count, dtype=np.float32)
+    lead, lead_scale = min(LEAD, dimension), np.empty(count, dtype=np.float32)
 
     def put(place: int, values: NDArray[Any]) -> None:
         file.seek(place)
@@ -127,6 +102,9 @@ def write(draft: Draft, rows: Rows, header: Header, rest: Rest) -> Header:
         numbers[start : start + _COPIED], scale[start : start + _COPIED] = found, planes.scale
         put(at.high + start * dimension, planes.high)
         put(at.low + start * dimension, planes.low)
+        turned = codes.encode(planes.vectors(slice(None)) @ directions)
+        put(at.lead + start * lead, turned.high)
+        lead_scale[start : start + _COPIED] = turned.scale
         if base is not None:
             base.let_go()
         rest()
@@ -134,10 +112,11 @@ def write(draft: Draft, rows: Rows, header: Header, rest: Rest) -> Header:
     for place, values in (
         (at.starts, starts), (at.centroid_scale, centroids.scale), (at.centroid_high, centroids.high),
         (at.centroid_low, centroids.low), (at.numbers, numbers), (at.by_number, numbers[by_number]),
-        (at.row_of, by_number.astype(np.int32)), (at.scale, scale),
+        (at.row_of, by_number.astype(np.int32)), (at.scale, scale), (at.lead_scale, lead_scale),
+        (at.directions, directions),
     ):  # fmt: skip
         put(place, values)
-    header = replace(header, count=count, lists=lists, trained=made_for, probes=lists)
+    header = replace(header, count=count, lists=number_of_lists, trained=made_for, probes=number_of_lists, full=count)
     file.seek(0)
     file.write(header.to_bytes())
     file.flush()

@@ -74,8 +74,8 @@ def scores(high: Bytes, scale: NDArray[np.float32], query: Bytes) -> NDArray[np.
 
 def _products(high: Bytes, query: Bytes) -> NDArray[np.float32]:
     if (kernels := _kernels()) is not None:
-        products: NDArray[np.float32] = np.asarray(kernels.cdist(query[None], high, "dot"), dtype=np.float32)[0]
-        return products
+        products = np.asarray(kernels.dots_packed(high, kernels.dots_pack(query[None], "int8")))
+        return products[:, 0].astype(np.float32)
     wide = query.astype(np.float32)
     found = np.empty(len(high), dtype=np.float32)
     for start in range(0, len(high), _PLAIN_BLOCK):
@@ -92,8 +92,8 @@ def _kernels() -> Any:
         logger.warning("agent_memory: numkong is not installed: recall among many memories takes longer")
         return None
     rows = np.arange(-120, 120, dtype=np.int8).reshape(3, 80)
-    found = np.asarray(kernels.cdist(rows[:1], rows, "dot"))
-    if not np.array_equal(found[0], rows.astype(np.int64) @ rows[0].astype(np.int64)):
+    found = np.asarray(kernels.dots_packed(rows, kernels.dots_pack(rows[:1], "int8")))
+    if not np.array_equal(found[:, 0], rows.astype(np.int64) @ rows[0].astype(np.int64)):
         logger.warning("agent_memory: numkong reckons wrong here and is not used")
         return None
     return kernels

@@ -289,7 +289,7 @@ class Corpora:
                     self._remove(asked)
                 else:
                     header = header_for(rows, asked.fingerprint, index.generation, since)
-                    build.write(draft, rows, header, self._builder.rest)
+                    build.write(draft, rows, header, self._builder.rest, anew=not self._files.exists(name))
         fresh = self._opened(asked, index.generation)
         return self._taken_in(corpus, index, fresh)
 

@@ -214,7 +214,7 @@ def header_for(rows: Rows, fingerprint: str, generation: int, revision: int) -> 
     """Return the header of a file to be written; what is measured on it is filled in then."""
     return Header(
         fingerprint=fingerprint, dimension=rows.codes.high.shape[1], generation=generation, revision=revision,
-        count=rows.count, lists=0, trained=0, probes=0, recall=0.0, middle=0.0, spread=0.0,
+        count=rows.count, lists=0, trained=0, probes=0, full=0, recall=0.0, middle=0.0, spread=0.0,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from optillm_memory.store.writer import Writer
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_WEIGHED_S, _SAMPLED = 60.0, 5_000  # how long a mean size holds; rows that it is taken from
 _SEARCHED = 100  # candidates that the index keeps while it searches (pgvector's hnsw.ef_search)
 
 
@@ -80,6 +82,7 @@ class PostgresStore(Store):
         writer = PostgresWriter(url, queue_size=queue_size)
         super().__init__(writer, PostgresReaders(url), PostgresTransaction, normal)
         self._indexed: dict[str, bool] = {}
+        self._weighed = (-_WEIGHED_S, 0.0)  # when, and the bytes that go with one trace
         self._lock = threading.Lock()
 
     @property
@@ -112,6 +115,19 @@ class PostgresStore(Store):
         """Return how much room all of it takes."""
         with self._readers.borrow() as db:
             return int(db.execute(_SIZE).fetchone()[0])
+
+    def held(self) -> dict[str, int]:
+        """Return how many traces there are, and how many bytes the rows of all tables have.
+
+        What deleted rows leave free in a table is the server's to use again, and does not count.
+        """
+        with self._readers.borrow() as db:
+            traces = int(db.execute("SELECT count(*) FROM traces").fetchone()[0])
+            weighed_at, each = self._weighed
+            if time.monotonic() - weighed_at > _WEIGHED_S:
+                each = sum(_bytes_of(db, table) for table in TABLES) / max(traces, 1)
+                self._weighed = (time.monotonic(), each)
+        return {"traces": traces, "bytes": int(traces * each)}
 
     def give_back(
         self,
@@ -174,6 +190,13 @@ class PostgresStore(Store):
         except sqlite.DatabaseError as error:
             logger.error("agent_memory: the index of vectors could not be built: %s", error)
             del self._indexed[fingerprint]  # the next recall tries again
+
+
+def _bytes_of(db: Any, table: str) -> float:
+    count = int(db.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
+    share = min(100.0, 100.0 * _SAMPLED / max(count, 1))
+    sample = f"SELECT coalesce(avg(pg_column_size(t)), 0) FROM {table} AS t TABLESAMPLE SYSTEM ({share:.6f})"
+    return count * float(db.execute(sample).fetchone()[0])
 
 
 def _quoted(text: str) -> str:

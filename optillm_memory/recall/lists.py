@@ -1,0 +1,117 @@
+"""What an inverted file is laid out by: centroids by k-means in two levels, who is nearest to which, directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optillm_memory.recall.codes import Codes, Vectors
+
+PER_ROOT = 16  # lists = 16 * sqrt(rows): looking at the centroids costs about as much as at the rows
+_TRAINED_ON, _SAMPLE = 16, 262_144  # rows of each list that it is made from; of all at most
+_ROUNDS = 6
+_GROUPS_SEEN = 8  # groups of centroids that are compared with a row
+_BLOCK = 256  # rows compared with some centroids at once: a few milliseconds of work
+Rest = Callable[[], None]
+Numbers = NDArray[np.int64]
+
+
+def count_for(rows: int) -> int:
+    """Return how many lists suit so many rows."""
+    return max(1, min(rows, round(PER_ROOT * math.sqrt(rows))))
+
+
+def sampled(rows: int) -> Numbers:
+    """Return which of so many rows the lists are made from, in no order; the same each time."""
+    return np.random.default_rng(0).permutation(rows)[: min(_TRAINED_ON * count_for(rows), _SAMPLE)]
+
+
+def made(sample: Codes, count: int, rest: Rest) -> Vectors:
+    """Return about so many centroids: spherical k-means into a few groups, and in each group into its share."""
+    random = np.random.default_rng(0)
+    everyone = np.arange(len(sample.scale))
+    heads = _means(sample, everyone, round(math.sqrt(count)), random, rest)
+    labels = _nearest(sample, everyone, heads, rest)
+    parts = []
+    for group in range(len(heads)):
+        members = np.flatnonzero(labels == group)
+        if len(members):
+            share = max(1, round(count * len(members) / len(everyone)))
+            parts.append(_means(sample, members, share, random, rest))
+    return np.concatenate(parts)
+
+
+def directions(sample: Codes, count: int, rest: Rest) -> Vectors:
+    """Return the directions in which the rows differ most, one a column: the leading principal components."""
+    dimension = sample.high.shape[1]
+    moments = np.zeros((dimension, dimension), dtype=np.float64)
+    for start in range(0, len(sample.scale), _BLOCK):
+        block = sample.vectors(slice(start, start + _BLOCK))
+        moments += block.T @ block
+        rest()
+    _, found = np.linalg.eigh(moments)  # in the order of their weight, the least first
+    return np.asarray(found[:, ::-1][:, :count], dtype=np.float32)
+
+
+def _means(sample: Codes, members: Numbers, count: int, random: np.random.Generator, rest: Rest) -> Vectors:
+    """Return up to so many unit vectors that lie in the middle of the members around them."""
+    centroids = sample.vectors(members[random.permutation(len(members))[:count]])
+    if len(members) <= count:
+        return centroids
+    for _ in range(_ROUNDS):
+        labels = _nearest(sample, members, centroids, rest)
+        order = np.argsort(labels, kind="stable")
+        edges = np.searchsorted(labels[order], np.arange(len(centroids) + 1))
+        for number in range(len(centroids)):
+            around = order[edges[number] : edges[number + 1]]
+            if len(around) == 0:  # a centroid that nothing is near to starts again somewhere else
+                around = random.integers(len(members), size=1)
+            middle = sample.vectors(members[around]).sum(axis=0)
+            centroids[number] = middle / max(float(np.linalg.norm(middle)), 1e-9)
+            rest()
+    return centroids
+
+
+def _nearest(sample: Codes, members: Numbers, centroids: Vectors, rest: Rest) -> NDArray[np.int32]:
+    labels = np.empty(len(members), dtype=np.int32)
+    for start in range(0, len(members), _BLOCK):
+        block = sample.vectors(members[start : start + _BLOCK])
+        labels[start : start + _BLOCK] = (block @ centroids.T).argmax(axis=1)
+        rest()
+    return labels
+
+
+class Assigner:
+    """Finds the centroid nearest to a row among those of the nearest groups: nearly always the nearest of all."""
+
+    def __init__(self, centroids: Codes, rest: Rest) -> None:
+        """Put the centroids into groups."""
+        self._rest = rest
+        everyone = np.arange(len(centroids.scale))
+        random = np.random.default_rng(0)
+        self._heads = _means(centroids, everyone, round(math.sqrt(len(everyone))), random, rest)
+        group_of = _nearest(centroids, everyone, self._heads, rest)
+        self._members = [np.flatnonzero(group_of == group).astype(np.int32) for group in range(len(self._heads))]
+        self._centroids = [centroids.vectors(members) for members in self._members]
+
+    def nearest(self, vectors: Vectors) -> NDArray[np.int32]:
+        """Return the number of the centroid that each vector belongs to."""
+        near = vectors @ self._heads.T
+        seen = min(_GROUPS_SEEN, len(self._heads))
+        chosen = np.argpartition(-near, seen - 1, axis=1)[:, :seen]
+        best = np.full(len(vectors), -np.inf, dtype=np.float32)
+        labels = np.zeros(len(vectors), dtype=np.int32)
+        for group, (members, centroids) in enumerate(zip(self._members, self._centroids, strict=True)):
+            rows = np.flatnonzero((chosen == group).any(axis=1))
+            if len(rows) == 0 or len(members) == 0:
+                continue
+            cosines = vectors[rows] @ centroids.T
+            at = cosines.argmax(axis=1)
+            found = cosines[np.arange(len(rows)), at]
+            better = found > best[rows]
+            best[rows[better]], labels[rows[better]] = found[better], members[at[better]]
+            self._rest()
+        return labels

@@ -1,0 +1,82 @@
+"""`bench peers` puts the same through each memory: its figures are all there, and no peer reaches out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from optillm_memory.bench.peers import table
+from optillm_memory.cli import main
+
+KEYS = {
+    "fill_per_s", "first_answer_s", "ask_p50_ms", "ask_p95_ms", "upstream_calls_per_ask", "finds", "add_per_s",
+    "upstream_calls_per_add", "refused_of_80_at_once", "added", "kept_after_restart", "kept_of_80_at_once",
+    "kept_after_kill",
+}  # fmt: skip
+
+
+def test_peers_are_measured_alike(tmp_path: Path) -> None:
+    """Ours keeps all that it took and asks no LLM; optillm's own memory keeps 100 notes, and asks for each."""
+    out = tmp_path / "figures.json"
+    names = ("optillm-memory", "optillm memory")
+    chosen = [part for name in names for part in ("--peer", name)]
+    result = CliRunner().invoke(main, ["bench", "peers", "--sizes", "300", *chosen, "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(out.read_text())
+    ours, plugin = (figures["300"][name] for name in names)
+    assert set(ours) == set(plugin) == KEYS, result.output
+    assert (ours["finds"], ours["kept_after_restart"], ours["kept_after_kill"]) == (1.0, 1.0, 1.0)
+    assert (ours["kept_of_80_at_once"], ours["refused_of_80_at_once"]) == (80.0, 0.0)
+    assert ours["upstream_calls_per_ask"] == ours["upstream_calls_per_add"] == 0.0
+    assert plugin["upstream_calls_per_add"] == 2.0
+    assert plugin["kept_of_80_at_once"] < 80
+    assert set(figures["settings"]["peers"]) == set(names)
+    assert figures["settings"]["peers"]["optillm memory"] == {"optillm": figures["versions"]["optillm"]}
+    assert "| optillm-memory |" in result.output
+
+
+def test_unknown_peers_are_named() -> None:
+    """A name that is none of theirs is refused with those that are."""
+    result = CliRunner().invoke(main, ["bench", "peers", "--peer", "mem1"])
+    assert result.exit_code == 2
+    assert "'mem1' is none of optillm-memory, chromadb" in result.output
+
+
+def test_what_has_no_figure_has_a_hyphen() -> None:
+    """A phase that failed leaves its cells, not its row."""
+    assert (
+        table({"one": {"ask_p50_ms": 1.25, "fill_per_s": 12345.0}})
+        .splitlines()[2]
+        .startswith("| one | 1.25 | - | - | 12,345 |")
+    )
+
+
+def test_guard_refuses_other_machines_and_installers() -> None:
+    """In a watched process loopback is reached, other addresses and names are not, and no installer starts."""
+    code = """
+import socket, subprocess, sys
+from optillm_memory.bench.peer_guard import watch
+refused = watch()
+server = socket.create_server(("127.0.0.1", 0))
+socket.create_connection(server.getsockname()).close()
+for address in (("192.0.2.1", 80), ("telemetry.invalid", 443)):
+    try:
+        socket.create_connection(address, timeout=1)
+        print("reached", address)
+    except ConnectionRefusedError:
+        pass
+subprocess.run([sys.executable, "-c", ""], check=True)
+for command in ([sys.executable, "-m", "pip", "install", "x"], "pip install x"):
+    try:
+        subprocess.run(command, shell=isinstance(command, str))
+        print("ran", command)
+    except PermissionError:
+        pass
+print(refused["connections"], refused["installs"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "2 2"
