@@ -22,7 +22,7 @@ from optillm_memory.recall import ann, build, codes
 from optillm_memory.recall.ann import Base, Draft, Header
 from optillm_memory.recall.corpora import Asked, Corpora
 from optillm_memory.recall.corpus import Batch, Change, Limits, ScopeIndex, header_for, without
-from optillm_memory.recall.index import VectorIndex, Wanted, reach
+from optillm_memory.recall.index import VectorIndex, Wanted, highest, reach
 from optillm_memory.recall.recaller import Recaller
 from optillm_memory.store.index_files import IndexFiles, folder_of
 
@@ -106,6 +106,26 @@ def test_vectors_of_another_length_are_not_taken_in() -> None:
     assert (batch.numbers, batch.dropped, batch.since) == ([1, 3], [2], 3)
 
 
+@given(st.integers(1, 4_000), st.integers(1, 600), st.integers(0, 2**32 - 1), st.booleans())
+def test_the_highest_scores_are_among_those_chosen(size: int, count: int, seed: int, coarse: bool) -> None:
+    """Whatever the scores, ties included, at least so many are chosen, and none that is left out is higher."""
+    scores = np.random.default_rng(seed).standard_normal(size).astype(np.float32)
+    if coarse:
+        scores = np.round(scores)
+    count = min(count, size)
+    chosen = highest(scores, count)
+    assert len(set(chosen.tolist())) == len(chosen) >= count
+    left = np.delete(scores, chosen)
+    assert len(left) == 0 or left.max() <= scores[chosen].min()
+
+
+def test_of_many_scores_few_are_chosen() -> None:
+    """What a sample tells keeps the choice near to what was wanted."""
+    for seed in range(20):
+        scores = np.random.default_rng(seed).standard_normal(40_000).astype(np.float32)
+        assert 500 <= len(highest(scores, 500)) <= 1_200
+
+
 # -- the file --------------------------------------------------------------------------------------
 
 
@@ -132,10 +152,11 @@ def recall_at_10(base: Base, vectors: Vectors, queries: Vectors) -> float:
 @pytest.mark.parametrize("spread", [0.3, 1.0, 4.0])
 def test_probes_are_calibrated_to_the_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spread: float) -> None:
     """In groups, in a blur and with hardly any structure the nearest ten are found, for more work where need be."""
-    monkeypatch.setattr(ann, "_FEWEST", 1)
-    vectors = clustered(3_000, 48, spread=spread)
+    for name in ("_FEWEST", "_FEWEST_FULL", "_FULL_OF_WANTED"):
+        monkeypatch.setattr(ann, name, 1)
+    vectors = clustered(3_000, 96, spread=spread)
     base, header = write_file(IndexFiles(tmp_path), vectors)
-    queries = clustered(100, 48, seed=5, spread=spread)
+    queries = clustered(100, 96, seed=5, spread=spread)
     assert recall_at_10(base, vectors, queries) >= 0.97
     assert header.recall >= 0.98
     if spread < 1:

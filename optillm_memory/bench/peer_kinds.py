@@ -292,8 +292,9 @@ class GptCache:
         place = folder / "gptcache"
         place.mkdir(exist_ok=True)
         manager = import_module("gptcache.manager").manager_factory(
-            "sqlite,faiss", data_dir=str(place), max_size=2 * size + 1_000, vector_params={"dimension": DIMENSION}
-        )
+            "sqlite,faiss", data_dir=str(place), vector_params={"dimension": DIMENSION},
+            eviction_params={"max_size": 2 * size + 1_000},
+        )  # fmt: skip
         self._cache, self._api = cache.Cache(), api
         self._cache.init(
             pre_embedding_func=import_module("gptcache.processor.pre").get_prompt,

@@ -1,4 +1,4 @@
-"""`optillm-memory bench durability`, `store` and `peers`: what is measured of the store, and of what others have."""
+"""`optillm-memory bench durability`, `encoder`, `store` and `peers`: the parts alone, and beside what others have."""
 
 from __future__ import annotations
 
@@ -87,7 +87,25 @@ def peers(sizes: str, chosen: tuple[str, ...], out: Path | None, seed: int) -> N
         click.echo(table(found))
 
 
+@click.command()
+@click.option("--repeats", type=click.IntRange(1), default=50, show_default=True, help="Texts of each length.")
+@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file.")
+@click.option("--data", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Tasks whose words are taken [default: the support tasks].")  # fmt: skip
+def encoder(repeats: int, out: Path | None, data: Path | None) -> None:
+    """Measure the encoder beside sentence-transformers' own: time by length, and how near its vectors are."""
+    from optillm_memory.bench import report
+    from optillm_memory.bench.encoder import LENGTHS, run
+    from optillm_memory.bench.tasks import load_tasks
+
+    with progress(len(LENGTHS) * repeats, "texts") as bar:
+        figures = run([task.input for task in load_tasks(data)], repeats=repeats, tick=lambda: bar.update(1))
+    settings = {"repeats": repeats, "data": data.name if data else "support_tasks.jsonl"}
+    report.write(report.report(figures, settings), out)
+    click.echo(render.mapping(figures))
+
+
 def add_to(bench: click.Group) -> None:
     """Add these commands to a group."""
-    for command in (durability, store, peers):
+    for command in (durability, encoder, store, peers):
         bench.add_command(command)

@@ -34,11 +34,11 @@ _HEAD = 4096
 _ALIGN = 64
 # A file's own rows are easier to find than requests: they were there when the lists were made. So more is asked of
 # them, and what lies between two rows, near to nothing, has to be found as well.
-_OF_OWN, _MARGIN, _OF_STRANGE = 0.99, 1.25, 0.95
+_OF_OWN, _MARGIN, _OF_STRANGE = 0.98, 1.05, 0.93
 _JUDGED, _NEAREST = 384, 10
 _FEWEST, _FEWEST_FULL = 4_096, 500  # rows that a search looks at in any case, and those of them in full
 _FULL_OF_WANTED = 20
-LEAD = 64  # directions that a row is looked at in before it is looked at in full
+LEAD = 48  # directions that a row is looked at in before it is looked at in full
 Rest = Callable[[], None]
 
 
@@ -128,7 +128,6 @@ class Places(NamedTuple):
     by_number: int
     row_of: int
     scale: int
-    lead_scale: int
     lead: int
     high: int
     low: int
@@ -140,7 +139,7 @@ class Places(NamedTuple):
         lead = min(LEAD, dimension)
         sizes = (
             8 * (lists + 1), 4 * lists, lists * dimension, lists * dimension, 4 * dimension * lead,
-            8 * count, 8 * count, 4 * count, 4 * count, 4 * count, count * lead, count * dimension, count * dimension,
+            8 * count, 8 * count, 4 * count, 4 * count, count * lead, count * dimension, count * dimension,
         )  # fmt: skip
         places = [_HEAD]
         for size in sizes:
@@ -174,7 +173,6 @@ class Base:
         lead = min(LEAD, dimension)
         self.directions: NDArray[np.float32] = array(np.float32, at.directions, dimension, lead)
         self._lead: codes.Bytes = array(np.int8, at.lead, count, lead)
-        self._lead_scale: NDArray[np.float32] = array(np.float32, at.lead_scale, count)
         self.numbers: NDArray[np.int64] = array(np.int64, at.numbers, count)
         self._by_number: NDArray[np.int64] = array(np.int64, at.by_number, count)
         self._row_of: NDArray[np.int32] = array(np.int32, at.row_of, count)
@@ -210,8 +208,7 @@ class Base:
         full = max(self.header.full, _FULL_OF_WANTED * wanted.most)
         if len(rows) > full:
             # Brought together first: one call is quicker than many, and gives the interpreter away once only.
-            rough = codes.scores(self._lead.take(rows, axis=0), self._lead_scale[rows], self._turned(wanted.query))
-            rows = rows[highest(rough, full)]
+            rows = rows[highest(codes.products(self._lead.take(rows, axis=0), self._turned(wanted.query)), full)]
         rough = codes.scores(self.codes.high.take(rows, axis=0), self.codes.scale[rows], wanted.high)
         return wanted.best(self.codes, self.numbers, rows[wanted.shortlist(rough)])
 
@@ -222,7 +219,7 @@ class Base:
     def _nearest_lists(self, wanted: Wanted, count: int) -> NDArray[np.int64]:
         """Return the lists nearest to a query, in no order."""
         near = codes.scores(self.centroids.high, self.centroids.scale, wanted.high)
-        return np.asarray(np.argpartition(-near, count - 1)[:count], dtype=np.int64)
+        return np.asarray(np.argpartition(near, -count)[-count:], dtype=np.int64)
 
     def _rows_in(self, lists: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the rows of some lists, in their order in the file."""
@@ -266,7 +263,7 @@ class Base:
         rank = np.empty(self.header.lists, dtype=np.int64)
         near = codes.scores(self.centroids.high, self.centroids.scale, wanted.high)
         rank[np.argsort(-near)] = np.arange(1, self.header.lists + 1)
-        lead = codes.scores(self._lead, self._lead_scale, self._turned(query))
+        lead = codes.products(self._lead, self._turned(query))
         before = [np.count_nonzero(lead > lead[row]) for row in nearest.tolist()]
         return np.array([rank[self.list_of(nearest)], np.array(before) + 1])
 

@@ -16,7 +16,7 @@ from optillm_memory.recall.codes import Codes
 
 _BLOCK = 4_096  # rows put into lists at once
 _COPIED = 16_384  # rows copied at once
-_RETRAIN = 2  # when the rows have become so many times those that the lists were made for
+_RETRAIN = 1.5  # when the rows have become so many times those that the lists were made for
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def write(draft: Draft, rows: Rows, header: Header, rest: Rest, *, anew: bool = 
     starts = np.searchsorted(labels[order], np.arange(number_of_lists + 1)).astype(np.int64)
     at = Places.of(count, number_of_lists, dimension)
     file, numbers, scale = draft.file, np.empty(count, dtype=np.int64), np.empty(count, dtype=np.float32)
-    lead, lead_scale = min(LEAD, dimension), np.empty(count, dtype=np.float32)
+    lead = min(LEAD, dimension)
 
     def put(place: int, values: NDArray[Any]) -> None:
         file.seek(place)
@@ -102,9 +102,7 @@ def write(draft: Draft, rows: Rows, header: Header, rest: Rest, *, anew: bool = 
         numbers[start : start + _COPIED], scale[start : start + _COPIED] = found, planes.scale
         put(at.high + start * dimension, planes.high)
         put(at.low + start * dimension, planes.low)
-        turned = codes.encode(planes.vectors(slice(None)) @ directions)
-        put(at.lead + start * lead, turned.high)
-        lead_scale[start : start + _COPIED] = turned.scale
+        put(at.lead + start * lead, lists.leading(planes, directions))
         if base is not None:
             base.let_go()
         rest()
@@ -112,8 +110,7 @@ def write(draft: Draft, rows: Rows, header: Header, rest: Rest, *, anew: bool = 
     for place, values in (
         (at.starts, starts), (at.centroid_scale, centroids.scale), (at.centroid_high, centroids.high),
         (at.centroid_low, centroids.low), (at.numbers, numbers), (at.by_number, numbers[by_number]),
-        (at.row_of, by_number.astype(np.int32)), (at.scale, scale), (at.lead_scale, lead_scale),
-        (at.directions, directions),
+        (at.row_of, by_number.astype(np.int32)), (at.scale, scale), (at.directions, directions),
     ):  # fmt: skip
         put(place, values)
     header = replace(header, count=count, lists=number_of_lists, trained=made_for, probes=number_of_lists, full=count)

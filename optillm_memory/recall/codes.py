@@ -15,7 +15,6 @@ logger = logging.getLogger(__name__)
 Vectors = NDArray[np.float32]
 Bytes = NDArray[np.int8]
 _STEPS = 127 * 256  # of the largest component: the high byte stays within one byte when it is rounded
-_BLOCK = 65_536  # rows at once: what a search takes besides stays small
 _PLAIN_BLOCK = 2_048  # where numpy has to turn bytes into floats first
 
 
@@ -67,19 +66,17 @@ def empty(rows: int, dimension: int) -> Codes:
 
 def scores(high: Bytes, scale: NDArray[np.float32], query: Bytes) -> NDArray[np.float32]:
     """Return what orders rows nearly as their cosines do: the products of high bytes, each times its row's scale."""
-    parts = [_products(high[s : s + _BLOCK], query) for s in range(0, len(high), _BLOCK)]
-    found = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
-    return np.asarray(found * scale, dtype=np.float32)
+    return np.asarray(products(high, query) * scale, dtype=np.float32)
 
 
-def _products(high: Bytes, query: Bytes) -> NDArray[np.float32]:
-    if (kernels := _kernels()) is not None:
-        products = np.asarray(kernels.dots_packed(high, kernels.dots_pack(query[None], "int8")))
-        return products[:, 0].astype(np.float32)
+def products(rows: Bytes, query: Bytes) -> NDArray[Any]:
+    """Return the product of each row with a query, exactly."""
+    if (kernels := _kernels()) is not None and len(rows):
+        return np.asarray(kernels.dots_packed(rows, kernels.dots_pack(query[None], "int8")))[:, 0]
     wide = query.astype(np.float32)
-    found = np.empty(len(high), dtype=np.float32)
-    for start in range(0, len(high), _PLAIN_BLOCK):
-        found[start : start + _PLAIN_BLOCK] = high[start : start + _PLAIN_BLOCK].astype(np.float32) @ wide
+    found = np.empty(len(rows), dtype=np.float32)
+    for start in range(0, len(rows), _PLAIN_BLOCK):
+        found[start : start + _PLAIN_BLOCK] = rows[start : start + _PLAIN_BLOCK].astype(np.float32) @ wide
     return found
 
 

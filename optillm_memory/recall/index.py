@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +57,7 @@ class Near(NamedTuple):
 NOTHING = Near(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))
 
 
-def highest(scores: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+def highest(scores: NDArray[Any], count: int) -> NDArray[np.int64]:
     """Return at least `count` of the highest scores' places, and not many more, without sorting all of them."""
     step = count // _SAMPLED
     if step > 1:

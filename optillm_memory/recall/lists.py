@@ -8,20 +8,23 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from optillm_memory.recall.codes import Codes, Vectors
+from optillm_memory.recall.codes import Bytes, Codes, Vectors, encode
 
-PER_ROOT = 16  # lists = 16 * sqrt(rows): looking at the centroids costs about as much as at the rows
+_PER_ROOT, _ROWS = 16, 32  # lists = 16 * sqrt(rows), or one for 32 rows where that is more
 _TRAINED_ON, _SAMPLE = 16, 262_144  # rows of each list that it is made from; of all at most
-_ROUNDS = 6
+_ROUNDS, _REFINED = 6, 3
 _GROUPS_SEEN = 8  # groups of centroids that are compared with a row
+_ASSIGNED = 4_096  # rows whose centroids are looked for at once
 _BLOCK = 256  # rows compared with some centroids at once: a few milliseconds of work
+_MEASURED, _WITHIN = 4_096, 0.9999  # rows, and the share of their parts that fit into a byte
 Rest = Callable[[], None]
 Numbers = NDArray[np.int64]
 
 
 def count_for(rows: int) -> int:
     """Return how many lists suit so many rows."""
-    return max(1, min(rows, round(PER_ROOT * math.sqrt(rows))))
+    # Looking at so many centroids costs as much as looking at the rows in the lists that are near.
+    return max(1, min(rows, max(round(_PER_ROOT * math.sqrt(rows)), rows // _ROWS)))
 
 
 def sampled(rows: int) -> Numbers:
@@ -41,11 +44,14 @@ def made(sample: Codes, count: int, rest: Rest) -> Vectors:
         if len(members):
             share = max(1, round(count * len(members) / len(everyone)))
             parts.append(_means(sample, members, share, random, rest))
-    return np.concatenate(parts)
+    return _refined(sample, np.concatenate(parts), random, rest)
 
 
 def directions(sample: Codes, count: int, rest: Rest) -> Vectors:
-    """Return the directions in which the rows differ most, one a column: the leading principal components."""
+    """Return the directions in which the rows differ most, one a column: the leading principal components.
+
+    They are so long that a row's parts along them fit into a byte, but for a few that are cut off.
+    """
     dimension = sample.high.shape[1]
     moments = np.zeros((dimension, dimension), dtype=np.float64)
     for start in range(0, len(sample.scale), _BLOCK):
@@ -53,7 +59,14 @@ def directions(sample: Codes, count: int, rest: Rest) -> Vectors:
         moments += block.T @ block
         rest()
     _, found = np.linalg.eigh(moments)  # in the order of their weight, the least first
-    return np.asarray(found[:, ::-1][:, :count], dtype=np.float32)
+    leading = np.asarray(found[:, ::-1][:, :count], dtype=np.float32)
+    parts = np.abs(sample.vectors(slice(_MEASURED)) @ leading)
+    return np.asarray(leading * np.float32(127 / max(float(np.quantile(parts, _WITHIN)), 1e-9)))
+
+
+def leading(rows: Codes, towards: Vectors) -> Bytes:
+    """Return the parts of rows along directions."""
+    return np.asarray(np.clip(np.rint(rows.vectors(slice(None)) @ towards), -127, 127), dtype=np.int8)
 
 
 def _means(sample: Codes, members: Numbers, count: int, random: np.random.Generator, rest: Rest) -> Vectors:
@@ -62,17 +75,35 @@ def _means(sample: Codes, members: Numbers, count: int, random: np.random.Genera
     if len(members) <= count:
         return centroids
     for _ in range(_ROUNDS):
-        labels = _nearest(sample, members, centroids, rest)
-        order = np.argsort(labels, kind="stable")
-        edges = np.searchsorted(labels[order], np.arange(len(centroids) + 1))
-        for number in range(len(centroids)):
-            around = order[edges[number] : edges[number + 1]]
-            if len(around) == 0:  # a centroid that nothing is near to starts again somewhere else
-                around = random.integers(len(members), size=1)
-            middle = sample.vectors(members[around]).sum(axis=0)
-            centroids[number] = middle / max(float(np.linalg.norm(middle)), 1e-9)
-            rest()
+        _move(centroids, sample, members, _nearest(sample, members, centroids, rest), random, rest)
     return centroids
+
+
+def _refined(sample: Codes, centroids: Vectors, random: np.random.Generator, rest: Rest) -> Vectors:
+    """Let centroids settle across the borders of the groups that they were made in."""
+    everyone = np.arange(len(sample.scale))
+    for _ in range(_REFINED):
+        assigner = Assigner(encode(centroids), rest)
+        blocks = range(0, len(everyone), _ASSIGNED)
+        labels = [assigner.nearest(sample.vectors(slice(start, start + _ASSIGNED))) for start in blocks]
+        _move(centroids, sample, everyone, np.concatenate(labels), random, rest)
+    return centroids
+
+
+def _move(
+    centroids: Vectors, sample: Codes, members: Numbers, labels: NDArray[np.int32], random: np.random.Generator,
+    rest: Rest,
+) -> None:  # fmt: skip
+    """Put each centroid into the middle of the members that are nearest to it."""
+    order = np.argsort(labels, kind="stable")
+    edges = np.searchsorted(labels[order], np.arange(len(centroids) + 1))
+    for number in range(len(centroids)):
+        around = order[edges[number] : edges[number + 1]]
+        if len(around) == 0:  # a centroid that nothing is near to starts again somewhere else
+            around = random.integers(len(members), size=1)
+        middle = sample.vectors(members[around]).sum(axis=0)
+        centroids[number] = middle / max(float(np.linalg.norm(middle)), 1e-9)
+        rest()
 
 
 def _nearest(sample: Codes, members: Numbers, centroids: Vectors, rest: Rest) -> NDArray[np.int32]:

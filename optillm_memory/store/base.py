@@ -154,6 +154,8 @@ class Store(EpisodeReads, WordReads, ProposalReads, DecisionReads, FixReads, For
                 (scope_id, episode_id),
             ).fetchall()
             own = [row[0] for row in found if row[0] in set(memory_ids)]
+            if not own:
+                return set()
             shared = db.execute(
                 f"SELECT DISTINCT memory_id FROM contributions CROSS JOIN traces USING (trace_id) "
                 f"WHERE memory_id IN ({marks(own)}) AND role = 'evidence' AND success "

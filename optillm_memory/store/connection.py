@@ -176,8 +176,7 @@ def _migrate(connection: Connection) -> None:
 
 
 def connect(path: Path, *, read_only: bool = False) -> Connection:
-    """Open a connection, to write or to read: the one place where that is done."""
-    """Return a connection to a file, as it is."""
+    """Return a connection to a file, to write or to read: the one place where that is done."""
     uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
     connection: Connection = sqlite3.connect(
         uri,
