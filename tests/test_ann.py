@@ -152,8 +152,8 @@ def recall_at_10(base: Base, vectors: Vectors, queries: Vectors) -> float:
 @pytest.mark.parametrize("spread", [0.3, 1.0, 4.0])
 def test_probes_are_calibrated_to_the_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spread: float) -> None:
     """In groups, in a blur and with hardly any structure the nearest ten are found, for more work where need be."""
-    for name in ("_FEWEST", "_FEWEST_FULL", "_FULL_OF_WANTED"):
-        monkeypatch.setattr(ann, name, 1)
+    for name, value in (("_FEWEST", 150), ("_FEWEST_FULL", 50)):
+        monkeypatch.setattr(ann, name, value)
     vectors = clustered(3_000, 96, spread=spread)
     base, header = write_file(IndexFiles(tmp_path), vectors)
     queries = clustered(100, 96, seed=5, spread=spread)
@@ -163,11 +163,11 @@ def test_probes_are_calibrated_to_the_vectors(tmp_path: Path, monkeypatch: pytes
         assert header.probes < header.lists / 3
 
 
-def test_rows_of_the_file_keep_their_lists_until_they_are_twice_as_many(tmp_path: Path) -> None:
-    """A file that grows is written without being sorted anew, and sorted anew when it has doubled."""
+def test_rows_of_the_file_keep_their_lists_until_they_are_half_as_many_again(tmp_path: Path) -> None:
+    """A file that grows is written without being sorted anew, and sorted anew when it is half as large again."""
     vectors, files = clustered(1_000, WHOLE), IndexFiles(tmp_path)
     base, first = write_file(files, vectors[:400])
-    for size, sorted_anew in ((700, False), (900, True)):
+    for size, sorted_anew in ((550, False), (700, True)):
         index = ScopeIndex(WHOLE, UNRELATED, 0, base)
         added = [Change(n, vectors[n - 1].tobytes(), n) for n in range(401, size + 1)]
         index.apply(Batch.of(added, index.since, WHOLE))

@@ -34,7 +34,7 @@ _HEAD = 4096
 _ALIGN = 64
 # A file's own rows are easier to find than requests: they were there when the lists were made. So more is asked of
 # them, and what lies between two rows, near to nothing, has to be found as well.
-_OF_OWN, _MARGIN, _OF_STRANGE = 0.98, 1.05, 0.93
+_OF_OWN, _MARGIN, _OF_STRANGE = 0.985, 1.1, 0.93
 _JUDGED, _NEAREST = 384, 10
 _FEWEST, _FEWEST_FULL = 4_096, 500  # rows that a search looks at in any case, and those of them in full
 _FULL_OF_WANTED = 20
