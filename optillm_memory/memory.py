@@ -80,6 +80,11 @@ class Memory:
         self._shadow.flush()
         self.store.flush()
 
+    @property
+    def busy(self) -> bool:
+        """Whether vectors are being taken in, written or examined behind the requests."""
+        return self._recaller.busy
+
     def close(self) -> None:
         """Write what is queued and let go of the file."""
         self._upkeep.close()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -123,8 +124,11 @@ class Ours:
         self._memory.feedback([self._finished(text)])
 
     def add_all(self, texts: Sequence[str]) -> None:
-        """Send the feedback of all at once."""
+        """Send the feedback of all at once, and have the vectors taken in: others do so as they are added."""
         self._memory.feedback([self._finished(text) for text in texts])
+        self.ask(texts[-1])
+        while self._memory.busy:
+            time.sleep(0.005)
 
     def _finished(self, text: str) -> Feedback:
         self._memory.encoder.encode([key_of(text)])

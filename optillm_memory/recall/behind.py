@@ -31,12 +31,19 @@ class Behind:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._worked_since = 0.0
+        self._left = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is being done, or waits to be."""
+        return self._left > 0
 
     def do(self, work: Callable[[], None]) -> None:
         """Have something done after what waits."""
         with self._lock:
             if self._closing.is_set():
                 return
+            self._left += 1
             self._queue.put(work)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
@@ -70,3 +77,5 @@ class Behind:
                 logger.warning("agent_memory: vectors are not up to date: %s", error)
             except Exception:
                 logger.exception("agent_memory: vectors are not up to date")
+            with self._lock:
+                self._left -= 1

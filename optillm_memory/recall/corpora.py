@@ -127,9 +127,8 @@ class Corpora:
 
     @property
     def busy(self) -> bool:
-        """Whether anything is being taken in or written behind."""
-        with self._lock:
-            return any(corpus.loading or corpus.building for corpus in self._corpora.values())
+        """Whether anything is being taken in, written or examined behind."""
+        return self._loader.busy or self._builder.busy
 
     def index(self, asked: Asked, version: Version) -> Index | None:
         """Return a scope's index with what the source held at a version, as far as that can be had at once.

@@ -80,7 +80,7 @@ class Recaller:
 
     @property
     def busy(self) -> bool:
-        """Whether vectors are being taken in or written behind the requests."""
+        """Whether vectors are being taken in, written or examined behind the requests."""
         return self._corpora.busy
 
     def near(
