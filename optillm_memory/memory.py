@@ -158,7 +158,7 @@ class Memory:
         if self.settings.guard == "advise" and not turn.held_out:
             self._recent.advise(turn.scope, turn.episode_id, advice)
             return turn, False
-        limits = self._block_limits(turn)
+        limits = turn.options.limits(self.settings.max_block_items, self.settings.token_budget)
         limits["token_budget"] -= sum(item.tokens for placement in turn.fresh for item in placement.items)
         rendering = as_advice(advice, **limits)
         fresh = placed_at(conversation, len(conversation.messages) - 1, rendering)
@@ -360,15 +360,9 @@ class Memory:
         gone = self.store.forgotten(item.memory_id for item in pending)
         pending = tuple(item for item in pending if item.memory_id not in gone)
         advice = self._adviser.on_results(turn, conversation, pending)
-        rendering = as_advice(advice, **self._block_limits(turn)) if advice else None
+        limits = turn.options.limits(self.settings.max_block_items, self.settings.token_budget)
+        rendering = as_advice(advice, **limits) if advice else None
         return (turn, rendering) if rendering else (turn.skip("nothing_relevant"), None)
-
-    def _block_limits(self, turn: Turn) -> dict[str, int]:
-        options, limits = turn.options, self.settings
-        return {
-            "max_items": limits.max_block_items if options.max_items is None else options.max_items,
-            "token_budget": limits.token_budget if options.token_budget is None else options.token_budget,
-        }
 
     def _hits(self, turn: Turn, conversation: Conversation, standing: list[Placement]) -> tuple[list[Hit], Turn]:
         if not conversation.task or not conversation.ends_with_user:
@@ -396,10 +390,8 @@ class Memory:
     ) -> tuple[Turn, Rendering | None]:
         if not hits:
             return turn, None
-        limits = self._block_limits(turn)
+        settings, options = self.settings, turn.options
         same = [h for h in hits if h.memory.frame == conversation.frame]
         if conversation.plain and same and not text_only:
-            if turn.options.max_items is None:
-                limits["max_items"] = self.settings.max_items
-            return turn, as_turns(same, **limits)
-        return turn, as_block(hits, **limits)
+            return turn, as_turns(same, **options.limits(settings.max_items, settings.token_budget))
+        return turn, as_block(hits, **options.limits(settings.max_block_items, settings.token_budget))

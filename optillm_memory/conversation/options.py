@@ -43,6 +43,13 @@ class Options:
         """Whether this request is recorded."""
         return self.mode in ("readwrite", "write")
 
+    def limits(self, max_items: int, token_budget: int) -> dict[str, int]:
+        """Return how much may be injected at one place: what the caller says, else this."""
+        return {
+            "max_items": max_items if self.max_items is None else self.max_items,
+            "token_budget": token_budget if self.token_budget is None else self.token_budget,
+        }
+
 
 KEYS = tuple(Options.__dataclass_fields__)
 

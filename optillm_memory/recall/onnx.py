@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +29,7 @@ class OnnxEncoder:
         """Export the model. Raises whatever the exporter does, and ImportError without onnx and onnxruntime."""
         import onnx  # noqa: F401, PLC0415 - the exporter's own need, looked for before the work
         import onnxruntime  # noqa: PLC0415
+        import torch  # noqa: PLC0415
 
         self.fingerprint = original.fingerprint
         self._tokenizer: Any = original.model.tokenizer
@@ -45,7 +45,7 @@ class OnnxEncoder:
             options.log_severity_level = 3
             return onnxruntime.InferenceSession(exported, options, providers=["CPUExecutionProvider"])
 
-        threads = min(_THREADS, os.cpu_count() or 1)
+        threads = min(_THREADS, torch.get_num_threads())
         self._short = session(1)
         self._long = session(threads) if threads > 1 else self._short
 
