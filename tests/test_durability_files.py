@@ -43,7 +43,7 @@ def in_the_file(memory: Memory) -> None:
     """Bring everything from the WAL into the file, and have no page of it in a cache."""
     memory.store.flush()
     memory.store._readers.close()
-    memory.store._writer.submit(lambda db: db.execute("PRAGMA cache_size=1").fetchall()).result(10)
+    memory.store.write(lambda tx: tx._db.execute("PRAGMA cache_size=1").fetchall()).result(10)
     connection = sqlite3.connect(memory.settings.path)
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     connection.close()

@@ -212,7 +212,7 @@ def test_a_file_that_breaks_while_in_use_is_mended(store: SqliteStore, path: Pat
     """Damage that comes while the store is open is found by a reader, the file is kept, and writing goes on."""
     for number in range(60):
         add(store, f"task {number} " * 50)
-    store._writer.submit(lambda db: db.execute("PRAGMA cache_size=1")).result(10)
+    store.write(lambda tx: tx._db.execute("PRAGMA cache_size=1")).result(10)
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     connection.close()

@@ -43,7 +43,7 @@ class Log(Protocol):
     ) -> FeedbackStatus | None:
         """Append feedback; return the status that settles it, None where it is new. Raises InvalidField."""
 
-    def feedback_targets(self, tenant: str, feedback: Feedback) -> list[str]:
+    def feedback_targets(self, tenant: str, scope_id: int | None, feedback: Feedback) -> list[str]:
         """Return the traces that a feedback, or what it retracts, speaks of."""
 
     def put_learned(self, trace: Trace, learned: Learned) -> None:
@@ -52,11 +52,17 @@ class Log(Protocol):
     def put_label(self, trace: Trace, learned: Learned) -> None:
         """Bring up to date whether what memory would have answered to this trace was right."""
 
+    def concerned(self, scope: Scope, episode_id: str) -> tuple[bool, bool]:
+        """Return whether an episode says anything of memories, or did, and whether an arm was chosen for it."""
+
     def weigh(self, scope: Scope, episode_id: str) -> None:
         """Bring up to date what an episode says of its memories' uplift, and whether they are retired."""
 
     def credit(self, scope: Scope, episode_id: str) -> None:
         """Bring up to date what the arm that an episode was given earned, and what the episode took in all."""
+
+    def acted(self, scope: Scope, episode_id: str) -> bool:
+        """Whether an episode has steps, or a demonstration, or anything that it says of fixes."""
 
     def attempts(self, scope: Scope, episode_id: str) -> list[Attempt]:
         """Return the observed steps of an episode with what their observations say, in order."""
@@ -103,9 +109,17 @@ def relearn(log: Log, trace_ids: Iterable[str]) -> Iterable[tuple[Scope, str]]:
         log.put_learned(trace, learned)
         log.put_label(trace, learned)
     for scope, episode_id in episodes:
-        log.weigh(scope, episode_id)
-        log.credit(scope, episode_id)
+        weigh(log, scope, episode_id)
     return episodes
+
+
+def weigh(log: Log, scope: Scope, episode_id: str) -> None:
+    """Bring up to date what an episode says of the memories and of the arm it was given, where there are any."""
+    said, chosen = log.concerned(scope, episode_id)
+    if said:
+        log.weigh(scope, episode_id)
+    if chosen:
+        log.credit(scope, episode_id)
 
 
 def rebuild(log: Log) -> int:
@@ -119,6 +133,8 @@ def rebuild(log: Log) -> int:
 
 def relearn_steps(log: Log, scope: Scope, episode_id: str) -> list[Attempt]:
     """Fold an episode's steps again into fixes; return its attempts."""
+    if not log.acted(scope, episode_id):
+        return []
     evidence: list[FixEvidence] = []
     if attempts := log.attempts(scope, episode_id):
         good = log.episode_verdict(scope, episode_id) == "success"
@@ -181,8 +197,7 @@ def trace_arrived(log: Log, trace: Trace) -> None:
     if own or of_episode:
         relearn_steps(log, trace.scope, trace.episode_id)
     else:  # its episode may have an outcome already, and what memory said here comes first
-        log.weigh(trace.scope, trace.episode_id)
-    log.credit(trace.scope, trace.episode_id)
+        weigh(log, trace.scope, trace.episode_id)
 
 
 def proposal_arrived(log: Log, trace: Trace) -> None:
@@ -203,7 +218,7 @@ def feedback_arrived(
         tenant = log.tenant_of_feedback(feedback.feedback_id) or tenant
     scope_id = _episode_scope(log, tenant, scope, feedback.episode_id) if feedback.episode_id else None
     settled = log.add_feedback(tenant, scope_id, feedback, received_at)
-    targets = log.feedback_targets(tenant, feedback)
+    targets = log.feedback_targets(tenant, scope_id, feedback)
     if settled != "duplicate":
         for scope_of, episode_id in relearn(log, targets):
             relearn_steps(log, scope_of, episode_id)

@@ -34,18 +34,10 @@ T = TypeVar("T")
 class Store(EpisodeReads, WordReads, ProposalReads, DecisionReads, FixReads, ForgetReads, VectorReads):
     """Reads on any thread, writes through one; satisfies `recall.recaller.Source`. A database brings the rest."""
 
-    def __init__(
-        self,
-        writer: Writer,
-        readers: Any,
-        transaction: Callable[[Connection, Callable[[str], str]], Transaction],
-        normal: Callable[[str], str],
-    ) -> None:
-        """Join the two sides; `normal` gives the form in which answers are compared."""
+    def __init__(self, writer: Writer, readers: Any) -> None:
+        """Join the two sides; the writer gives its operations a `Transaction`."""
         self._writer = writer
         self._readers = readers
-        self._transaction = transaction
-        self._normal = normal
 
     # -- what a database brings --------------------------------------------------------------------
 
@@ -74,11 +66,11 @@ class Store(EpisodeReads, WordReads, ProposalReads, DecisionReads, FixReads, For
 
     def write(self, operation: Callable[[Transaction], T]) -> Future[T]:
         """Run an operation in the next commit; the future is set once it is on disk."""
-        return self._writer.submit(lambda connection: operation(self._transaction(connection, self._normal)))
+        return self._writer.submit(operation)
 
     def post(self, operation: Callable[[Transaction], Any]) -> None:
         """Run an operation behind the caller, who does not wait for it."""
-        self._writer.post(lambda connection: operation(self._transaction(connection, self._normal)))
+        self._writer.post(operation)
 
     def flush(self) -> None:
         """Wait until everything queued before is on disk."""

@@ -50,6 +50,15 @@ class ExposureTables:
 
     _db: Connection
 
+    def scope_id(self, scope: Scope) -> int:
+        """Return the scope's number."""
+        raise NotImplementedError
+
+    def concerned(self, scope: Scope, episode_id: str) -> tuple[bool, bool]:
+        """Return whether an episode says anything of memories, or did, and whether an arm was chosen for it."""
+        said, weighed, chosen = self._db.execute(_CONCERNED, (self.scope_id(scope), episode_id) * 2).fetchone()
+        return bool(said or weighed), bool(chosen)
+
     def put_exposures(self, scope_id: int, episode_id: str) -> set[str]:
         """Bring up to date what an episode says of the memories it was eligible for; return those it touches."""
         key = (scope_id, episode_id)
@@ -58,8 +67,6 @@ class ExposureTables:
             "WHERE scope_id = ? AND episode_id = ?",
             key,
         ).fetchall()
-        if not before and not self._db.execute(_ANYTHING_SAID, (*key, *key)).fetchone():
-            return set()
         now = [
             (memory_id, e.created_at, int(e.held_out), e.share, int(e.success))
             for e in episodes_of(self._db, "traces.scope_id = ? AND episode_id = ?", key)
@@ -132,10 +139,12 @@ _TRACES = """
     FROM traces JOIN scopes ON scopes.id = traces.scope_id LEFT JOIN outcomes ON outcomes.trace_id = traces.trace_id
     LEFT JOIN decisions ON decisions.trace_id = traces.trace_id
     WHERE ({}) ORDER BY created_at, traces.trace_id"""
-_ANYTHING_SAID = """
-    SELECT 1 FROM traces CROSS JOIN injections USING (trace_id) WHERE scope_id = ? AND episode_id = ?
-    UNION ALL SELECT 1 FROM traces CROSS JOIN proposals USING (trace_id) WHERE traces.scope_id = ? AND episode_id = ?
-    LIMIT 1"""
+_CONCERNED = """
+    SELECT count(*) FILTER (WHERE EXISTS (SELECT 1 FROM injections WHERE injections.trace_id = traces.trace_id)
+        OR EXISTS (SELECT 1 FROM proposals WHERE proposals.trace_id = traces.trace_id)),
+        EXISTS (SELECT 1 FROM exposures WHERE scope_id = ? AND episode_id = ?),
+        count(*) FILTER (WHERE EXISTS (SELECT 1 FROM decisions WHERE decisions.trace_id = traces.trace_id))
+    FROM traces WHERE scope_id = ? AND episode_id = ?"""
 # What was injected or withheld; and whose answer was reused, or would have been but for the holdout.
 _SAID = """
     SELECT traces.trace_id, memory_id, kind, 0 FROM traces JOIN scopes ON scopes.id = traces.scope_id

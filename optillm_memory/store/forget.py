@@ -232,7 +232,7 @@ class ForgetTables:
     def _fold(self, episodes: Iterable[tuple[Scope, str]]) -> None:
         for scope, episode_id in episodes:
             fold.relearn(self._log, self._log.episode_traces(scope, episode_id))
-            self._log.weigh(scope, episode_id)  # also where no trace is left
+            fold.weigh(self._log, scope, episode_id)  # also where no trace is left
             fold.relearn_steps(self._log, scope, episode_id)
 
     def _scrub(self, memory_ids: Sequence[str], now: float) -> None:

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,7 +32,10 @@ _SEARCHED = 100  # candidates that the index keeps while it searches (pgvector's
 
 
 class PostgresTransaction(Transaction):
-    """One operation on the writing connection."""
+    """The operations of one commit on the writing connection."""
+
+    def _insert_memory(self, values: tuple[Any, ...]) -> int:
+        return int(self._db.execute(f"{rows.INSERT_MEMORY} RETURNING number", values).fetchone()[0])
 
     def _as_stored(self, vector: bytes) -> str:
         return vector_text(vector)
@@ -40,10 +44,10 @@ class PostgresTransaction(Transaction):
 class PostgresWriter(Writer):
     """One connection and one thread that write; other proxies' writers wait for their turn in the database."""
 
-    def __init__(self, url: str, *, queue_size: int) -> None:
+    def __init__(self, url: str, *, queue_size: int, within: Callable[[Any], Any]) -> None:
         """Connect and bring the schema up; where that fails for now, each later operation tries again."""
         self._url = url
-        super().__init__(shown(url), queue_size=queue_size)
+        super().__init__(shown(url), queue_size=queue_size, within=within)
 
     def _open(self) -> Any:
         try:
@@ -79,8 +83,8 @@ class PostgresStore(Store):
         Raises StoreTooNew, and StoreUnavailable without psycopg.
         """
         self.url = url
-        writer = PostgresWriter(url, queue_size=queue_size)
-        super().__init__(writer, PostgresReaders(url), PostgresTransaction, normal)
+        writer = PostgresWriter(url, queue_size=queue_size, within=partial(PostgresTransaction, normal=normal))
+        super().__init__(writer, PostgresReaders(url))
         self._indexed: dict[str, bool] = {}
         self._weighed = (-_WEIGHED_S, 0.0)  # when, and the bytes that go with one trace
         self._lock = threading.Lock()

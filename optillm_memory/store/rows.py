@@ -27,8 +27,8 @@ INSERT_TRACE = (
     f"VALUES ({', '.join('?' * 24)}) ON CONFLICT(trace_id) DO NOTHING"
 )
 
-_FEEDBACK_COLUMNS = "feedback_id, retracts, trace_id, episode_id, metric, value, source, evidence, occurred_at"
-SELECT_FEEDBACK = f"SELECT {_FEEDBACK_COLUMNS} FROM feedback"
+FEEDBACK_COLUMNS = "feedback_id, retracts, trace_id, episode_id, metric, value, source, evidence, occurred_at"
+SELECT_FEEDBACK = f"SELECT {FEEDBACK_COLUMNS} FROM feedback"
 # The trace's own tenant and the operator (the empty tenant) may speak of it.
 STANDING = """NOT retracts AND tenant IN ('', ?) AND received_at >= ? AND NOT EXISTS (
     SELECT 1 FROM feedback AS r WHERE r.tenant = feedback.tenant AND r.feedback_id = feedback.feedback_id
@@ -52,13 +52,16 @@ SELECT_MEMORY = (
     "SELECT number, memory_id, kind, status, tenant, namespace, user_id, agent_id, task, answer, frame, successes, "
     "failures, used_successes, used_failures, created_at FROM memories JOIN scopes ON scopes.id = scope_id"
 )
-# Verified right and wrong answers, any right answer, and verified outcomes of the requests it was injected in.
+# Verified right and wrong answers, any right answer, and verified outcomes of the requests it was injected in; what is
+# known of the memory, and whether its uplift was ever measured.
 TALLY = """
     SELECT count(*) FILTER (WHERE role = 'evidence' AND verified AND success),
            count(*) FILTER (WHERE role = 'evidence' AND verified AND NOT success),
            count(*) FILTER (WHERE role = 'evidence' AND success),
            count(*) FILTER (WHERE role = 'use' AND verified AND success),
-           count(*) FILTER (WHERE role = 'use' AND verified AND NOT success)
+           count(*) FILTER (WHERE role = 'use' AND verified AND NOT success),
+           (SELECT number FROM memories WHERE memory_id = ?), (SELECT status FROM memories WHERE memory_id = ?),
+           EXISTS (SELECT 1 FROM exposures WHERE memory_id = ?)
     FROM contributions WHERE memory_id = ?"""
 # What is said of fixes: verified and inferred successes and failures.
 TALLIES_BY_FIX = """

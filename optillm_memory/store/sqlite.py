@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ class SqliteStore(Store):
         """
         self.path = path
         readers = Readers(path)
-        writer = SqliteWriter(path, queue_size=queue_size, let_go=readers.close)
+        within = partial(Transaction, normal=normal)
+        writer = SqliteWriter(path, queue_size=queue_size, within=within, let_go=readers.close)
         readers.on_corruption = writer.distrust
-        super().__init__(writer, readers, Transaction, normal)
+        super().__init__(writer, readers)
 
     @property
     def place(self) -> str:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from optillm_memory.store.connection import (
     Connection,
@@ -29,8 +30,15 @@ _CHECKPOINT_EVERY = 4_096  # operations
 class SqliteWriter(Writer):
     """Writes to one file; notices when it was removed, replaced or broken, and goes on with one that is whole."""
 
-    def __init__(self, path: Path, *, queue_size: int, let_go: Callable[[], None] = lambda: None) -> None:
-        """Open the file, making it where it is missing.
+    def __init__(
+        self,
+        path: Path,
+        *,
+        queue_size: int,
+        within: Callable[[Connection], Any] = lambda connection: connection,
+        let_go: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Open the file, making it where it is missing; `within` makes what operations are given.
 
         `let_go` closes what other connections there are: it is called before the file is opened again.
         """
@@ -41,7 +49,7 @@ class SqliteWriter(Writer):
         self._suspect = threading.Event()
         self._since_checkpoint = 0
         self._turnstile = Turnstile(path.with_name(path.name + "-turnstile"))
-        super().__init__(str(path), queue_size=queue_size)
+        super().__init__(str(path), queue_size=queue_size, within=within)
 
     def distrust(self) -> None:
         """Check the file before the next commit: a reader found it broken, which our own cached pages may hide."""

@@ -59,6 +59,11 @@ class StepTables:
         )
         return {row[0] for row in found}
 
+    def acted(self, scope: Scope, episode_id: str) -> bool:
+        """Whether an episode has steps, or a demonstration, or anything that it says of fixes."""
+        key = (self.scope_id(scope), episode_id)
+        return bool(self._db.execute(_ACTED, (*key, *key, *key, episode_id)).fetchone()[0])
+
     def attempts(self, scope: Scope, episode_id: str) -> list[Attempt]:
         """Return the observed steps of an episode with what their observations say, in order.
 
@@ -66,8 +71,6 @@ class StepTables:
         it unknown.
         """
         key = (self.scope_id(scope), episode_id)
-        if not self._db.execute("SELECT 1 FROM steps WHERE scope_id = ? AND episode_id = ? LIMIT 1", key).fetchone():
-            return []
         unread = self._db.execute(
             f"SELECT steps.step_id, tool, arguments, observation, created_at FROM {_OBSERVED} AND verdict IS NULL", key
         ).fetchall()
@@ -79,6 +82,8 @@ class StepTables:
             "ORDER BY created_at DESC, ordinal DESC, steps.step_id LIMIT ?",
             (*key, STEPS_MOST),
         ).fetchall()[::-1]
+        if not found:
+            return []
         names = {inferred_id(scope, episode_id, row[0]): row[0] for row in found}
         retracted = {
             names[row[0]]
@@ -213,6 +218,12 @@ _OBSERVED = """
     steps JOIN traces USING (trace_id) LEFT JOIN attempts ON attempts.scope_id = steps.scope_id
     AND attempts.episode_id = steps.episode_id AND attempts.step_id = steps.step_id
     WHERE steps.scope_id = ? AND steps.episode_id = ? AND observation IS NOT NULL"""
+_ACTED = """
+    SELECT EXISTS (SELECT 1 FROM steps WHERE scope_id = ? AND episode_id = ?)
+        OR EXISTS (SELECT 1 FROM fix_evidence WHERE scope_id = ? AND episode_id = ?)
+        OR EXISTS (SELECT 1 FROM traces CROSS JOIN feedback ON feedback.trace_id = traces.trace_id
+                   WHERE traces.scope_id = ? AND traces.episode_id = ? AND metric = 'demonstration')
+        OR EXISTS (SELECT 1 FROM feedback WHERE episode_id = ? AND metric = 'demonstration')"""
 _TALLIES = """
     SELECT environment, count(*) FILTER (WHERE verified AND success),
            count(*) FILTER (WHERE verified AND NOT success), count(*) FILTER (WHERE NOT verified AND success),

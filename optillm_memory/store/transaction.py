@@ -25,6 +25,11 @@ from optillm_memory.store.steps import StepTables
 from optillm_memory.store.vectors import VectorTables
 
 PENDING_S = 7 * 86_400.0
+# On a trace, and on its episode; without a scope where it came before any trace and the sender named none.
+_SAID = f"""
+    SELECT 1, {rows.FEEDBACK_COLUMNS} FROM feedback WHERE {rows.STANDING} AND trace_id = ? UNION ALL
+    SELECT 0, {rows.FEEDBACK_COLUMNS} FROM feedback WHERE {rows.STANDING}
+    AND (scope_id = ? OR scope_id IS NULL) AND episode_id = ?"""
 # The traces that a tenant may speak of; the empty tenant is the operator at the machine.
 _VISIBLE = "SELECT trace_id FROM traces JOIN scopes ON scopes.id = scope_id WHERE ? IN ('', tenant) AND"
 
@@ -35,7 +40,7 @@ def key_hash(task: str) -> str:
 
 
 class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, CallTables, ForgetTables, VectorTables):
-    """One operation on the writing connection; satisfies `learn.fold.Log`."""
+    """The operations of one commit on the writing connection; satisfies `learn.fold.Log`."""
 
     def __init__(self, connection: Connection, normal: Callable[[str], str] = normal_answer) -> None:
         """Wrap the connection; the writer commits. `normal` gives the form in which answers are compared."""
@@ -43,6 +48,7 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
         self.normal = normal
         self._scope_ids: dict[Scope, int] = {}
         self._latest: tuple[Scope, int] | None = None
+        self._revision = 0
 
     # -- the log -----------------------------------------------------------------------------------
 
@@ -139,17 +145,20 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
         )  # fmt: skip
         return "retracted" if retracts or any(row[0] for row in before) else None
 
-    def feedback_targets(self, tenant: str, feedback: Feedback) -> list[str]:
+    def feedback_targets(self, tenant: str, scope_id: int | None, feedback: Feedback) -> list[str]:
         """Return the traces that a feedback speaks of; a retraction speaks of what it retracts."""
+        speaking: list[tuple[Any, ...]] = [(feedback.trace_id, feedback.episode_id, scope_id)]
+        if feedback.value is None:
+            speaking = self._db.execute(
+                "SELECT trace_id, episode_id, scope_id FROM feedback WHERE tenant = ? AND feedback_id = ?",
+                (tenant, feedback.feedback_id),
+            ).fetchall()
         targets: list[str] = []
-        for trace_id, episode_id, scope_id in self._db.execute(
-            "SELECT trace_id, episode_id, scope_id FROM feedback WHERE tenant = ? AND feedback_id = ?",
-            (tenant, feedback.feedback_id),
-        ).fetchall():
+        for trace_id, episode_id, within in speaking:
             if trace_id:
                 sql, values = f"{_VISIBLE} trace_id = ?", [trace_id]
             else:
-                sql, values = f"{_VISIBLE} scope_id = coalesce(?, scope_id) AND episode_id = ?", [scope_id, episode_id]
+                sql, values = f"{_VISIBLE} scope_id = coalesce(?, scope_id) AND episode_id = ?", [within, episode_id]
             targets += [row[0] for row in self._db.execute(sql, (tenant, *values)).fetchall()]
         return list(dict.fromkeys(targets))
 
@@ -178,17 +187,12 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
 
     def feedback_on(self, trace: Trace) -> tuple[list[Feedback], list[Feedback]]:
         """Return feedback on the trace and on its episode; what waited longer than 7 days for it has expired."""
-        oldest = trace.created_at - PENDING_S
-        own = self._db.execute(
-            f"{rows.SELECT_FEEDBACK} WHERE {rows.STANDING} AND trace_id = ?",
-            (trace.scope.tenant, oldest, trace.trace_id),
+        standing = (trace.scope.tenant, trace.created_at - PENDING_S)
+        found = self._db.execute(
+            _SAID, (*standing, trace.trace_id, *standing, self.scope_id(trace.scope), trace.episode_id)
         ).fetchall()
-        shared = self._db.execute(
-            # No scope: it came before any trace of its episode, and the sender named none.
-            f"{rows.SELECT_FEEDBACK} WHERE {rows.STANDING} AND (scope_id = ? OR scope_id IS NULL) AND episode_id = ?",
-            (trace.scope.tenant, oldest, self.scope_id(trace.scope), trace.episode_id),
-        ).fetchall()
-        return [rows.feedback_of(r) for r in own], [rows.feedback_of(r) for r in shared]
+        own = [rows.feedback_of(row[1:]) for row in found if row[0]]
+        return own, [rows.feedback_of(row[1:]) for row in found if not row[0]]
 
     def closing_trace(self, scope: Scope, episode_id: str) -> str | None:
         """Return the latest trace of the episode that has an answer in words."""
@@ -266,10 +270,13 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
             for e in learned.evidence
         ]
         result = learned.outcome
-        self._db.execute("DELETE FROM outcomes WHERE trace_id = ?", (trace.trace_id,))
-        if result.verdict != "unknown":
+        if result.verdict == "unknown":
+            self._db.execute("DELETE FROM outcomes WHERE trace_id = ?", (trace.trace_id,))
+        else:
             self._db.execute(
-                "INSERT INTO outcomes VALUES (?, ?, ?)", (trace.trace_id, result.verdict, int(result.verified))
+                "INSERT INTO outcomes VALUES (?, ?, ?) ON CONFLICT (trace_id) DO UPDATE SET "
+                "verdict = excluded.verdict, verified = excluded.verified",
+                (trace.trace_id, result.verdict, int(result.verified)),
             )
             used = self._db.execute(
                 "SELECT memory_id FROM injections WHERE trace_id = ? AND kind = 'exemplar' AND NOT withheld",
@@ -296,40 +303,41 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
                     self._refresh_memory(memory_id, revision)
 
     def _refresh_memory(self, memory_id: str, revision: int) -> None:
-        right, wrong, any_right, used_right, used_wrong = self._db.execute(rows.TALLY, (memory_id,)).fetchone()
-        known = self._db.execute("SELECT number, status FROM memories WHERE memory_id = ?", (memory_id,)).fetchone()
-        state = exemplars.status(right or 0, wrong or 0, any_right or 0)
-        if state == "verified" and self.is_retired(memory_id):
+        right, wrong, any_right, used_right, used_wrong, number, before, exposed = self._db.execute(
+            rows.TALLY, (memory_id,) * 4
+        ).fetchone()
+        state = exemplars.status(right, wrong, any_right)
+        if state == "verified" and exposed and self.is_retired(memory_id):
             state = "retired"
         first = self._db.execute(rows.FIRST_EVIDENCE, (memory_id,)).fetchone()
         if first is None:  # nothing (any more) says that it is right
-            if known is not None:
+            if number is not None:
                 self._db.execute(
                     "UPDATE memories SET status = 'withdrawn', task = '', answer = '', frame = '', key_hash = '', "
                     "revision = ? WHERE number = ?",
-                    (revision, known[0]),
+                    (revision, number),
                 )
-                self._db.execute("DELETE FROM memories_fts WHERE rowid = ?", (known[0],))
+                self._db.execute("DELETE FROM memories_fts WHERE rowid = ?", (number,))
             return
         scope_id, task, frame, task_key, created_at, answer = first
         values = (
-            scope_id, state, task, answer, frame, task_key, right or 0, wrong or 0, used_right or 0, used_wrong or 0,
-            created_at, revision,
+            scope_id, state, task, answer, frame, task_key, right, wrong, used_right, used_wrong, created_at, revision,
         )  # fmt: skip
-        if known is None:
-            self._db.execute(rows.INSERT_MEMORY, (memory_id, *values))
-            # Not RETURNING: SQLite takes five times as long for it.
-            number = self._db.execute("SELECT number FROM memories WHERE memory_id = ?", (memory_id,)).fetchone()[0]
+        if number is None:
+            number = self._insert_memory((memory_id, *values))
         else:
-            number = known[0]
             self._db.execute(rows.UPDATE_MEMORY, (*values, number))
         searchable = state == "verified"
-        if searchable and (known is None or known[1] != "verified"):
+        if searchable and before != "verified":
             self._db.execute(
                 "INSERT INTO memories_fts(rowid, words) VALUES (?, ?)", (number, rows.scoped_words(scope_id, task))
             )
-        elif not searchable and known is not None and known[1] == "verified":
+        elif not searchable and before == "verified":
             self._db.execute("DELETE FROM memories_fts WHERE rowid = ?", (number,))
+
+    def _insert_memory(self, values: tuple[Any, ...]) -> int:
+        # Not RETURNING: SQLite takes five times as long for it.
+        return int(self._db.execute(rows.INSERT_MEMORY, values).lastrowid or 0)
 
     # -- caches and upkeep -------------------------------------------------------------------------
 
@@ -372,6 +380,19 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
         self._next("generation")
         return [row[0] for row in self._db.execute("SELECT trace_id FROM traces ORDER BY created_at, trace_id")]
 
+    def drop_empty_scopes(self) -> int:
+        """Delete the names of scopes that nothing is left of; return how many there were."""
+        self._scope_ids.clear()
+        self._latest = None
+        return super().drop_empty_scopes()
+
     def _next(self, counter: str) -> int:
+        """Return a counter's next value. All that a commit changes has one revision: nobody sees a part of it."""
+        if counter != "revision":
+            return self._counted(counter)
+        self._revision = self._revision or self._counted(counter)
+        return self._revision
+
+    def _counted(self, counter: str) -> int:
         row = self._db.execute("UPDATE meta SET value = value + 1 WHERE key = ? RETURNING value", (counter,)).fetchone()
         return int(row[0])

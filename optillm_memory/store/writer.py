@@ -17,8 +17,8 @@ from optillm_memory.store.connection import Connection, DatabaseError, Integrity
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Operation = Callable[[Connection], Any]
-GROUP = 512
+Operation = Callable[[Any], Any]
+GROUP = 1_024
 _RETRIES = 5
 _CLOSING_S = 30.0
 # What nobody waits for gives way to the response that it records, and gathers company for its commit.
@@ -36,12 +36,20 @@ class Writer:
     the commit that holds it (`synchronous=FULL`).
     """
 
-    def __init__(self, place: str, *, queue_size: int) -> None:
-        """Open the database; where that fails for now, each later operation tries again. `place` is its name."""
+    def __init__(
+        self, place: str, *, queue_size: int, within: Callable[[Connection], Any] = lambda connection: connection
+    ) -> None:
+        """Open the database; where that fails for now, each later operation tries again. `place` is its name.
+
+        `within` makes what operations are given: one for all of a commit, so it may remember what it read and wrote.
+        """
         self.place = place
+        self._within = within
         self.lost = 0
         self.fault = ""
-        self._queue: queue.Queue[tuple[Operation, Future[Any] | None] | None] = queue.Queue(queue_size)
+        # Not a Queue with a bound of its own: its lock is contended, and held while Python runs.
+        self._queue: queue.SimpleQueue[tuple[Operation, Future[Any] | None] | None] = queue.SimpleQueue()
+        self._queue_size = queue_size
         self._connection: Connection | None = None
         self._closed = False
         self._awaited = threading.Event()  # somebody waits for what is in the queue
@@ -81,7 +89,7 @@ class Writer:
 
     # -- what is queued ----------------------------------------------------------------------------
 
-    def submit(self, operation: Callable[[Connection], T]) -> Future[T]:
+    def submit(self, operation: Callable[[Any], T]) -> Future[T]:
         """Queue an operation whose result is awaited; raises StoreUnavailable when the queue is full or closed."""
         future: Future[T] = Future()
         self._put((operation, future))
@@ -97,7 +105,7 @@ class Writer:
 
     def flush(self, timeout_s: float = 10.0) -> None:
         """Wait until what was queued before is on disk."""
-        self.submit(lambda _connection: None).result(timeout_s)
+        self.submit(lambda _: None).result(timeout_s)
 
     def close(self) -> None:
         """Write what is queued, then close; nothing is taken after this."""
@@ -105,19 +113,15 @@ class Writer:
             return
         self._closed = True
         self._awaited.set()
-        try:
-            self._queue.put(None, timeout=_CLOSING_S)
-        except queue.Full:
-            return  # it hangs, and what waits there was never acknowledged
-        self._thread.join(_CLOSING_S)
+        self._queue.put(None)
+        self._thread.join(_CLOSING_S)  # should it hang: what waits there was never acknowledged
 
     def _put(self, item: tuple[Operation, Future[Any] | None]) -> None:
         if self._closed:
             raise StoreUnavailable("the memory is closed")
-        try:
-            self._queue.put_nowait(item)
-        except queue.Full:
-            raise StoreUnavailable("too many records are waiting to be written; try again") from None
+        if self._queue.qsize() >= self._queue_size:
+            raise StoreUnavailable("too many records are waiting to be written; try again")
+        self._queue.put(item)
 
     def _run(self) -> None:
         while (first := self._queue.get()) is not None:
@@ -184,9 +188,9 @@ class Writer:
         assert self._connection is not None
         # Savepoints cost a tenth of the time: they are for the rare group in which a record is refused.
         try:
-            return _transact(self._connection, batch, apart=False)
+            return _transact(self._connection, self._within, batch, apart=False)
         except _RefusedError:
-            return _transact(self._connection, batch, apart=True)
+            return _transact(self._connection, self._within, batch, apart=True)
 
     def _connect(self) -> None:
         if time.monotonic() < self._retry_at:
@@ -203,7 +207,13 @@ class Writer:
         self.fault = str(error)
 
 
-def _transact(connection: Connection, batch: list[tuple[Operation, Future[Any] | None]], *, apart: bool) -> list[Any]:
+def _transact(
+    connection: Connection,
+    within: Callable[[Connection], Any],
+    batch: list[tuple[Operation, Future[Any] | None]],
+    *,
+    apart: bool,
+) -> list[Any]:
     """Run operations in one commit and return their results. Raises _RefusedError, with nothing done, for a bad one.
 
     Kept `apart`, one that is refused does not take the others with it: its error is its result.
@@ -211,11 +221,13 @@ def _transact(connection: Connection, batch: list[tuple[Operation, Future[Any] |
     results: list[Any] = []
     connection.execute("BEGIN IMMEDIATE")
     try:
+        given = within(connection)
         for operation, _ in batch:
             if apart:
                 connection.execute("SAVEPOINT operation")
+                given = within(connection)  # it must not remember what is undone
             try:
-                results.append(operation(connection))
+                results.append(operation(given))
             except Exception as error:
                 if isinstance(error, DatabaseError) and not isinstance(error, IntegrityError):
                     raise
