@@ -25,6 +25,7 @@ from optillm_memory.store.steps import StepTables
 from optillm_memory.store.vectors import VectorTables
 
 PENDING_S = 7 * 86_400.0
+_SHARED_BY = 256  # changes that have one revision: whoever reads them takes all of it at once
 # On a trace, and on its episode; without a scope where it came before any trace and the sender named none.
 _SAID = f"""
     SELECT 1, {rows.FEEDBACK_COLUMNS} FROM feedback WHERE {rows.STANDING} AND trace_id = ? UNION ALL
@@ -48,7 +49,7 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
         self.normal = normal
         self._scope_ids: dict[Scope, int] = {}
         self._latest: tuple[Scope, int] | None = None
-        self._revision = 0
+        self._revision = self._sharing = 0
 
     # -- the log -----------------------------------------------------------------------------------
 
@@ -387,12 +388,11 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
         return super().drop_empty_scopes()
 
     def _next(self, counter: str) -> int:
-        """Return a counter's next value. All that a commit changes has one revision: nobody sees a part of it."""
-        if counter != "revision":
-            return self._counted(counter)
-        self._revision = self._revision or self._counted(counter)
-        return self._revision
-
-    def _counted(self, counter: str) -> int:
+        """Return a counter's next value. Changes of one commit share revisions: they are seen together anyway."""
+        if counter == "revision":
+            self._sharing += 1
+            if self._sharing % _SHARED_BY != 1:
+                return self._revision
         row = self._db.execute("UPDATE meta SET value = value + 1 WHERE key = ? RETURNING value", (counter,)).fetchone()
+        self._revision = int(row[0]) if counter == "revision" else self._revision
         return int(row[0])
