@@ -218,8 +218,7 @@ class Base:
 
     def _nearest_lists(self, wanted: Wanted, count: int) -> NDArray[np.int64]:
         """Return the lists nearest to a query, in no order."""
-        near = codes.scores(self.centroids.high, self.centroids.scale, wanted.high)
-        return np.asarray(np.argpartition(near, -count)[-count:], dtype=np.int64)
+        return highest(codes.scores(self.centroids.high, self.centroids.scale, wanted.high), count)
 
     def _rows_in(self, lists: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the rows of some lists, in their order in the file."""

@@ -58,15 +58,15 @@ NOTHING = Near(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))
 
 
 def highest(scores: NDArray[Any], count: int) -> NDArray[np.int64]:
-    """Return at least `count` of the highest scores' places, and not many more, without sorting all of them."""
+    """Return the places of the `count` highest scores, in no order, without sorting all of them."""
     step = count // _SAMPLED
     if step > 1:
         sample = scores[::step]
         most = min(len(sample), math.ceil(_GENEROUS * len(sample) * count / len(scores)))
         found = np.flatnonzero(scores >= np.partition(sample, -most)[-most])
         if len(found) >= count:
-            return found
-    return np.argpartition(scores, -count)[-count:]
+            return np.asarray(found[np.argpartition(scores[found], -count)[-count:]])
+    return np.asarray(np.argpartition(scores, -count)[-count:])
 
 
 class Wanted(NamedTuple):
