@@ -71,10 +71,9 @@ def test_index_equals_brute_force(changes: list[tuple[int, bool]], seed: int, co
     assert len(index) == len(rows)
     np.testing.assert_allclose(found.cosines, expected, atol=1e-4)
     assert all(abs(float(rows[n] @ query) - cosine) < 1e-4 for n, cosine in zip(*found, strict=True))
-    for number in range(1, 91):
-        vector = index.vector(number)
-        assert (vector is None) == (number not in rows)
-        assert vector is None or np.allclose(vector, rows[number], atol=1e-4)
+    cosines = index.cosines(query, range(1, 91))
+    assert cosines.keys() == rows.keys() & set(range(1, 91))
+    assert all(abs(float(rows[n] @ query) - cosine) < 1e-4 for n, cosine in cosines.items())
     numbers, live = index.live()
     assert dict(zip(numbers.tolist(), live.scale.tolist(), strict=True)).keys() == rows.keys()
 

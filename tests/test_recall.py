@@ -290,9 +290,9 @@ def test_coverage_weighs_rare_words() -> None:
     """Coverage is the share of word weight that a text holds; stop words carry none."""
     asked = words("How do I restart the nginx server, please?")
     assert asked == ["restart", "nginx", "server"]
-    assert coverage(asked, "nginx: restart the server", {}) == 1
-    assert coverage(asked, "the nginx", {"nginx": 2.0}) == pytest.approx(0.5)
-    assert coverage([], "anything", {}) == 0
+    assert coverage(asked, ["nginx: restart the server", "anything"], {}) == [1, 0]
+    assert coverage(asked, ["the nginx"], {"nginx": 2.0}) == [pytest.approx(0.5)]
+    assert coverage([], ["anything"], {}) == [0]
 
 
 # -- a thousand memories ---------------------------------------------------------------------------

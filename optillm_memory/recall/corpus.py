@@ -164,10 +164,7 @@ class ScopeIndex:
             there = (rows >= 0) & (~self._gone[rows] if self._gone is not None else True)
             exact = self.base.codes.cosines(rows[there], query)
             found = dict(zip(np.array(numbers)[there].tolist(), exact.tolist(), strict=True))
-        for number in numbers:
-            if (vector := self.delta.vector(number)) is not None:
-                found[number] = float(vector @ query)
-        return found
+        return {**found, **self.delta.cosines(query, numbers)}
 
     def revision(self, number: int) -> int:
         """Return the revision that a row came with; that of the file where it has not changed since."""

@@ -84,7 +84,7 @@ class Wanted(NamedTuple):
     def shortlist(self, rough: NDArray[np.float32]) -> NDArray[np.int64]:
         """Return the rows to look at exactly, given nearly right scores of all."""
         wider = max(_WIDER * self.most, _AT_LEAST)
-        rows = np.argpartition(rough, -wider)[-wider:] if len(rough) > wider else np.arange(len(rough))
+        rows = highest(rough, wider) if len(rough) > wider else np.arange(len(rough))
         return rows[rough[rows] > OUT]
 
     def best(self, found: Codes, numbers: NDArray[np.int64], rows: NDArray[np.int64]) -> Near:
@@ -165,11 +165,14 @@ class VectorIndex:
         rough[~rows.live[: rows.used]] = OUT
         return wanted.best(rows.codes, rows.numbers, wanted.shortlist(rough))
 
-    def vector(self, number: int) -> NDArray[np.float32] | None:
-        """Return a number's vector, None where it has no row."""
+    def cosines(self, query: NDArray[np.float32], numbers: Sequence[int]) -> dict[int, float]:
+        """Return the exact cosine of each number that has a row."""
         rows = self._rows
-        row = rows.row_of.get(number)
-        return None if row is None else rows.codes.vectors(slice(row, row + 1))[0]
+        there = {number: row for number in numbers if (row := rows.row_of.get(number)) is not None}
+        if not there:
+            return {}
+        exact = rows.codes.cosines(np.fromiter(there.values(), dtype=np.int64), query)
+        return dict(zip(there, exact.tolist(), strict=True))
 
     def revision(self, number: int) -> int | None:
         """Return the revision that a number's row came with."""
@@ -195,7 +198,8 @@ class VectorIndex:
         kept = np.flatnonzero(rows.live[: rows.used])
         size = max(64, 2 * (len(kept) + more))
         fresh = _room(size, rows.codes.high.shape[1])
-        for array, values in zip((*fresh.codes, *fresh[1:4]), (*rows.codes, *rows[1:4]), strict=True):
+        arrays: list[tuple[Any, Any]] = list(zip(fresh.codes, rows.codes, strict=True))
+        for array, values in (*arrays, *zip(fresh[1:4], rows[1:4], strict=True)):
             array[: len(kept)] = values[kept]
         row_of = {number: row for row, number in enumerate(rows.numbers[kept].tolist())}
         self._rows = fresh._replace(row_of=row_of, used=len(kept))

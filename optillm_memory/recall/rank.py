@@ -118,11 +118,12 @@ def words(text: str, limit: int = 64) -> list[str]:
     return list(found)[:limit]
 
 
-def coverage(query: Sequence[str], text: str, weights: Mapping[str, float]) -> float:
-    """Return the share of the query's word weight that the text holds: 1 when it holds every word."""
-    present = set(_WORD.findall(text.lower()))
-    total = sum(weights.get(w, 1.0) for w in query)
-    return sum(weights.get(w, 1.0) for w in query if w in present) / total if total else 0.0
+def coverage(query: Sequence[str], texts: Iterable[str], weights: Mapping[str, float]) -> list[float]:
+    """Return the share of the query's word weight that each text holds: 1 when it holds every word."""
+    asked = {word: weights.get(word, 1.0) for word in query}
+    total = sum(asked.values()) or 1.0
+    found = (set(_WORD.findall(text.lower())) for text in texts)
+    return [sum([weight for word, weight in asked.items() if word in present]) / total for present in found]
 
 
 def fuse(rankings: Iterable[tuple[Sequence[int], float]], k: int = RRF_K) -> dict[int, float]:

@@ -61,7 +61,7 @@ class WordReads:
             texts: dict[int, Any] = dict(
                 db.execute(f"SELECT number, task FROM memories WHERE number IN ({marks(best)})", best).fetchall()
             )
-        found = [(number, coverage(query, texts[number], weights)) for number in best if number in texts]
+        found = list(zip(texts, coverage(query, texts.values(), weights), strict=True))
         return sorted(found, key=lambda pair: (-pair[1], len(texts[pair[0]]), pair[0]))
 
 
