@@ -17,6 +17,7 @@ from optillm_memory.store.transaction import Transaction
 logger = logging.getLogger(__name__)
 
 _ROWS = 64  # memories embedded in one commit
+_GATHER_S = 0.02  # what was learned meanwhile is looked at together, and does not slow down who learns it
 _LOOK_S = 60.0  # between two looks at what is to go
 Missing = Sequence[tuple[int, str, str]]
 
@@ -68,6 +69,7 @@ class Upkeep:
                 logger.exception("agent_memory: vectors could not be filled in; trying again")
                 self._closing.wait(1.0)
             self._missing.wait()
+            self._closing.wait(_GATHER_S)
             self._missing.clear()
 
     def _keep(self) -> None:
