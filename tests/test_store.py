@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -363,3 +364,60 @@ def test_one_bad_record_does_not_take_the_others(store: Store, caplog: pytest.Lo
     assert on_disk(store) == 2
     assert store.lost == 1
     assert "could not be written" in caplog.text
+
+
+def test_what_a_refused_record_read_is_not_used_by_others(store: Store) -> None:
+    """A scope that was made by a record which was then refused is made again by the next one."""
+    scope = Scope("fresh")
+
+    def refused(tx: Transaction) -> None:
+        tx.scope_id(scope)
+        tx.touch([])
+        raise InvalidField("feedback", "is refused")
+
+    release = blocked(store)
+    made = trace(scope=scope)
+    first, second = store.write(refused), store.write(lambda tx: tx.add_trace(made))
+    release.set()
+    with pytest.raises(InvalidField, match="is refused"):
+        first.result(10)
+    assert second.result(10) is True
+    assert store.trace(made.trace_id, "fresh") is not None
+    before = store.revision()
+    store.write(lambda tx: tx.touch([])).result(10)
+    assert store.revision() == (before[0], before[1] + 1)
+
+
+def test_a_scope_dropped_in_a_commit_is_made_again_in_it(store: Store) -> None:
+    """Forgetting takes the names of empty scopes away; what comes after it in the same commit finds them anew."""
+    made = trace(scope=Scope("fresh"))
+
+    def both(tx: Transaction) -> bool:
+        tx.scope_id(made.scope)
+        assert tx.drop_empty_scopes() == 1
+        return tx.add_trace(made)
+
+    assert store.write(both).result(10) is True
+    assert store.trace(made.trace_id, "fresh") is not None
+
+
+def test_changes_of_a_commit_share_revisions_up_to_a_bound(store: Store) -> None:
+    """Whoever reads changes in parts gets parts of a bounded size, also of what one long commit learned."""
+
+    def many(tx: Transaction) -> None:
+        for number in range(600):
+            made = trace(f"task {number}", "an answer", episode_id=f"ep-{number}")
+            tx.add_trace(made)
+            said = feedback(trace_id=made.trace_id, feedback_id=f"fb-{number}")
+            fold.feedback_arrived(tx, "local", None, said, received_at=NOW)
+
+    store.write(many).result(60)
+    shares = Counter(change.revision for change in store.changes(SCOPE, 0, "", 10_000))
+    assert sum(shares.values()) == 600
+    assert 1 < len(shares) < 10
+    assert max(shares.values()) <= 256
+    since, seen = 0, 0
+    while part := store.changes(SCOPE, since, "", 100):
+        assert len(part) < 100 + 256
+        since, seen = part[-1].revision, seen + len(part)
+    assert seen == 600
