@@ -387,6 +387,23 @@ def test_a_restart_reads_only_what_changed_since(bench: Bench, tmp_path: Path) -
     again.corpora.close()
 
 
+def test_a_file_that_was_there_has_the_table_read_ahead_once(bench: Bench, tmp_path: Path) -> None:
+    """A memory that wakes up large reads once in order what requests read here and there; a small one does not."""
+    bench.source.put(numbered(clustered(800, WHOLE)))
+    bench.settle()
+    bench.corpora.close()
+    assert bench.source.pieces_read == 0
+    again = Bench(tmp_path / "index", bench.source)
+    for _ in range(2):
+        again.settle()
+        deadline = time.monotonic() + 20
+        while again.corpora.busy and time.monotonic() < deadline:
+            time.sleep(0.005)
+    assert again.base() is not None
+    assert bench.source.pieces_read == 3
+    again.corpora.close()
+
+
 def cut(path: Path) -> None:
     """Cut the file off."""
     path.write_bytes(path.read_bytes()[:-100])

@@ -227,7 +227,7 @@ def test_no_read_crosses_a_scope(store: Store, other: Scope) -> None:
 def test_every_read_for_recall_takes_a_scope() -> None:
     """By reflection: recall's reads all take a scope first, what looks at texts takes a tenant, the rest is pinned."""
     for name, method in inspect.getmembers(Source, inspect.isfunction):
-        if not name.startswith("_") and name != "revision":
+        if not name.startswith("_") and name not in ("revision", "read_ahead"):
             assert list(inspect.signature(method).parameters)[1] == "scope", name
     first: dict[str, str] = {}
     for name, method in inspect.getmembers(Store, inspect.isfunction):
@@ -243,8 +243,17 @@ def test_every_read_for_recall_takes_a_scope() -> None:
         "revision", "salt", "stats", "tenants",  # numbers and names, no texts
         "derived", "without_vectors", "coverage", "unused_vectors",  # upkeep: rebuild's comparison, and the encoder's
         "chosen", "chosen_counts", "chosen_scopes", "episodes_before", "held", "has_copies",  # forgetting: no texts
-        "forgotten", "unforgotten", "give_back", "index_files", "size_bytes",
+        "forgotten", "unforgotten", "give_back", "index_files", "size_bytes", "read_ahead",
     }  # fmt: skip
+
+
+def test_reading_ahead_goes_through_everything_and_ends(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every memory and every posting is read once, in pieces; a server is left to itself."""
+    monkeypatch.setattr("optillm_memory.store.sqlite._PIECE", 2)
+    for number in range(5):
+        verified(store, f"task {number}")
+    pieces = len(list(store.read_ahead()))
+    assert pieces == 0 if not isinstance(store, SqliteStore) else pieces >= 3 + 3
 
 
 # -- several processes' view -----------------------------------------------------------------------

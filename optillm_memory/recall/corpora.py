@@ -60,6 +60,9 @@ class Source(Protocol):
     def of_episode_alone(self, scope: Scope, memory_ids: Sequence[str], episode_id: str) -> set[str]:
         """Return those of the memories that rest on this episode and on no other."""
 
+    def read_ahead(self) -> Iterator[None]:
+        """Read once in order, piece by piece, what is read here and there later on; nothing of it is returned."""
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -117,6 +120,7 @@ class Corpora:
         self._lock = threading.Lock()
         self._loader = Behind("agent-memory-loader")
         self._builder = Behind("agent-memory-builder")
+        self._read_ahead = False
 
     def close(self) -> None:
         """End what is done behind; let go of everything."""
@@ -326,6 +330,12 @@ class Corpora:
             logger.warning("agent_memory: the vectors on file are not those of the table; they are collected again")
             self._remove(asked)
             self._swap(corpus, index, ScopeIndex(asked.dimension, asked.unrelated, index.generation))
+        if (
+            not self._read_ahead
+        ):  # a large memory that was asleep: its first requests would wait for the disk, page by page
+            self._read_ahead = True
+            for _ in self._source.read_ahead():
+                self._builder.rest()
 
     def _resting(self, files: Files, name: str) -> Iterator[bytes]:
         for block in files.blocks(name):

@@ -6,7 +6,7 @@ Statements are in the SQL that SQLite and PostgreSQL have in common, less what `
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -57,6 +57,10 @@ class Store(EpisodeReads, WordReads, ProposalReads, DecisionReads, FixReads, For
     def give_back(self, scopes: Iterable[Scope], *, with_set_aside: bool, progress: Callable[[str], None]) -> list[str]:
         """Give the room back of what was deleted in these scopes; return what may still hold some of it, and why."""
         raise NotImplementedError
+
+    def read_ahead(self) -> Iterator[None]:
+        """Read once in order, piece by piece, what recall reads here and there; a server sees to that itself."""
+        yield from ()
 
     def index_files(self) -> IndexFiles | None:
         """Return where the vectors of large scopes lie, if in files."""

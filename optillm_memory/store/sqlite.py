@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,20 @@ class SqliteStore(Store):
             left.append(f"{len(aside)} files set aside as corrupt may hold it, too: {', '.join(p.name for p in aside)}")
         return left
 
+    def read_ahead(self) -> Iterator[None]:
+        """Read once in order, piece by piece, the pages that recall reads here and there."""
+        for table, key, length in _READ_AHEAD:
+            last: int | None = -1
+            while last is not None:
+                with (
+                    self._readers.borrow() as db
+                ):  # each piece apart: a long look at the file keeps its WAL from ending
+                    piece = (
+                        f"SELECT {key} AS key, {length} AS length FROM {table} WHERE {key} > ? ORDER BY {key} LIMIT ?"
+                    )
+                    last, _ = db.execute(f"SELECT max(key), sum(length) FROM ({piece})", (last, _PIECE)).fetchone()
+                yield
+
     def index_files(self) -> IndexFiles:
         """Return where the vectors of large scopes lie."""
         return IndexFiles(folder_of(self.path))
@@ -78,6 +92,8 @@ class SqliteStore(Store):
         return _numbers(db.execute(_HOLDING_ALL, (every, latest, depth)).fetchone()[0])
 
 
+_PIECE = 2_000  # rows
+_READ_AHEAD = (("memories_fts_data", "id", "length(block)"), ("memories", "number", "length(task) + length(answer)"))
 _POSTINGS = """
     SELECT (SELECT group_concat(rowid) FROM (
         SELECT rowid FROM memories_fts WHERE memories_fts MATCH terms.value LIMIT ?)) FROM json_each(?) AS terms"""
