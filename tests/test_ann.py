@@ -657,6 +657,21 @@ def test_a_request_does_not_wait_for_a_load_or_a_build(tmp_path: Path) -> None:
     bench.corpora.close()
 
 
+def test_a_slow_disk_does_not_hold_a_request(tmp_path: Path) -> None:
+    """A request takes in what it can in a moment; the rest, however little, comes behind it."""
+
+    class Slow(TableSource):
+        def changes(self, scope: Scope, since: int, fingerprint: str, limit: int) -> list[Change]:
+            time.sleep(0.1)
+            return super().changes(scope, since, fingerprint, limit)
+
+    bench = Bench(tmp_path / "index", Slow())
+    bench.source.put(numbered(clustered(140, WHOLE)))
+    assert 0 < len(bench.index()) < 140
+    assert len(bench.settle()) == 140
+    bench.corpora.close()
+
+
 def test_searching_goes_on_while_rows_change(bench: Bench) -> None:
     """Requests on several threads find what stays, whatever comes, goes and is written meanwhile; nothing fails."""
     stays = clustered(50, WHOLE, seed=1)

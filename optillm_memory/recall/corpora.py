@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _SCOPES_KEPT = 256
 _ROWS_KEPT = 500_000  # in memory, of all scopes; the least recently used go first
 _PATIENCE_S = 0.004  # a request waits so long for changes that another is taking in
+_PIECES, _WAITED_S = 8, 0.25  # in which a request takes changes in, and after which it takes in no more
 _AGAIN_S = 60.0  # after a file could not be written
 _TOLD = 64  # rows compared with the table when a file is opened
 Version = tuple[int, int]  # (generation, revision)
@@ -163,13 +164,18 @@ class Corpora:
 
     def _bring_up(self, corpus: _Corpus, index: ScopeIndex, version: Version) -> None:
         """Take in what has changed; the caller holds the lock."""
-        if self._read(corpus, index, self._limits.inline):
-            corpus.version = version
-            if index.is_due(self._limits):
-                self._build_behind(corpus)
-        else:  # too much for one request: the rest comes behind it
-            corpus.loading = True
-            self._loader.do(lambda: self._load_all(corpus))
+        until = time.monotonic() + _WAITED_S
+        piece = max(1, self._limits.inline // _PIECES)
+        for _ in range(_PIECES):
+            if self._read(corpus, index, piece):
+                corpus.version = version
+                if index.is_due(self._limits):
+                    self._build_behind(corpus)
+                return
+            if time.monotonic() > until:
+                break
+        corpus.loading = True  # too much for one request, or a slow disk: the rest comes behind it
+        self._loader.do(lambda: self._load_all(corpus))
 
     def _corpus(self, asked: Asked) -> _Corpus:
         with self._lock:
