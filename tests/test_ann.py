@@ -49,6 +49,17 @@ def test_codes_keep_cosines_to_five_digits(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(codes.scores(encoded.high[:0], encoded.scale[:0], wanted.high)) == 0
 
 
+@pytest.mark.parametrize("dimension", [1, 48, 96, 97, 384])
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 7, 4_097])
+def test_products_are_exact_for_any_number_of_rows(dimension: int, count: int) -> None:
+    """Short rows are taken together, what is left over by itself; also rows that do not lie side by side."""
+    random = np.random.default_rng(count)
+    rows = random.integers(-127, 128, size=(2 * count, dimension), dtype=np.int8)
+    query = random.integers(-127, 128, size=dimension, dtype=np.int8)
+    for some in (rows, rows[::2]):
+        np.testing.assert_array_equal(codes.products(some, query), some.astype(np.int64) @ query.astype(np.int64))
+
+
 @hypothesis_settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 90), st.booleans()), max_size=200), st.integers(0, 2**32 - 1), st.integers(0, 12)

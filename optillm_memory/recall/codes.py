@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 Vectors = NDArray[np.float32]
 Bytes = NDArray[np.int8]
 _STEPS = 127 * 256  # of the largest component: the high byte stays within one byte when it is rounded
+_ABREAST, _SHORT = 4, 96  # rows taken together where they have so many numbers at most
 _PLAIN_BLOCK = 2_048  # where numpy has to turn bytes into floats first
 
 
@@ -72,12 +73,23 @@ def scores(high: Bytes, scale: NDArray[np.float32], query: Bytes) -> NDArray[np.
 def products(rows: Bytes, query: Bytes) -> NDArray[Any]:
     """Return the product of each row with a query, exactly."""
     if (kernels := _kernels()) is not None and len(rows):
-        return np.asarray(kernels.dots_packed(rows, kernels.dots_pack(query[None], "int8")))[:, 0]
+        return _multiplied(kernels, rows, query)
     wide = query.astype(np.float32)
     found = np.empty(len(rows), dtype=np.float32)
     for start in range(0, len(rows), _PLAIN_BLOCK):
         found[start : start + _PLAIN_BLOCK] = rows[start : start + _PLAIN_BLOCK].astype(np.float32) @ wide
     return found
+
+
+def _multiplied(kernels: Any, rows: Bytes, query: Bytes) -> NDArray[Any]:
+    dimension, whole = len(query), len(rows) - len(rows) % _ABREAST
+    if dimension > _SHORT or not whole or not rows.flags.c_contiguous:
+        return np.asarray(kernels.dots_packed(rows, kernels.dots_pack(query[None], "int8")))[:, 0]
+    # Short rows take longer to come to than to multiply: several are one row, and the query stands at each one's place.
+    places = np.kron(np.eye(_ABREAST, dtype=np.int8), query)
+    together = rows[:whole].reshape(-1, _ABREAST * dimension)
+    found = np.asarray(kernels.dots_packed(together, kernels.dots_pack(places, "int8"))).reshape(-1)
+    return np.concatenate([found, _multiplied(kernels, rows[whole:], query)]) if whole < len(rows) else found
 
 
 @cache
