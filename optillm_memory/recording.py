@@ -19,7 +19,8 @@ from optillm_memory.recall.service import EncoderService
 from optillm_memory.records import Feedback, Step, Trace
 from optillm_memory.settings import Settings
 from optillm_memory.store.calls import ModelCall
-from optillm_memory.store.transaction import Transaction, key_hash
+from optillm_memory.store.rows import key_hash
+from optillm_memory.store.transaction import Transaction
 from optillm_memory.turn import Turn, answer_of, recorded_message, recorded_messages
 
 

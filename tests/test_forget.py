@@ -249,6 +249,25 @@ def test_a_memory_that_rests_on_other_traces_stays(memory: Memory) -> None:
 
 
 @BOTH
+def test_what_others_said_of_a_forgotten_memory_counts_when_it_is_learned_again(memory: Memory) -> None:
+    """The last success goes, a failure stays: it is no memory then, and no new one once another trace is right."""
+    taught = teach(memory, "what is the codename?", SECRET)
+    (known,) = [m for m in memory.store.list_memories(None) if m.answer == SECRET]
+    failed = ask(memory, "what is the codename?", SECRET)
+    assert tell(memory, failed, value=False).status == "applied"
+    forget(memory.store, Selection(trace_id=taught.trace_id))
+    assert known.memory_id not in {m.memory_id for m in memory.store.list_memories(None)}
+    assert memory.store.forgotten([known.memory_id]) == {known.memory_id}
+    assert same_as_rebuilt(memory)
+    for _ in range(2):
+        teach(memory, "what is the codename?", SECRET)
+    (again,) = [m for m in memory.store.list_memories(None) if m.answer == SECRET]
+    assert (again.memory_id, again.successes, again.failures) == (known.memory_id, 2, 1)
+    assert memory.store.forgotten([known.memory_id]) == set()
+    assert same_as_rebuilt(memory)
+
+
+@BOTH
 def test_a_fix_that_two_episodes_show_keeps_the_words_of_the_other(memory: Memory) -> None:
     """One of two episodes with the same fix is forgotten: what is left of the fix is what the other one shows."""
     one, two = agent_episode(memory, "requests", ask="first"), agent_episode(memory, "requests", ask="second")

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,10 +23,11 @@ from optillm_memory import Memory, Settings, StoreError, StoreTooNew
 from optillm_memory.learn import fold
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.settings import shown
+from optillm_memory.store import postgres_schema
 from optillm_memory.store.base import Store
 from optillm_memory.store.opening import open_store
 from optillm_memory.store.postgres_connection import PostgresConnection
-from optillm_memory.store.transaction import key_hash
+from optillm_memory.store.rows import key_hash
 
 T = TypeVar("T")
 FORK = multiprocessing.get_context("spawn")
@@ -88,6 +90,41 @@ def test_a_newer_schema_is_refused(url: str) -> None:
         connection.execute("INSERT INTO agent_memory.migrations(name) VALUES ('p999_later')")
     with pytest.raises(StoreTooNew, match="p999_later"):
         opened_at(url)
+
+
+def test_an_earlier_schema_comes_up_to_date(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database of the first release keeps what was said of its memories, also of what was never right."""
+    with monkeypatch.context() as patch:
+        patch.setattr(postgres_schema, "_MIGRATIONS", dict(list(postgres_schema._MIGRATIONS.items())[:1]))
+        with closing(PostgresConnection(url)) as old:
+            postgres_schema.migrate(old, url)
+    newest = opened_at(url)
+    assert newest.fault == ""
+    right, wrong = verified(newest, "restart the server"), add(newest, trace("stop the server", "rm"))
+    say(newest, feedback(value=False, trace_id=wrong.trace_id))
+    before = rebuilt(newest)
+    newest.close()
+    with psycopg.connect(url, autocommit=True, options="-c search_path=agent_memory,public") as db:
+        said = db.execute("SELECT memory_id, trace_id, role, success, verified, contributions.answer "
+                          "FROM contributions JOIN memories USING (number)").fetchall()  # fmt: skip
+        assert sorted(row[1] for row in said) == sorted([right.trace_id, wrong.trace_id])
+        db.execute("DELETE FROM memories WHERE status = 'unfounded'")
+        db.execute("DROP TABLE contributions")
+        columns = postgres_schema._CONTRIBUTIONS.replace("#TEXT", postgres_schema._TEXT)
+        db.execute(f"CREATE TABLE contributions({columns})")
+        db.execute("CREATE INDEX contributions_trace ON contributions(trace_id)")
+        with db.cursor() as cursor:
+            cursor.executemany("INSERT INTO contributions VALUES (%s, %s, %s, %s, %s, %s)", said)
+        db.execute("DELETE FROM migrations WHERE name <> 'p001_tables'")
+    again = opened_at(url)
+    try:
+        assert comparable(again) == before == rebuilt(again)
+        more = add(again, trace("stop the server", "rm", episode_id="more"))
+        say(again, feedback(trace_id=more.trace_id, feedback_id="fb-more"))
+        (memory,) = [m for m in again.list_memories(None) if m.answer == "rm"]
+        assert (memory.successes, memory.failures) == (1, 1)
+    finally:
+        again.close()
 
 
 def test_several_processes_may_open_a_new_database_at_once(url: str) -> None:

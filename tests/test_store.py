@@ -23,8 +23,9 @@ from optillm_memory.recall.recaller import Source
 from optillm_memory.records import Injected, Placement, Step, Trace
 from optillm_memory.store.base import Store
 from optillm_memory.store.opening import open_store
+from optillm_memory.store.rows import key_hash
 from optillm_memory.store.sqlite import SqliteStore
-from optillm_memory.store.transaction import PENDING_S, Transaction, key_hash
+from optillm_memory.store.transaction import PENDING_S, Transaction
 
 Opener = Callable[..., Store]
 OTHERS = [Scope("b"), Scope("local", "other"), Scope("local", user_id="u"), Scope("local", agent_id="a")]
@@ -299,6 +300,39 @@ def test_own_episode_is_no_evidence(store: Store) -> None:
     more = add(store, trace(episode_id="second"))
     say(store, feedback(trace_id=more.trace_id))
     assert store.of_episode_alone(SCOPE, [memory.memory_id], own) == set()
+
+
+def test_an_answer_that_was_never_right_is_no_memory(store: Store) -> None:
+    """It is not listed, counted or searched; its failures count once another trace gives it and is right."""
+    wrong = add(store, trace())
+    say(store, feedback(value=False, trace_id=wrong.trace_id))
+    assert store.list_memories(None) == []
+    assert (store.stats()["memories"], store.stats()["memories_by_kind"]) == (0, {})
+    assert [c.vector for c in store.changes(SCOPE, 0, "f", 10)] in ([], [None])
+    assert store.lexical(SCOPE, ["list", "files"], 5, alone=True) == []
+    for number, state in ((1, "quarantined"), (2, "verified")):
+        right = add(store, trace(episode_id=f"right-{number}"))
+        say(store, feedback(trace_id=right.trace_id, feedback_id=f"fb-right-{number}"))
+        (memory,) = store.list_memories(None)
+        assert (memory.status, memory.successes, memory.failures) == (state, number, 1)
+    assert store.lexical(SCOPE, ["list", "files"], 5, alone=True)
+    before = store.derived()
+    store.write(fold.rebuild).result(30)
+    assert store.derived() == before
+
+
+@pytest.mark.parametrize("demonstrated", ["ls", "ls -la"])
+def test_a_memory_made_by_one_trace_is_what_a_rebuild_makes_of_it(store: Store, demonstrated: str) -> None:
+    """What its first trace says of a memory is reckoned without reading it again: right, wrong, shown, used."""
+    made = add(store, trace(), injected=[Injected("mem-unknown", "exemplar", 0.5, 9)])
+    shown = feedback(demonstrated, trace_id=made.trace_id, metric="demonstration", source="human", feedback_id="shown")
+    say(store, shown)
+    say(store, feedback(value=demonstrated == "ls", trace_id=made.trace_id))
+    (memory,) = store.list_memories(None)
+    assert (memory.answer, memory.status, memory.successes) == (demonstrated, "verified", 1)
+    before = store.derived()
+    store.write(fold.rebuild).result(30)
+    assert store.derived() == before
 
 
 # -- the writer ------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ from optillm_memory.settings import is_url
 from optillm_memory.store.base import Store
 from optillm_memory.store.opening import open_store
 from optillm_memory.store.postgres_schema import drop
-from optillm_memory.store.transaction import Transaction, key_hash
+from optillm_memory.store.rows import key_hash
+from optillm_memory.store.transaction import Transaction
 
 NEAREST, QUERIES, WARM = 10, 400, 20
 ENCODER_S = 0.004  # an encoder's time for a short text on a quick machine

@@ -145,20 +145,21 @@ class Store(EpisodeReads, WordReads, ProposalReads, DecisionReads, FixReads, For
         with self._readers.borrow() as db:
             scope_id = rows.known_scope(db, scope)
             found = db.execute(
-                "SELECT DISTINCT memory_id FROM traces CROSS JOIN contributions USING (trace_id) "
-                "WHERE scope_id = ? AND episode_id = ? AND role = 'evidence' AND success",
+                "SELECT DISTINCT memory_id, number FROM traces CROSS JOIN contributions USING (trace_id) "
+                "CROSS JOIN memories USING (number) WHERE traces.scope_id = ? AND episode_id = ? AND role = 'evidence' "
+                "AND success",
                 (scope_id, episode_id),
             ).fetchall()
-            own = [row[0] for row in found if row[0] in set(memory_ids)]
+            own = {number: memory_id for memory_id, number in found if memory_id in set(memory_ids)}
             if not own:
                 return set()
             shared = db.execute(
-                f"SELECT DISTINCT memory_id FROM contributions CROSS JOIN traces USING (trace_id) "
-                f"WHERE memory_id IN ({marks(own)}) AND role = 'evidence' AND success "
+                f"SELECT DISTINCT number FROM contributions CROSS JOIN traces USING (trace_id) "
+                f"WHERE number IN ({marks(own)}) AND role = 'evidence' AND success "
                 "AND NOT (scope_id = ? AND episode_id = ?)",
                 (*own, scope_id, episode_id),
             ).fetchall()
-        return set(own) - {row[0] for row in shared}
+        return set(own.values()) - {own[row[0]] for row in shared}
 
     # -- a request's episode -----------------------------------------------------------------------
 
@@ -250,7 +251,7 @@ class Store(EpisodeReads, WordReads, ProposalReads, DecisionReads, FixReads, For
             found = db.execute(
                 f"{rows.SELECT_MEMORY} WHERE (CAST(? AS TEXT) IS NULL OR tenant = ?) "
                 "AND (CAST(? AS TEXT) IS NULL OR memory_id = ?) "
-                "AND status <> 'forgotten' ORDER BY created_at DESC, memory_id LIMIT ?",
+                f"AND status NOT IN {rows.UNSEEN} ORDER BY created_at DESC, memory_id LIMIT ?",
                 (tenant, tenant, memory_id, memory_id, limit),
             ).fetchall()
         return [rows.memory_of(row) for row in found]
@@ -270,14 +271,12 @@ class Store(EpisodeReads, WordReads, ProposalReads, DecisionReads, FixReads, For
             }
             actions = dict(db.execute("SELECT action, count(*) FROM traces GROUP BY action"))
             kinds = dict(
-                db.execute(
-                    "SELECT kind, count(*) FROM memories WHERE status NOT IN ('withdrawn', 'forgotten') GROUP BY kind"
-                )
+                db.execute(f"SELECT kind, count(*) FROM memories WHERE status NOT IN {rows.NO_MEMORY} GROUP BY kind")
             )
             extra = int(db.execute("SELECT coalesce(sum(extra_calls), 0) FROM traces").fetchone()[0])
             outcomes = dict(db.execute("SELECT verdict, count(*) FROM outcomes GROUP BY verdict"))
             statuses = dict(
-                db.execute("SELECT status, count(*) FROM memories WHERE status <> 'forgotten' GROUP BY status")
+                db.execute(f"SELECT status, count(*) FROM memories WHERE status NOT IN {rows.UNSEEN} GROUP BY status")
             )
         return {
             **counts, "memories": sum(statuses.values()), "memories_by_status": statuses, "memories_by_kind": kinds,
@@ -292,7 +291,7 @@ class Store(EpisodeReads, WordReads, ProposalReads, DecisionReads, FixReads, For
             memories = db.execute(
                 "SELECT memory_id, scope_id, status, task, answer, frame, successes, failures, "
                 "used_successes, used_failures, created_at FROM memories "
-                "WHERE status NOT IN ('withdrawn', 'forgotten') ORDER BY memory_id"
+                f"WHERE status NOT IN {rows.NO_MEMORY} ORDER BY memory_id"
             ).fetchall()
             outcomes = db.execute("SELECT * FROM outcomes ORDER BY trace_id").fetchall()
             fixes = db.execute("SELECT * FROM fix_evidence ORDER BY memory_id, episode_id, step_id, role").fetchall()

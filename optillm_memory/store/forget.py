@@ -139,7 +139,9 @@ class ForgetTables:
     def _named_by(self, traces: Sequence[Trace]) -> list[str]:
         """Return the ids of all exemplars that these traces have, or once had, anything to do with."""
         condition, values = _in("trace_id", [t.trace_id for t in traces])
-        found = self._db.execute(f"SELECT DISTINCT memory_id FROM contributions WHERE {condition}", values).fetchall()
+        found = self._db.execute(
+            f"SELECT DISTINCT memory_id FROM contributions JOIN memories USING (number) WHERE {condition}", values
+        ).fetchall()
         named = {row[0] for row in found}
         for trace in traces:  # feedback that was retracted has left no trace but itself
             said = self._db.execute(
@@ -236,10 +238,14 @@ class ForgetTables:
             fold.relearn_steps(self._log, scope, episode_id)
 
     def _scrub(self, memory_ids: Sequence[str], now: float) -> None:
-        """Empty the memories among these that nothing stands for any more, and note that they are gone."""
+        """Empty the memories among these that nothing stands for any more, and note that they are gone.
+
+        A row that others' traces still say something of keeps its id: should it be learned again, that counts.
+        """
         condition, values = _in("memory_id", memory_ids)
         standing = self._db.execute(
-            f"SELECT memory_id FROM memories WHERE {condition} AND (kind = 'exemplar' AND status <> 'withdrawn' "
+            f"SELECT memory_id FROM memories WHERE {condition} "
+            f"AND (kind = 'exemplar' AND status NOT IN {rows.NO_MEMORY} "
             "OR EXISTS (SELECT 1 FROM fixes WHERE fixes.memory_id = memories.memory_id))",
             values,
         ).fetchall()
@@ -249,9 +255,10 @@ class ForgetTables:
                          "ON CONFLICT (memory_id) DO UPDATE SET at = excluded.at",
                          (now, *values, now, *values, now, *values))  # fmt: skip
         self._db.execute(
-            "UPDATE memories SET memory_id = 'forgotten-' || CAST(number AS TEXT), status = 'forgotten', task = '', "
-            "answer = '', frame = '', key_hash = '', successes = 0, failures = 0, used_successes = 0, "
-            f"used_failures = 0, revision = ? WHERE {condition}",
+            f"UPDATE memories SET memory_id = CASE WHEN {_SPOKEN_OF} THEN memory_id "
+            f"ELSE 'forgotten-' || CAST(number AS TEXT) END, status = CASE WHEN {_SPOKEN_OF} THEN 'unfounded' "
+            "ELSE 'forgotten' END, task = '', answer = '', frame = '', key_hash = '', successes = 0, failures = 0, "
+            f"used_successes = 0, used_failures = 0, revision = ? WHERE {condition}",
             (self._next("revision"), *values),
         )
 
@@ -273,14 +280,15 @@ _GONE = f"memory_id IN ({rows.FORGOTTEN})"
 _GONE_INSIDE = f"trace_id IN (SELECT trace_id FROM injections WHERE {_GONE})"
 _COPIED = f"""
     SELECT trace_id FROM injections WHERE {_GONE} UNION SELECT trace_id FROM proposals WHERE {_GONE} LIMIT ?"""
+_SPOKEN_OF = "EXISTS (SELECT 1 FROM contributions WHERE contributions.number = memories.number)"
 # Of what was never a memory nothing needs to be noted.
 _KNOWN = """
-    SELECT memory_id, ? AS at FROM memories WHERE {0} UNION SELECT memory_id, ? FROM injections WHERE {0}
-    UNION SELECT memory_id, ? FROM proposals WHERE {0}"""
-_EMPTY_SCOPE = """
+    SELECT memory_id, ? AS at FROM memories WHERE {0} AND status <> 'unfounded'
+    UNION SELECT memory_id, ? FROM injections WHERE {0} UNION SELECT memory_id, ? FROM proposals WHERE {0}"""
+_EMPTY_SCOPE = f"""
     NOT EXISTS (SELECT 1 FROM traces WHERE traces.scope_id = scopes.id)
     AND NOT EXISTS (SELECT 1 FROM memories WHERE memories.scope_id = scopes.id
-                    AND status NOT IN ('withdrawn', 'forgotten'))
+                    AND status NOT IN {rows.NO_MEMORY})
     AND id NOT IN (SELECT scope_id FROM feedback WHERE scope_id IS NOT NULL)"""
 _STANDING = "status IN ('verified', 'quarantined', 'retired')"
 _ENOUGH = 10  # successes without a failure: a memory stands on the latest as well
@@ -289,7 +297,7 @@ _HERE = "traces.scope_id = ? AND traces.episode_id = ?"
 # 1 its outcome is known, 0 nothing is known of it; and when it ended.
 _WORTH = f"""
     SELECT CASE
-        WHEN EXISTS (SELECT 1 FROM traces CROSS JOIN contributions USING (trace_id) JOIN memories USING (memory_id)
+        WHEN EXISTS (SELECT 1 FROM traces CROSS JOIN contributions USING (trace_id) JOIN memories USING (number)
             WHERE {_HERE} AND role = 'evidence' AND verified AND {_STANDING}
             AND NOT (failures = 0 AND successes > {_ENOUGH}))
         OR EXISTS (SELECT 1 FROM fix_evidence JOIN memories USING (memory_id)

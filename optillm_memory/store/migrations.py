@@ -63,6 +63,13 @@ def m006_forgotten(db: Database) -> None:
         db.execute(statement)
 
 
+@migrations()
+def m007_contributions_by_number(db: Database) -> None:
+    """Order contributions by their memory's number: in a tree ordered by hash each took a page of its own."""
+    for statement in _M007:
+        db.execute(statement)
+
+
 _NUMBERED = re.compile(r"m\d{3}_")
 _M001 = (
     "CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID",
@@ -212,4 +219,26 @@ _M006 = (
     "CREATE TABLE forgotten(memory_id TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID",
     "CREATE INDEX injections_memory ON injections(memory_id)",
     "UPDATE memories SET task = '', answer = '', frame = '', key_hash = '' WHERE status = 'withdrawn'",
+)
+# What is said of a memory that was never right, or not any more, needs a number, too.
+NUMBER_ALL = """
+    INSERT INTO memories(memory_id, scope_id, kind, status, task, answer, frame, key_hash, successes, failures,
+    used_successes, used_failures, created_at, revision)
+    SELECT memory_id, min(scope_id), 'exemplar', 'unfounded', '', '', '', '', 0, 0, 0, 0, 0, 0
+    FROM contributions JOIN traces USING (trace_id)
+    WHERE memory_id NOT IN (SELECT memory_id FROM memories) GROUP BY memory_id"""
+BY_NUMBER = (
+    """INSERT INTO contributions_by_number(number, trace_id, role, success, verified, answer)
+        SELECT number, trace_id, role, success, verified, contributions.answer
+        FROM contributions JOIN memories USING (memory_id) ORDER BY number, trace_id, role""",
+    "DROP TABLE contributions",
+    "ALTER TABLE contributions_by_number RENAME TO contributions",
+    "CREATE INDEX contributions_trace ON contributions(trace_id)",
+)
+_M007 = (
+    NUMBER_ALL,
+    """CREATE TABLE contributions_by_number(
+        number INTEGER NOT NULL, trace_id TEXT NOT NULL, role TEXT NOT NULL, success INTEGER NOT NULL,
+        verified INTEGER NOT NULL, answer TEXT, PRIMARY KEY(number, trace_id, role)) WITHOUT ROWID""",
+    *BY_NUMBER,
 )

@@ -79,23 +79,23 @@ class ProposalReads:
                 f"AND number IN ({marks(wanted)})",
                 (rows.known_scope(db, scope), *wanted),
             ).fetchall()
-            ids = [row[1] for row in found]
-            named = f"memory_id IN ({marks(ids)})"
-            origins: dict[str, list[tuple[str, str, str]]] = {}
-            right: dict[str, str] = {}
-            for memory_id, partition, first, last, latest in db.execute(
-                "SELECT memory_id, partition, min(episode_id), max(episode_id), max(trace_id) FROM contributions "
-                f"CROSS JOIN traces USING (trace_id) WHERE {named} AND role = 'evidence' AND success AND verified "
-                "GROUP BY memory_id, partition",
-                ids,
+            asked, ids = [row[0] for row in found], [row[1] for row in found]
+            numbered, named = f"number IN ({marks(asked)})", f"memory_id IN ({marks(ids)})"
+            origins: dict[int, list[tuple[str, str, str]]] = {}
+            right: dict[int, str] = {}
+            for number, partition, first, last, latest in db.execute(
+                "SELECT number, partition, min(episode_id), max(episode_id), max(trace_id) FROM contributions "
+                f"CROSS JOIN traces USING (trace_id) WHERE {numbered} AND role = 'evidence' AND success AND verified "
+                "GROUP BY number, partition",
+                asked,
             ):
-                origins.setdefault(memory_id, []).append((partition, first, last))
-                right[memory_id] = max(right.get(memory_id, ""), latest)
+                origins.setdefault(number, []).append((partition, first, last))
+                right[number] = max(right.get(number, ""), latest)
             wrong = dict(
                 db.execute(
-                    f"SELECT memory_id, max(trace_id) FROM contributions WHERE {named} AND role = 'evidence' "
-                    "AND NOT success AND verified GROUP BY memory_id",
-                    ids,
+                    f"SELECT number, max(trace_id) FROM contributions WHERE {numbered} AND role = 'evidence' "
+                    "AND NOT success AND verified GROUP BY number",
+                    asked,
                 )
             )
             misled = dict(
@@ -108,9 +108,9 @@ class ProposalReads:
         return {
             row[0]: Exemplar(
                 rows.memory_of(row),
-                tuple(origins.get(row[1], ())),
-                failed=wrong.get(row[1], "") > right.get(row[1], ""),
-                quarantined=misled.get(row[1], "") > right.get(row[1], ""),
+                tuple(origins.get(row[0], ())),
+                failed=wrong.get(row[0], "") > right.get(row[0], ""),
+                quarantined=misled.get(row[1], "") > right.get(row[0], ""),
             )
             for row in found
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
 from typing import Any
@@ -29,9 +30,10 @@ INSERT_TRACE = (
 
 FEEDBACK_COLUMNS = "feedback_id, retracts, trace_id, episode_id, metric, value, source, evidence, occurred_at"
 SELECT_FEEDBACK = f"SELECT {FEEDBACK_COLUMNS} FROM feedback"
-# The trace's own tenant and the operator (the empty tenant) may speak of it.
-STANDING = """NOT retracts AND tenant IN ('', ?) AND received_at >= ? AND NOT EXISTS (
-    SELECT 1 FROM feedback AS r WHERE r.tenant = feedback.tenant AND r.feedback_id = feedback.feedback_id
+# The trace's own tenant and the operator (the empty tenant) may speak of it. Retractions are counted, for PostgreSQL
+# takes NOT EXISTS as a join, and reads all of them.
+STANDING = """NOT retracts AND tenant IN ('', ?) AND received_at >= ? AND 0 = (
+    SELECT count(*) FROM feedback AS r WHERE r.tenant = feedback.tenant AND r.feedback_id = feedback.feedback_id
     AND r.retracts)"""
 INSERT_FEEDBACK = (
     "INSERT INTO feedback(tenant, feedback_id, retracts, scope_id, trace_id, episode_id, metric, value, source, "
@@ -43,11 +45,22 @@ _MEMORY_VALUES = (
     "used_successes = ?, used_failures = ?, created_at = ?, revision = ?"
 )
 INSERT_MEMORY = (
-    "INSERT INTO memories(memory_id, kind, scope_id, status, task, answer, frame, key_hash, successes, failures, "
-    "used_successes, used_failures, created_at, revision) "
-    "VALUES (?, 'exemplar', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "INSERT INTO memories(number, memory_id, kind, scope_id, status, task, answer, frame, key_hash, successes, "
+    "failures, used_successes, used_failures, created_at, revision) "
+    "VALUES (?, ?, 'exemplar', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 UPDATE_MEMORY = f"UPDATE memories SET {_MEMORY_VALUES} WHERE number = ?"
+WITHDRAW = (
+    "UPDATE memories SET status = CASE status WHEN 'unfounded' THEN status ELSE 'withdrawn' END, task = '', "
+    "answer = '', frame = '', key_hash = '', revision = ? WHERE number = ?"
+)
+# Rows of memories that are gone, and of what is not to be told because it was forgotten, or never was a memory.
+NO_MEMORY, UNSEEN = "('withdrawn', 'forgotten', 'unfounded')", "('forgotten', 'unfounded')"
+# A memory's number, and whether its uplift was ever measured.
+KNOWN = """
+    SELECT (SELECT number FROM memories WHERE memory_id = ?), EXISTS (SELECT 1 FROM exposures WHERE memory_id = ?)"""
+# The memories that a trace taught something of.
+TAUGHT = "SELECT DISTINCT memory_id, number FROM contributions JOIN memories USING (number) WHERE trace_id = ?"
 SELECT_MEMORY = (
     "SELECT number, memory_id, kind, status, tenant, namespace, user_id, agent_id, task, answer, frame, successes, "
     "failures, used_successes, used_failures, created_at FROM memories JOIN scopes ON scopes.id = scope_id"
@@ -60,9 +73,8 @@ TALLY = """
            count(*) FILTER (WHERE role = 'evidence' AND success),
            count(*) FILTER (WHERE role = 'use' AND verified AND success),
            count(*) FILTER (WHERE role = 'use' AND verified AND NOT success),
-           (SELECT number FROM memories WHERE memory_id = ?), (SELECT status FROM memories WHERE memory_id = ?),
-           EXISTS (SELECT 1 FROM exposures WHERE memory_id = ?)
-    FROM contributions WHERE memory_id = ?"""
+           (SELECT status FROM memories WHERE number = ?), EXISTS (SELECT 1 FROM exposures WHERE memory_id = ?)
+    FROM contributions WHERE number = ?"""
 # What is said of fixes: verified and inferred successes and failures.
 TALLIES_BY_FIX = """
     SELECT memory_id, environment, count(*) FILTER (WHERE verified AND success),
@@ -70,13 +82,18 @@ TALLIES_BY_FIX = """
            count(*) FILTER (WHERE NOT verified AND NOT success) FROM fix_evidence WHERE TRUE"""
 FIRST_EVIDENCE = """
     SELECT scope_id, task, frame, key_hash, created_at, contributions.answer
-    FROM contributions JOIN traces USING (trace_id) WHERE memory_id = ? AND role = 'evidence' AND success
+    FROM contributions JOIN traces USING (trace_id) WHERE number = ? AND role = 'evidence' AND success
     ORDER BY created_at, trace_id LIMIT 1"""
 
 # Memories that were forgotten and not learned again.
 FORGOTTEN = """
     SELECT memory_id FROM forgotten WHERE NOT EXISTS (
-        SELECT 1 FROM memories WHERE memories.memory_id = forgotten.memory_id)"""
+        SELECT 1 FROM memories WHERE memories.memory_id = forgotten.memory_id AND status <> 'unfounded')"""
+
+
+def key_hash(task: str) -> str:
+    """Return the id under which the vector of a task's key is kept."""
+    return hashlib.blake2b(key_of(task).encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 
 def known_scope(db: sqlite3.Connection, scope: Scope) -> int:

@@ -155,7 +155,8 @@ class ForgetReads:
         return [p for p in placements if not any(item.memory_id in gone for item in p.items)]
 
 
-_RESTS_ON = "traces.trace_id IN (SELECT trace_id FROM contributions WHERE memory_id = ? AND role = 'evidence')"
+_RESTS_ON = """traces.trace_id IN (SELECT trace_id FROM contributions JOIN memories USING (number)
+    WHERE memory_id = ? AND role = 'evidence')"""
 _RESTS_ON_FIX = """EXISTS (SELECT 1 FROM fix_evidence WHERE memory_id = ? AND role <> 'followed'
     AND fix_evidence.scope_id = traces.scope_id AND fix_evidence.episode_id = traces.episode_id)"""
 _TARGETLESS = """NOT EXISTS (SELECT 1 FROM traces WHERE traces.trace_id = feedback.trace_id)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from optillm_memory.conversation.parse import key_of
 from optillm_memory.errors import InvalidField
-from optillm_memory.learn import exemplars
 from optillm_memory.learn.attempts import environment_of
-from optillm_memory.learn.exemplars import Learned
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.records import Feedback, FeedbackStatus, Injected, Placement, Scope, Trace, Verdict
 from optillm_memory.store import rows
@@ -19,6 +15,7 @@ from optillm_memory.store.calls import CallTables
 from optillm_memory.store.connection import Connection
 from optillm_memory.store.decisions import DecisionTables
 from optillm_memory.store.evidence import ExposureTables
+from optillm_memory.store.exemplars import ExemplarTables
 from optillm_memory.store.forget import ForgetTables
 from optillm_memory.store.proposals import ProposalTables
 from optillm_memory.store.steps import StepTables
@@ -35,12 +32,9 @@ _SAID = f"""
 _VISIBLE = "SELECT trace_id FROM traces JOIN scopes ON scopes.id = scope_id WHERE ? IN ('', tenant) AND"
 
 
-def key_hash(task: str) -> str:
-    """Return the id under which the vector of a task's key is kept."""
-    return hashlib.blake2b(key_of(task).encode("utf-8", "replace"), digest_size=16).hexdigest()
-
-
-class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, CallTables, ForgetTables, VectorTables):
+class Transaction(
+    ExposureTables, ExemplarTables, StepTables, ProposalTables, DecisionTables, CallTables, ForgetTables, VectorTables
+):
     """The operations of one commit on the writing connection; satisfies `learn.fold.Log`."""
 
     def __init__(self, connection: Connection, normal: Callable[[str], str] = normal_answer) -> None:
@@ -76,7 +70,7 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
         """Append a trace with its prefixes, ledger entries and what was injected or withheld; False if there."""
         scope_id = self.scope_id(trace.scope)
         inserted = self._db.execute(
-            rows.INSERT_TRACE, (*rows.trace_values(trace, scope_id), key_hash(trace.task))
+            rows.INSERT_TRACE, (*rows.trace_values(trace, scope_id), rows.key_hash(trace.task))
         ).rowcount
         if not inserted:
             return False
@@ -85,7 +79,7 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
             "ON CONFLICT (scope_id, hash) DO UPDATE SET episode_id = excluded.episode_id, trace_id = excluded.trace_id",
             [(scope_id, prefix, trace.episode_id, trace.trace_id) for prefix in prefixes],
         )
-        self._db.executemany(
+        self._put_many(
             "INSERT INTO ledger VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
             [
                 (
@@ -95,7 +89,7 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
                 for p in placements
             ],
         )  # fmt: skip
-        self._db.executemany(
+        self._put_many(
             "INSERT INTO injections(trace_id, memory_id, kind, score, tokens, suggestion, withheld) "
             "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
             [
@@ -105,6 +99,10 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
             ],
         )
         return True
+
+    def _put_many(self, sql: str, values: Sequence[tuple[Any, ...]]) -> None:
+        if values:  # often there is nothing to put
+            self._db.executemany(sql, values)
 
     def add_feedback(
         self, tenant: str, scope_id: int | None, feedback: Feedback, received_at: float
@@ -258,40 +256,6 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
 
     # -- what the fold writes ----------------------------------------------------------------------
 
-    def put_learned(self, trace: Trace, learned: Learned) -> None:
-        """Replace what this trace taught before, and bring every memory it touches up to date."""
-        touched = {
-            row[0]
-            for row in self._db.execute("SELECT memory_id FROM contributions WHERE trace_id = ?", (trace.trace_id,))
-        }
-        if touched:
-            self._db.execute("DELETE FROM contributions WHERE trace_id = ?", (trace.trace_id,))
-        contributions: list[tuple[Any, ...]] = [
-            (e.memory_id, trace.trace_id, "evidence", int(e.success), int(e.verified), e.answer)
-            for e in learned.evidence
-        ]
-        result = learned.outcome
-        if result.verdict == "unknown":
-            self._db.execute("DELETE FROM outcomes WHERE trace_id = ?", (trace.trace_id,))
-        else:
-            self._db.execute(
-                "INSERT INTO outcomes VALUES (?, ?, ?) ON CONFLICT (trace_id) DO UPDATE SET "
-                "verdict = excluded.verdict, verified = excluded.verified",
-                (trace.trace_id, result.verdict, int(result.verified)),
-            )
-            used = self._db.execute(
-                "SELECT memory_id FROM injections WHERE trace_id = ? AND kind = 'exemplar' AND NOT withheld",
-                (trace.trace_id,),
-            )
-            success, verified = int(result.verdict == "success"), int(result.verified)
-            contributions += [(row[0], trace.trace_id, "use", success, verified, None) for row in used.fetchall()]
-        self._db.executemany("INSERT INTO contributions VALUES (?, ?, ?, ?, ?, ?)", contributions)
-        touched |= {c[0] for c in contributions}
-        if touched:
-            revision = self._next("revision")
-            for memory_id in sorted(touched):
-                self._refresh_memory(memory_id, revision)
-
     def weigh(self, scope: Scope, episode_id: str) -> None:
         """Bring up to date what an episode says of its memories' uplift, and whether they are retired."""
         scope_id = self.scope_id(scope)
@@ -302,43 +266,6 @@ class Transaction(ExposureTables, StepTables, ProposalTables, DecisionTables, Ca
                     self._refresh_fix(scope_id, memory_id, revision)
                 else:
                     self._refresh_memory(memory_id, revision)
-
-    def _refresh_memory(self, memory_id: str, revision: int) -> None:
-        right, wrong, any_right, used_right, used_wrong, number, before, exposed = self._db.execute(
-            rows.TALLY, (memory_id,) * 4
-        ).fetchone()
-        state = exemplars.status(right, wrong, any_right)
-        if state == "verified" and exposed and self.is_retired(memory_id):
-            state = "retired"
-        first = self._db.execute(rows.FIRST_EVIDENCE, (memory_id,)).fetchone()
-        if first is None:  # nothing (any more) says that it is right
-            if number is not None:
-                self._db.execute(
-                    "UPDATE memories SET status = 'withdrawn', task = '', answer = '', frame = '', key_hash = '', "
-                    "revision = ? WHERE number = ?",
-                    (revision, number),
-                )
-                self._db.execute("DELETE FROM memories_fts WHERE rowid = ?", (number,))
-            return
-        scope_id, task, frame, task_key, created_at, answer = first
-        values = (
-            scope_id, state, task, answer, frame, task_key, right, wrong, used_right, used_wrong, created_at, revision,
-        )  # fmt: skip
-        if number is None:
-            number = self._insert_memory((memory_id, *values))
-        else:
-            self._db.execute(rows.UPDATE_MEMORY, (*values, number))
-        searchable = state == "verified"
-        if searchable and before != "verified":
-            self._db.execute(
-                "INSERT INTO memories_fts(rowid, words) VALUES (?, ?)", (number, rows.scoped_words(scope_id, task))
-            )
-        elif not searchable and before == "verified":
-            self._db.execute("DELETE FROM memories_fts WHERE rowid = ?", (number,))
-
-    def _insert_memory(self, values: tuple[Any, ...]) -> int:
-        # Not RETURNING: SQLite takes five times as long for it.
-        return int(self._db.execute(rows.INSERT_MEMORY, values).lastrowid or 0)
 
     # -- caches and upkeep -------------------------------------------------------------------------
 

@@ -241,7 +241,7 @@ ORPHANS: dict[str, tuple[str, str]] = {
     "prefixes": (f"trace_id IS NOT NULL AND {_NO_TRACE.format('prefixes')}", _MEND),
     "ledger": (_NO_EPISODE.format("ledger"), _MEND),
     "feedback": (f"scope_id IS NOT NULL AND {_NO_SCOPE.format('feedback')}", _MEND),
-    "memories": (f"status NOT IN ('withdrawn', 'forgotten') AND {_NO_SCOPE.format('memories')}", REBUILD),
+    "memories": (f"status NOT IN {rows.NO_MEMORY} AND {_NO_SCOPE.format('memories')}", REBUILD),
     **{name: (_NO_TRACE.format(name), REBUILD) for name in ("outcomes", "contributions", "fix_evidence")},
     "labels": ("NOT EXISTS (SELECT 1 FROM proposals WHERE proposals.trace_id = labels.trace_id)", _MEND),
     "rewards": ("NOT EXISTS (SELECT 1 FROM decisions WHERE decisions.trace_id = rewards.trace_id)", REBUILD),
@@ -258,8 +258,8 @@ ORPHANS: dict[str, tuple[str, str]] = {
 _DERIVED = {
     "evidence": (
         (
-            "SELECT count(*) FROM memories WHERE status NOT IN ('withdrawn', 'forgotten') "
-            "AND NOT EXISTS (SELECT 1 FROM contributions WHERE contributions.memory_id = memories.memory_id "
+            f"SELECT count(*) FROM memories WHERE status NOT IN {rows.NO_MEMORY} "
+            "AND NOT EXISTS (SELECT 1 FROM contributions WHERE contributions.number = memories.number "
             "AND role = 'evidence' AND success) "
             "AND NOT EXISTS (SELECT 1 FROM fixes WHERE fixes.memory_id = memories.memory_id)"
         ),
