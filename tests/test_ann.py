@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +18,16 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from vectors import FINGERPRINT, TableSource, Vectors, clustered, unit
 
-from optillm_memory import Scope
+from optillm_memory import MemoryRecord, Scope
 from optillm_memory.conversation.options import Options
 from optillm_memory.recall import ann, build, codes
+from optillm_memory.recall import index as index_module
 from optillm_memory.recall.ann import Base, Draft, Header
 from optillm_memory.recall.corpora import Asked, Corpora
 from optillm_memory.recall.corpus import Batch, Change, Limits, ScopeIndex, header_for, without
 from optillm_memory.recall.index import VectorIndex, Wanted, highest, reach
 from optillm_memory.recall.recaller import Recaller
+from optillm_memory.store import index_files
 from optillm_memory.store.index_files import IndexFiles, folder_of
 
 SCOPE = Scope("local")
@@ -194,6 +198,50 @@ def test_rows_of_the_file_keep_their_lists_until_they_are_half_as_many_again(tmp
         assert recall_at_10(written, vectors[:size], vectors[:50]) >= 0.97
 
 
+@pytest.mark.parametrize("count", [397, 398, 399, 400])
+def test_rows_that_are_gone_are_not_found_beside_others_of_their_group(tmp_path: Path, count: int) -> None:
+    """Rows are read in groups across lists: neither the neighbours of a gone row nor the file's end are mistaken."""
+    vectors = clustered(count, WHOLE)
+    base, header = write_file(IndexFiles(tmp_path), vectors)
+    assert header.full >= count  # every row is looked at in full: then with only some of them
+    random = np.random.default_rng(count)
+    dropped = random.permutation(count)[: count // 2] + 1
+    for full in (count, 100):
+        base.header = header.__class__(**{**asdict(header), "full": full, "probes": header.lists})
+        gone = base.all_there()
+        gone[base.rows_of(dropped)] = True
+        for query in (*vectors[:20], *vectors[-20:]):
+            found = base.search(Wanted.of(query, count), gone, count - len(dropped)).numbers.tolist()
+            assert not set(found) & set(dropped.tolist())
+            assert set(found) <= set(range(1, count + 1))
+            near = base.search(Wanted.of(query, 5), gone, count - len(dropped)).numbers.tolist()
+            truth = [n for n in (np.argsort(-(vectors @ query)) + 1).tolist() if n not in set(dropped.tolist())]
+            assert near == truth[:5]
+
+
+def test_many_rows_beside_a_file_are_searched_along_its_directions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What came since the file was written is found as surely as what is in it; what was replaced or went is not."""
+    monkeypatch.setattr(index_module, "_MANY", 256)
+    vectors, later = clustered(2_000, 96), clustered(1_500, 96, seed=3)
+    base, _ = write_file(IndexFiles(tmp_path), vectors)
+    base.header = base.header.__class__(**{**asdict(base.header), "full": 200})
+    index = ScopeIndex(96, UNRELATED, 0, base)
+    index.apply(Batch.of([Change(n, v.tobytes(), n) for n, v in enumerate(later, 2_001)], 2_000, 96))
+    index.apply(Batch.of([Change(n, None, 4_000 + n) for n in range(2_001, 2_301)], 2_000, 96))
+    there = {**dict(enumerate(vectors, 1)), **dict(enumerate(later[300:], 2_301))}
+    numbers, rows = np.array(list(there)), np.array(list(there.values()))
+    found = hits = 0
+    for query in clustered(60, 96, seed=5):
+        near = {number for number, _ in index.search(query, 10)}
+        hits += len(near & set(numbers[np.argsort(-(rows @ query))[:10]].tolist()))
+        found += len(near)
+        assert near <= set(there)
+    assert found == 600
+    assert hits >= 0.97 * 600
+
+
 def test_what_changed_meanwhile_is_left_out_of_the_next_file(tmp_path: Path) -> None:
     """Rows that changed after the revision up to which a file holds are in none of its parts: they may be forgotten."""
     vectors = clustered(120, WHOLE)
@@ -243,6 +291,53 @@ def test_files_are_for_their_owner_alone(tmp_path: Path) -> None:
     for path in folder.iterdir():
         assert path.stat().st_mode & 0o777 == 0o600
         assert "acme" not in path.name
+
+
+def locked_bytes() -> int:
+    """Return how much of this process's memory the kernel may not take."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmLck:"))
+
+
+on_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells what is locked")
+
+
+@on_linux
+def test_what_is_searched_stays_in_memory_while_it_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vectors of a file are locked piece by piece, up to a share of memory, and let go of with the file."""
+    monkeypatch.setattr(index_files, "_PIECE", 1 << 16)
+    files, vectors, before = IndexFiles(tmp_path), clustered(2_000, 96), locked_bytes()
+    base, _ = write_file(files, vectors)
+    assert len(list(base.stay(files))) == -(-2 * 2_000 * 96 // (1 << 16))
+    assert 2 * 2_000 * 96 <= locked_bytes() - before <= 2 * 2_000 * 96 + 8_192
+    assert recall_at_10(base, vectors, vectors[:20]) >= 0.97
+    another, _ = write_file(files, vectors, "y")
+    monkeypatch.setattr(index_files, "_memory", lambda: 6 * 2_000 * 96 * 2)  # room for one, not for two
+    assert list(another.stay(files)) == []
+    del base
+    assert locked_bytes() == before
+    assert list(another.stay(files))
+
+
+def test_where_nothing_may_be_locked_searches_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user with a low limit, or a system without such a call, has the pages come and go."""
+    monkeypatch.setattr(index_files, "_locked", lambda *_: False)
+    vectors, files = clustered(500, WHOLE), IndexFiles(tmp_path)
+    base, _ = write_file(files, vectors)
+    assert list(base.stay(files)) == []
+    assert recall_at_10(base, vectors, vectors[:20]) >= 0.97
+
+
+@pytest.mark.parametrize(("says", "expected"), [("max\n", 1 << 62), ("1048576\n", 1 << 20), (None, 1 << 62)])
+def test_memory_is_what_a_container_may_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str | None, expected: int
+) -> None:
+    """A container's limit counts where it is below the machine's memory."""
+    monkeypatch.setattr(index_files, "_LIMITS", (str(tmp_path / "limit"),))
+    monkeypatch.setattr(os, "sysconf", lambda _: 1 << 31)
+    if says is not None:
+        (tmp_path / "limit").write_text(says)
+    assert index_files._memory() == expected
 
 
 # -- a scope, brought up to date -------------------------------------------------------------------
@@ -331,6 +426,7 @@ def test_a_large_scope_is_read_in_pieces_and_put_in_a_file(bench: Bench) -> None
     base = bench.base()
     assert base is not None
     assert len(base) >= 2_000 - SMALL.most
+    assert bench.files._kept  # its vectors stay in memory
     assert len(bench.settle().delta) <= SMALL.most
 
 
@@ -746,3 +842,47 @@ def test_memories_of_a_store_are_found_through_its_file(tmp_path: Path) -> None:
             recaller.close()
         assert folder_of(tmp_path / "memory.db").is_dir()
         assert files.forget(SCOPE) == 1
+
+
+def test_a_scope_is_brought_up_to_date_while_the_encoder_works() -> None:
+    """What a request needs of the table it reads before it waits for its vector; another length of vector is heeded."""
+    source, seen, reads = TableSource(), list[tuple[int, int]](), list[int]()
+    source.put(numbered(clustered(30, WHOLE)))
+
+    class Told(TableSource):
+        def memories(self, scope: Scope, numbers: Iterable[int]) -> Mapping[int, MemoryRecord]:
+            return {n: record(n) for n in numbers}
+
+        def changes(self, scope: Scope, since: int, fingerprint: str, limit: int) -> list[Change]:
+            reads.append(since)
+            return super().changes(scope, since, fingerprint, limit)
+
+    told = Told()
+    told.rows, told.at = source.rows, source.at
+    recaller = Recaller(told, None, SMALL)
+
+    def asked(query: Vectors) -> list[int]:
+        def encoded() -> Vectors:
+            seen.append((len(reads), len(query)))
+            return query
+
+        hits = recaller.recall(SCOPE, "task", encoded, fingerprint=FINGERPRINT, unrelated=UNRELATED)
+        return [int(hit.memory.memory_id) for hit in hits]
+
+    try:
+        assert asked(unit(np.ones(WHOLE))) == []
+        told.put({99: unit(np.ones(WHOLE))})
+        before = len(reads)
+        assert asked(unit(np.ones(WHOLE)))[0] == 99
+        assert seen[-1] == (before + 1, WHOLE)  # it had read what came since when it began to wait
+        assert len(reads) == before + 1
+        told.put(dict.fromkeys(told.rows))
+        told.put({7: unit(np.ones(8))})
+        assert asked(unit(np.ones(8))) == [7]
+    finally:
+        recaller.close()
+
+
+def record(number: int) -> MemoryRecord:
+    """Return a memory of a number."""
+    return MemoryRecord(str(number), "exemplar", "verified", SCOPE, f"task {number}", "done", "", 1, 0, 0, 0, 0.0)

@@ -2,14 +2,15 @@
 
 Rows lie in lists around centroids (spherical k-means); a search looks into the lists nearest to the query, there at
 each row's part along the directions in which the rows differ most (principal components), and at the best of those in
-full. How many lists and how many rows is what this file's own vectors were found to need. Measured against graphs
-(HNSW) on sentences' vectors it was as fast at the same recall, a quarter of their time to build, and a row that goes
-is gone from the next file. Where vectors have no neighbourhoods the lists looked into become all of them: slower,
-never wrong.
+full. What a search reads is what it takes, so lists are compared along such directions, too. How many lists and how
+many rows is what this file's own vectors were found to need. Measured against graphs (HNSW) on sentences' vectors it
+was as fast at the same recall, a quarter of their time to build, and a row that goes is gone from the next file. Where
+vectors have no neighbourhoods the lists looked into become all of them: slower, never wrong.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
@@ -25,10 +26,10 @@ from numpy.typing import NDArray
 
 from optillm_memory.recall import codes
 from optillm_memory.recall.codes import Codes
-from optillm_memory.recall.index import NOTHING, OUT, Near, Wanted, highest, spread_of
+from optillm_memory.recall.index import FULL_OF_WANTED, NOTHING, OUT, Leading, Near, Wanted, highest, spread_of
 from optillm_memory.records import Scope
 
-FORMAT = 2
+FORMAT = 3
 _MAGIC = b"AMVECTOR"
 _HEAD = 4096
 _ALIGN = 64
@@ -37,8 +38,8 @@ _ALIGN = 64
 _OF_OWN, _MARGIN, _OF_STRANGE = 0.985, 1.1, 0.93
 _JUDGED, _NEAREST = 384, 10
 _FEWEST, _FEWEST_FULL = 4_096, 500  # rows that a search looks at in any case, and those of them in full
-_FULL_OF_WANTED = 20
-LEAD = 48  # directions that a row is looked at in before it is looked at in full
+LEAD, WIDE = 48, 128  # directions that a row is looked at in before it is looked at in full, and a list
+TOGETHER = 4  # rows whose parts are brought from memory as one, with those of the next list where it begins
 Rest = Callable[[], None]
 
 
@@ -67,6 +68,9 @@ class Files(Protocol):
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
+
+    def keep(self, content: mmap.mmap, start: int, end: int) -> Iterator[None]:
+        """Keep a part of a mapped file in memory, as far as that can be, piece by piece."""
 
     def blocks(self, name: str) -> Iterator[bytes]:
         """Read a file piece by piece, without mapping it. Raises OSError."""
@@ -123,6 +127,8 @@ class Places(NamedTuple):
     centroid_scale: int
     centroid_high: int
     centroid_low: int
+    wide: int
+    wide_scale: int
     directions: int
     numbers: int
     by_number: int
@@ -136,10 +142,11 @@ class Places(NamedTuple):
     @classmethod
     def of(cls, count: int, lists: int, dimension: int) -> Places:
         """Lay out a file of so many rows."""
-        lead = min(LEAD, dimension)
+        lead, wide = min(LEAD, dimension), min(WIDE, dimension)
         sizes = (
-            8 * (lists + 1), 4 * lists, lists * dimension, lists * dimension, 4 * dimension * lead,
-            8 * count, 8 * count, 4 * count, 4 * count, count * lead, count * dimension, count * dimension,
+            8 * (lists + 1), 4 * lists, lists * dimension, lists * dimension, lists * wide, 4 * lists,
+            4 * dimension * wide, 8 * count, 8 * count, 4 * count, 4 * count,
+            -(-count // TOGETHER) * TOGETHER * lead, count * dimension, count * dimension,
         )  # fmt: skip
         places = [_HEAD]
         for size in sizes:
@@ -158,32 +165,45 @@ class Base:
         self._places = at = Places.of(count, lists, dimension)
         if len(content) != at.end or min(count, lists, dimension) < 1:
             raise ValueError("an index that was cut off")
+        # What a search reads all over the place is a tenth of the file. It is read now, in order: where the page cache
+        # does not have it, or lets go of it, a search would wait for the disk a thousand times.
+        _ahead(content, at.starts, at.high)
         if head.small and zlib.crc32(content[at.starts : at.numbers]) != head.small:
             raise ValueError("an index that is damaged")
 
         def array(kind: type, place: int, *shape: int) -> Any:
             return np.frombuffer(content, dtype=kind, count=math.prod(shape), offset=place).reshape(shape)
 
-        self.starts: NDArray[np.int64] = array(np.int64, at.starts, lists + 1)
+        def read(kind: type, place: int, *shape: int) -> Any:
+            return array(kind, place, *shape).copy()
+
+        self.starts: NDArray[np.int64] = read(np.int64, at.starts, lists + 1)
         self.centroids = Codes(
             array(np.int8, at.centroid_high, lists, dimension),
             array(np.int8, at.centroid_low, lists, dimension),
             array(np.float32, at.centroid_scale, lists),
         )
-        lead = min(LEAD, dimension)
-        self.directions: NDArray[np.float32] = array(np.float32, at.directions, dimension, lead)
-        self._lead: codes.Bytes = array(np.int8, at.lead, count, lead)
-        self.numbers: NDArray[np.int64] = array(np.int64, at.numbers, count)
-        self._by_number: NDArray[np.int64] = array(np.int64, at.by_number, count)
-        self._row_of: NDArray[np.int32] = array(np.int32, at.row_of, count)
+        lead, wide = min(LEAD, dimension), min(WIDE, dimension)
         self.codes = Codes(
             array(np.int8, at.high, count, dimension),
             array(np.int8, at.low, count, dimension),
-            array(np.float32, at.scale, count),
+            read(np.float32, at.scale, count),
         )
+        self._wide: codes.Bytes = read(np.int8, at.wide, lists, wide)
+        self._wide_scale: NDArray[np.float32] = read(np.float32, at.wide_scale, lists)
+        self.directions: NDArray[np.float32] = read(np.float32, at.directions, dimension, wide)
+        self._leads: codes.Bytes = read(np.int8, at.lead, -(-count // TOGETHER), TOGETHER * lead)
+        self.numbers: NDArray[np.int64] = read(np.int64, at.numbers, count)
+        self._by_number: NDArray[np.int64] = read(np.int64, at.by_number, count)
+        self._row_of: NDArray[np.int32] = read(np.int32, at.row_of, count)
 
     def __len__(self) -> int:
         return self.header.count
+
+    @property
+    def leading(self) -> Leading:
+        """What the file knows of rows like its own."""
+        return Leading(self.directions[:, :LEAD], self.header.full)
 
     def list_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the list that each row lies in."""
@@ -194,38 +214,60 @@ class Base:
         at = np.minimum(np.searchsorted(self._by_number, numbers), len(self) - 1)
         return np.where(self._by_number[at] == numbers, self._row_of[at].astype(np.int64), -1)
 
+    def all_there(self) -> NDArray[np.bool_]:
+        """Return which rows are gone, to be told to `search`: none yet but those that only fill the last group."""
+        return np.arange(len(self._leads) * TOGETHER) >= len(self)
+
     def search(self, wanted: Wanted, gone: NDArray[np.bool_] | None = None, live: int = 0) -> Near:
-        """Return the nearest rows in the lists nearest to the query, less those that are `gone`.
+        """Return the nearest rows in the lists nearest to the query, less those that are `gone` (see `all_there`).
 
         `live` is how many are not: where they lie thinner, more lists are looked into.
         """
         if wanted.most <= 0:
             return NOTHING
         probes = self.header.probes * len(self) // max(live, 1) if gone is not None else self.header.probes
-        rows = self._rows_in(self._nearest_lists(wanted, min(probes, self.header.lists)))
-        if gone is not None:
-            rows = rows[~gone[rows]]
-        full = max(self.header.full, _FULL_OF_WANTED * wanted.most)
-        if len(rows) > full:
-            # Brought together first: one call is quicker than many, and gives the interpreter away once only.
-            rows = rows[highest(codes.products(self._lead.take(rows, axis=0), self._turned(wanted.query)), full)]
+        towards = wanted.query @ self.directions
+        groups = self._groups_in(self._nearest_lists(towards, min(probes, self.header.lists)))
+        full = max(self.header.full, FULL_OF_WANTED * wanted.most)
+        rows = self._promising(groups, towards, full, gone)
         rough = codes.scores(self.codes.high.take(rows, axis=0), self.codes.scale[rows], wanted.high)
         return wanted.best(self.codes, self.numbers, rows[wanted.shortlist(rough)])
 
-    def _turned(self, query: NDArray[np.float32]) -> codes.Bytes:
-        turned: codes.Bytes = codes.encode((query @ self.directions)[None]).high[0]
-        return turned
+    def _nearest_lists(self, towards: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+        """Return the lists nearest to a query, given its parts along the directions, in no order."""
+        return highest(self._nearness(towards), count)
 
-    def _nearest_lists(self, wanted: Wanted, count: int) -> NDArray[np.int64]:
-        """Return the lists nearest to a query, in no order."""
-        return highest(codes.scores(self.centroids.high, self.centroids.scale, wanted.high), count)
+    def _nearness(self, towards: NDArray[np.float32]) -> NDArray[np.float32]:
+        return codes.scores(self._wide, self._wide_scale, codes.encode(towards[None]).high[0])
 
-    def _rows_in(self, lists: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the rows of some lists, in their order in the file."""
+    def _groups_in(self, lists: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the groups of rows that some lists lie in, in their order in the file."""
         lists = np.sort(lists)
-        sizes = self.starts[lists + 1] - self.starts[lists]
-        begins: NDArray[np.int64] = self.starts[lists] - (np.cumsum(sizes) - sizes)
+        first, end = self.starts[lists] // TOGETHER, -(-self.starts[lists + 1] // TOGETHER)
+        first[1:] = np.maximum(first[1:], end[:-1])  # the last of one list may be the first of the next
+        sizes = np.maximum(end - first, 0)
+        begins = first - (np.cumsum(sizes) - sizes)
         return np.asarray(np.arange(sizes.sum()) + np.repeat(begins, sizes))
+
+    def _promising(
+        self, groups: NDArray[np.int64], towards: NDArray[np.float32], count: int, gone: NDArray[np.bool_] | None
+    ) -> NDArray[np.int64]:
+        """Return up to `count` rows of some groups that are nearest to the query along the leading directions."""
+        places = np.arange(TOGETHER * len(groups))
+        if len(places) > count:
+            # Brought together first: one call is quicker than many, and gives the interpreter away once only.
+            found = self._products(self._leads.take(groups, axis=0), towards)
+            if gone is not None:
+                found = np.where(gone.reshape(-1, TOGETHER).take(groups, axis=0).reshape(-1), OUT, found)
+            places = highest(found, count)
+        rows: NDArray[np.int64] = groups[places // TOGETHER] * TOGETHER + places % TOGETHER
+        rows = rows[rows < len(self)]
+        return rows if gone is None else rows[~gone[rows]]
+
+    def _products(self, leads: codes.Bytes, towards: NDArray[np.float32]) -> NDArray[Any]:
+        """Return the products of rows' leading parts, given in groups, with a query's."""
+        lead = leads.shape[1] // TOGETHER
+        return codes.products(leads.reshape(-1, lead), codes.encode(towards[None, :lead]).high[0])
 
     def calibrated(self, rest: Rest) -> Header:
         """Return the header with as many probes as this file's own vectors need to find their nearest."""
@@ -260,9 +302,9 @@ class Base:
         found = wanted.shortlist(rough)
         nearest = found[np.argsort(-self.codes.cosines(found, query))[:_NEAREST]]
         rank = np.empty(self.header.lists, dtype=np.int64)
-        near = codes.scores(self.centroids.high, self.centroids.scale, wanted.high)
-        rank[np.argsort(-near)] = np.arange(1, self.header.lists + 1)
-        lead = codes.products(self._lead, self._turned(query))
+        towards = query @ self.directions
+        rank[np.argsort(-self._nearness(towards))] = np.arange(1, self.header.lists + 1)
+        lead = self._products(self._leads, towards)
         before = [np.count_nonzero(lead > lead[row]) for row in nearest.tolist()]
         return np.array([rank[self.list_of(nearest)], np.array(before) + 1])
 
@@ -273,10 +315,21 @@ class Base:
             return True
         return checksum(chain([first], blocks), self._places.numbers) == self.header.large
 
+    def stay(self, files: Files) -> Iterator[None]:
+        """Have what is searched stay in memory, piece by piece."""
+        return files.keep(self._content, self._places.high, self._places.end)
+
     def let_go(self) -> None:
-        """Let the pages that were read go from memory; they come back as they are searched."""
+        """Let the pages that were read go from memory; they come back as they are searched. What is to stay stays."""
         if hasattr(mmap, "MADV_DONTNEED"):
-            self._content.madvise(mmap.MADV_DONTNEED)
+            with contextlib.suppress(OSError):
+                self._content.madvise(mmap.MADV_DONTNEED)
+
+
+def _ahead(content: mmap.mmap, start: int, end: int) -> None:
+    """Have a part of a file read in one go."""
+    if hasattr(mmap, "MADV_WILLNEED"):
+        content.madvise(mmap.MADV_WILLNEED, start - start % mmap.PAGESIZE, end - start + start % mmap.PAGESIZE)
 
 
 def _covering(ranks: NDArray[np.int64], share: float) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optillm_memory.recall import codes, lists
-from optillm_memory.recall.ann import LEAD, Base, Draft, Header, Places, Rest, checksum
+from optillm_memory.recall.ann import LEAD, WIDE, Base, Draft, Header, Places, Rest, checksum
 from optillm_memory.recall.codes import Codes
 
 _BLOCK = 4_096  # rows put into lists at once
@@ -83,7 +83,7 @@ def write(draft: Draft, rows: Rows, header: Header, rest: Rest, *, anew: bool = 
     else:
         sample = rows.gather(lists.sampled(count))[1]
         made_for, centroids = count, codes.encode(lists.made(sample, lists.count_for(count), rest))
-        directions = lists.directions(sample, LEAD, rest)
+        directions = lists.directions(sample, WIDE, LEAD, rest)
     labels = _labels(rows, centroids, sorted_before, rest)
     order = np.argsort(labels, kind="stable")
     number_of_lists = len(centroids.scale)
@@ -102,15 +102,17 @@ def write(draft: Draft, rows: Rows, header: Header, rest: Rest, *, anew: bool = 
         numbers[start : start + _COPIED], scale[start : start + _COPIED] = found, planes.scale
         put(at.high + start * dimension, planes.high)
         put(at.low + start * dimension, planes.low)
-        put(at.lead + start * lead, lists.leading(planes, directions))
+        put(at.lead + start * lead, lists.leading(planes, directions[:, :lead]))
         if base is not None:
             base.let_go()
         rest()
     by_number = np.argsort(numbers)
+    wide = codes.encode(centroids.vectors(slice(None)) @ directions)
     for place, values in (
         (at.starts, starts), (at.centroid_scale, centroids.scale), (at.centroid_high, centroids.high),
-        (at.centroid_low, centroids.low), (at.numbers, numbers), (at.by_number, numbers[by_number]),
-        (at.row_of, by_number.astype(np.int32)), (at.scale, scale), (at.directions, directions),
+        (at.centroid_low, centroids.low), (at.wide, wide.high), (at.wide_scale, wide.scale),
+        (at.directions, directions), (at.numbers, numbers), (at.by_number, numbers[by_number]),
+        (at.row_of, by_number.astype(np.int32)), (at.scale, scale),
     ):  # fmt: skip
         put(place, values)
     header = replace(header, count=count, lists=number_of_lists, trained=made_for, probes=number_of_lists, full=count)

@@ -300,7 +300,10 @@ class Corpora:
                     header = header_for(rows, asked.fingerprint, index.generation, since)
                     build.write(draft, rows, header, self._builder.rest, anew=not self._files.exists(name))
         fresh = self._opened(asked, index.generation)
-        return self._taken_in(corpus, index, fresh)
+        taken_in = self._taken_in(corpus, index, fresh)
+        if fresh.base is not None:
+            self._have_stay(fresh.base)
+        return taken_in
 
     def _taken_in(self, corpus: _Corpus, index: ScopeIndex, fresh: ScopeIndex) -> bool:
         """Bring a fresh index to where the present one is, and put it in its place."""
@@ -336,12 +339,18 @@ class Corpora:
             logger.warning("agent_memory: the vectors on file are not those of the table; they are collected again")
             self._remove(asked)
             self._swap(corpus, index, ScopeIndex(asked.dimension, asked.unrelated, index.generation))
-        if (
-            not self._read_ahead
-        ):  # a large memory that was asleep: its first requests would wait for the disk, page by page
+            return
+        self._have_stay(base)
+        # A large memory that was asleep: its first requests would wait for the disk, page by page.
+        if not self._read_ahead:
             self._read_ahead = True
             for _ in self._source.read_ahead():
                 self._builder.rest()
+
+    def _have_stay(self, base: Base) -> None:
+        assert self._files is not None
+        for _ in base.stay(self._files):
+            self._builder.rest()
 
     def _resting(self, files: Files, name: str) -> Iterator[bytes]:
         for block in files.blocks(name):

@@ -88,7 +88,7 @@ class ScopeIndex:
         """Start with what a file holds; `unrelated` is the median and spread of cosines of unrelated texts."""
         self.dimension, self.generation, self.base = dimension, generation, base
         self.since = base.header.revision if base else 0
-        self.delta = VectorIndex(dimension)
+        self.delta = VectorIndex(dimension, base.leading if base else None)
         self._unrelated = unrelated
         self._own = (base.header.middle, base.header.spread) if base else unrelated
         self._calibrated_at = 0
@@ -143,7 +143,7 @@ class ScopeIndex:
         assert self.base is not None
         rows = rows[rows >= 0]
         if len(rows):
-            gone = self._gone if self._gone is not None else np.zeros(len(self.base), dtype=np.bool_)
+            gone = self._gone if self._gone is not None else self.base.all_there()
             self._gone_count += int(np.count_nonzero(~gone[rows]))
             gone[rows] = True
             self._gone = gone

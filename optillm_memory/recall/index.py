@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from optillm_memory.recall import codes
-from optillm_memory.recall.codes import Codes
+from optillm_memory.recall import codes, lists
+from optillm_memory.recall.codes import Bytes, Codes, Vectors
 
 # How the cosines of unrelated short texts lie for all-MiniLM-L6-v2: (median, spread). An encoder brings its own.
 UNRELATED = (0.06, 0.085)
@@ -23,6 +23,8 @@ SAMPLE = 128
 _WIDER, _AT_LEAST = 2, 100
 _SAMPLED, _GENEROUS = 64, 1.3  # of the highest, in a sample that tells where they begin; and how much lower
 OUT = -math.inf  # the score of a row that is not to be found
+FULL_OF_WANTED = 20  # so many times the wanted rows are looked at in full in any case
+_MANY = 8_192  # rows from which on they are looked at in a few directions first, where these are known
 
 
 def spread_of(vectors: NDArray[np.float32]) -> tuple[float, float]:
@@ -102,10 +104,18 @@ def merged(found: Iterable[Near], count: int) -> Near:
     return Near(numbers[order], cosines[order])
 
 
+class Leading(NamedTuple):
+    """The directions in which the rows of a scope differ most, one a column, and how many rows to look at in full."""
+
+    directions: Vectors
+    full: int
+
+
 class _Rows(NamedTuple):
     """What a search reads: `used` rows of arrays that only grow; a row that is not live is passed over."""
 
     codes: Codes
+    lead: Bytes  # their parts along the leading directions
     numbers: NDArray[np.int64]
     revisions: NDArray[np.int64]
     live: NDArray[np.bool_]
@@ -113,9 +123,10 @@ class _Rows(NamedTuple):
     used: int
 
 
-def _room(size: int, dimension: int) -> _Rows:
+def _room(size: int, dimension: int, lead: int) -> _Rows:
     return _Rows(
         codes.empty(size, dimension),
+        np.zeros((size, lead), dtype=np.int8),
         np.zeros(size, dtype=np.int64),
         np.zeros(size, dtype=np.int64),
         np.zeros(size, dtype=np.bool_),
@@ -130,9 +141,10 @@ class VectorIndex:
     Rows are only added; one that is replaced or dropped is marked, and left out when the arrays are laid out anew.
     """
 
-    def __init__(self, dimension: int) -> None:
-        """Start empty."""
-        self._rows = _room(64, dimension)
+    def __init__(self, dimension: int, leading: Leading | None = None) -> None:
+        """Start empty; `leading` is what is known of the scope's rows."""
+        self._leading = leading or Leading(np.zeros((dimension, 0), dtype=np.float32), 0)
+        self._rows = _room(64, dimension, self._leading.directions.shape[1])
 
     def __len__(self) -> int:
         return len(self._rows.row_of)
@@ -143,6 +155,7 @@ class VectorIndex:
         rows, start = self._rows, self._rows.used
         end = start + len(numbers)
         rows.codes.high[start:end], rows.codes.low[start:end], rows.codes.scale[start:end] = found
+        rows.lead[start:end] = lists.leading(found, self._leading.directions)
         rows.numbers[start:end], rows.revisions[start:end] = numbers, revisions
         rows.live[start:end] = True
         for row, number in enumerate(numbers, start):
@@ -161,9 +174,20 @@ class VectorIndex:
         rows = self._rows
         if rows.used == 0 or wanted.most <= 0:
             return NOTHING
+        if rows.used > _MANY and self._leading.full:
+            found = self._promising(rows, wanted)
+            rough = codes.scores(rows.codes.high.take(found, axis=0), rows.codes.scale[found], wanted.high)
+            rough[~rows.live[found]] = OUT
+            return wanted.best(rows.codes, rows.numbers, found[wanted.shortlist(rough)])
         rough = codes.scores(rows.codes.high[: rows.used], rows.codes.scale[: rows.used], wanted.high)
         rough[~rows.live[: rows.used]] = OUT
         return wanted.best(rows.codes, rows.numbers, wanted.shortlist(rough))
+
+    def _promising(self, rows: _Rows, wanted: Wanted) -> NDArray[np.int64]:
+        """Return the rows that are nearest to the query along the leading directions."""
+        towards = codes.encode((wanted.query @ self._leading.directions)[None]).high[0]
+        found = np.where(rows.live[: rows.used], codes.products(rows.lead[: rows.used], towards), OUT)
+        return highest(found, min(max(self._leading.full, FULL_OF_WANTED * wanted.most), rows.used))
 
     def cosines(self, query: NDArray[np.float32], numbers: Sequence[int]) -> dict[int, float]:
         """Return the exact cosine of each number that has a row."""
@@ -197,9 +221,9 @@ class VectorIndex:
             return
         kept = np.flatnonzero(rows.live[: rows.used])
         size = max(64, 2 * (len(kept) + more))
-        fresh = _room(size, rows.codes.high.shape[1])
+        fresh = _room(size, *self._leading.directions.shape)
         arrays: list[tuple[Any, Any]] = list(zip(fresh.codes, rows.codes, strict=True))
-        for array, values in (*arrays, *zip(fresh[1:4], rows[1:4], strict=True)):
+        for array, values in (*arrays, *zip(fresh[1:5], rows[1:5], strict=True)):
             array[: len(kept)] = values[kept]
         row_of = {number: row for row, number in enumerate(rows.numbers[kept].tolist())}
         self._rows = fresh._replace(row_of=row_of, used=len(kept))

@@ -47,10 +47,10 @@ def made(sample: Codes, count: int, rest: Rest) -> Vectors:
     return _refined(sample, np.concatenate(parts), random, rest)
 
 
-def directions(sample: Codes, count: int, rest: Rest) -> Vectors:
+def directions(sample: Codes, count: int, measured: int, rest: Rest) -> Vectors:
     """Return the directions in which the rows differ most, one a column: the leading principal components.
 
-    They are so long that a row's parts along them fit into a byte, but for a few that are cut off.
+    They are so long that a row's parts along the first `measured` fit into a byte, but for a few that are cut off.
     """
     dimension = sample.high.shape[1]
     moments = np.zeros((dimension, dimension), dtype=np.float64)
@@ -60,12 +60,14 @@ def directions(sample: Codes, count: int, rest: Rest) -> Vectors:
         rest()
     _, found = np.linalg.eigh(moments)  # in the order of their weight, the least first
     leading = np.asarray(found[:, ::-1][:, :count], dtype=np.float32)
-    parts = np.abs(sample.vectors(slice(_MEASURED)) @ leading)
+    parts = np.abs(sample.vectors(slice(_MEASURED)) @ leading[:, :measured])
     return np.asarray(leading * np.float32(127 / max(float(np.quantile(parts, _WITHIN)), 1e-9)))
 
 
 def leading(rows: Codes, towards: Vectors) -> Bytes:
     """Return the parts of rows along directions."""
+    if not towards.shape[1]:
+        return np.zeros((len(rows.scale), 0), dtype=np.int8)
     return np.asarray(np.clip(np.rint(rows.vectors(slice(None)) @ towards), -127, 127), dtype=np.int8)
 
 

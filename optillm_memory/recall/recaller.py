@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from optillm_memory.recall.ann import Files
 from optillm_memory.recall.corpora import Asked, Corpora, Source, Version
-from optillm_memory.recall.corpus import Change, Limits
+from optillm_memory.recall.corpus import Change, Index, Limits
 from optillm_memory.recall.index import UNRELATED
 from optillm_memory.recall.rank import rank, words
 from optillm_memory.records import Hit, Scope
@@ -29,6 +29,7 @@ class Recaller:
         """Start with nothing loaded; a scope is opened at its first recall. `files` are for large scopes."""
         self._source = source
         self._corpora = Corpora(source, files, limits or Limits())
+        self._dimensions: dict[str, int] = {}  # of the vectors of each encoder that was heard of
 
     def close(self) -> None:
         """End what is done behind the requests."""
@@ -48,17 +49,22 @@ class Recaller:
     ) -> list[Hit]:
         """Return up to `limit` relevant hits, best first.
 
-        `vector` fetches the key's vector, and is called when words have been looked up: the encoder works meanwhile.
-        Where it gives None, recall is lexical.
+        `vector` fetches the key's vector, and is called when words have been looked up and the scope is up to date: the
+        encoder works meanwhile. Where it gives None, recall is lexical.
         An episode's own traces are left out, so that an answer is never its own evidence.
         """
         lexical = self._source.lexical(scope, words(key), LEXICAL_BREADTH, alone=not fingerprint)
         dense: list[tuple[int, float]] = []
         cosines: dict[int, float] = {}
         floor = 0.0
+        dimension = self._dimensions.get(fingerprint, 0)
+        # After the words: what they found is in the index, too.
+        index = self._index(Asked(scope, fingerprint, dimension, unrelated)) if dimension else None
         if (query := vector()) is not None:
-            asked = Asked(scope, fingerprint, len(query), unrelated)
-            if (index := self._corpora.index(asked, self._source.revision())) is not None:
+            if len(query) != dimension:
+                self._dimensions[fingerprint] = len(query)
+                index = self._index(Asked(scope, fingerprint, len(query), unrelated))
+            if index is not None:
                 floor = index.floor
                 dense = index.search(query, BREADTH)
                 cosines = index.cosines(query, [n for n, _ in lexical])
@@ -77,6 +83,9 @@ class Recaller:
             own = self._source.of_episode_alone(scope, [h.memory.memory_id for h in hits], episode_id)
             hits = [h for h in hits if h.memory.memory_id not in own]
         return hits[:limit]
+
+    def _index(self, asked: Asked) -> Index | None:
+        return self._corpora.index(asked, self._source.revision())
 
     @property
     def busy(self) -> bool:

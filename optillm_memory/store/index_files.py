@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import mmap
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
 
 from optillm_memory.records import Scope
 
@@ -17,6 +21,11 @@ try:
     import fcntl
 except ImportError:  # pragma: no cover - Windows: two processes may then both write, and the last stays
     fcntl = None  # type: ignore[assignment]
+
+
+_PIECE = 16 << 20  # bytes kept in memory with one call
+_SHARE = 1 / 4  # of the memory there is, which is kept for files at most
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # a container's, v2 and v1
 
 
 def folder_of(database: Path) -> Path:
@@ -54,6 +63,7 @@ class IndexFiles:
     def __init__(self, folder: Path) -> None:
         """Name the folder; it is made with the first file."""
         self._folder = folder
+        self._kept: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()
 
     @staticmethod
     def name(scope: Scope, fingerprint: str) -> str:
@@ -67,6 +77,22 @@ class IndexFiles:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError):  # an empty file cannot be mapped
             return None
+
+    def keep(self, content: mmap.mmap, start: int, end: int) -> Iterator[None]:
+        """Keep a part of a mapped file in memory while it is mapped, piece by piece.
+
+        Some kernels let go of what was not read for a minute, also where there is room. All processes share the pages.
+        Where the user may not lock so much (RLIMIT_MEMLOCK), or it is a large part of what memory there is, they come
+        and go as they are read.
+        """
+        if sum(self._kept.values()) + end - start > _SHARE * _memory():
+            return
+        self._kept[content] = end - start
+        address = np.frombuffer(content, dtype=np.uint8).ctypes.data
+        for place in range(start - start % mmap.PAGESIZE, end, _PIECE):
+            if not _locked(address + place, min(_PIECE, end - place)):
+                return
+            yield
 
     def blocks(self, name: str) -> Iterator[bytes]:
         """Read a file piece by piece, without mapping it."""
@@ -120,6 +146,26 @@ class IndexFiles:
         for path in found:
             path.unlink(missing_ok=True)
         return len(found)
+
+
+def _memory() -> int:
+    """Return how many bytes of memory there are for this process; 0 where the machine does not tell."""
+    try:
+        least = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 0
+    for limit in _LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
+            least = min(least, int(Path(limit).read_text()))
+    return least
+
+
+def _locked(address: int, size: int) -> bool:
+    try:
+        lock = ctypes.CDLL(None, use_errno=True).mlock
+    except (AttributeError, OSError, TypeError):
+        return False
+    return int(lock(ctypes.c_void_p(address), ctypes.c_size_t(size))) == 0
 
 
 def _digest(scope: Scope) -> str:
