@@ -32,6 +32,7 @@ class ForgetTables:
     """The part of a transaction that deletes."""
 
     _db: Connection
+    _recent: dict[str, Trace]
 
     def _next(self, counter: str) -> int:
         raise NotImplementedError
@@ -134,6 +135,7 @@ class ForgetTables:
         return cast("fold.Log", self)
 
     def _delete(self, table: str, condition: str, values: Iterable[Any]) -> int:
+        self._recent.clear()
         return int(self._db.execute(f"DELETE FROM {table} WHERE {condition}", tuple(values)).rowcount)
 
     def _named_by(self, traces: Sequence[Trace]) -> list[str]:
@@ -226,6 +228,7 @@ class ForgetTables:
             {**m, "content": _REPLACEMENT} if m.get("content") == trace.answer else m
             for m in json.loads(trace.messages)
         ]
+        self._recent.clear()
         self._db.execute(
             "UPDATE traces SET answer = ?, messages = ? WHERE trace_id = ?",
             (_REPLACEMENT, json.dumps(messages), trace.trace_id),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+from functools import lru_cache
 from typing import Any
 
 from optillm_memory.conversation.parse import key_of
@@ -60,7 +61,7 @@ NO_MEMORY, UNSEEN = "('withdrawn', 'forgotten', 'unfounded')", "('forgotten', 'u
 KNOWN = """
     SELECT (SELECT number FROM memories WHERE memory_id = ?), EXISTS (SELECT 1 FROM exposures WHERE memory_id = ?)"""
 # The memories that a trace taught something of.
-TAUGHT = "SELECT DISTINCT memory_id, number FROM contributions JOIN memories USING (number) WHERE trace_id = ?"
+TAUGHT = "SELECT memory_id, number FROM contributions JOIN memories USING (number) WHERE trace_id = ?"
 SELECT_MEMORY = (
     "SELECT number, memory_id, kind, status, tenant, namespace, user_id, agent_id, task, answer, frame, successes, "
     "failures, used_successes, used_failures, created_at FROM memories JOIN scopes ON scopes.id = scope_id"
@@ -91,6 +92,7 @@ FORGOTTEN = """
         SELECT 1 FROM memories WHERE memories.memory_id = forgotten.memory_id AND status <> 'unfounded')"""
 
 
+@lru_cache(maxsize=64)
 def key_hash(task: str) -> str:
     """Return the id under which the vector of a task's key is kept."""
     return hashlib.blake2b(key_of(task).encode("utf-8", "replace"), digest_size=16).hexdigest()
@@ -109,7 +111,7 @@ def scoped(scope_id: int, word: str) -> str:
 
 def scoped_words(scope_id: int, task: str) -> str:
     """Return the text under which a memory of a scope is found by its words."""
-    return " ".join(scoped(scope_id, word) for word in words(key_of(task), _WORDS_KEPT))
+    return " ".join([scoped(scope_id, word) for word in words(key_of(task), _WORDS_KEPT)])
 
 
 def trace_values(trace: Trace, scope_id: int) -> tuple[Any, ...]:
@@ -118,7 +120,7 @@ def trace_values(trace: Trace, scope_id: int) -> tuple[Any, ...]:
         scope_id, trace.trace_id, trace.episode_id, trace.created_at, trace.model, trace.approach, trace.action,
         int(trace.held_out), trace.propensity, trace.task, trace.frame, trace.messages, trace.answer,
         trace.finish_reason, trace.error, trace.skipped, trace.prompt_tokens, trace.completion_tokens,
-        trace.latency_ms, trace.recall_ms, json.dumps(dict(trace.tags)), trace.extra_calls,
+        trace.latency_ms, trace.recall_ms, json.dumps(dict(trace.tags)) if trace.tags else "{}", trace.extra_calls,
         trace.partition,
     )  # fmt: skip
 

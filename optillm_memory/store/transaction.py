@@ -28,8 +28,11 @@ _SAID = f"""
     SELECT 1, {rows.FEEDBACK_COLUMNS} FROM feedback WHERE {rows.STANDING} AND trace_id = ? UNION ALL
     SELECT 0, {rows.FEEDBACK_COLUMNS} FROM feedback WHERE {rows.STANDING}
     AND (scope_id = ? OR scope_id IS NULL) AND episode_id = ?"""
-# The traces that a tenant may speak of; the empty tenant is the operator at the machine.
-_VISIBLE = "SELECT trace_id FROM traces JOIN scopes ON scopes.id = scope_id WHERE ? IN ('', tenant) AND"
+# The traces of an episode that a tenant may speak of; the empty tenant is the operator at the machine.
+_OF_EPISODE = """
+    SELECT trace_id FROM traces JOIN scopes ON scopes.id = scope_id
+    WHERE ? IN ('', tenant) AND scope_id = coalesce(?, scope_id) AND episode_id = ?"""
+_RECENT = 64  # traces at hand: what is written about them comes soon after them, or after what was read of them
 
 
 class Transaction(
@@ -43,6 +46,7 @@ class Transaction(
         self.normal = normal
         self._scope_ids: dict[Scope, int] = {}
         self._latest: tuple[Scope, int] | None = None
+        self._recent: dict[str, Trace] = {}
         self._revision = self._sharing = 0
 
     # -- the log -----------------------------------------------------------------------------------
@@ -74,6 +78,7 @@ class Transaction(
         ).rowcount
         if not inserted:
             return False
+        self._remember(trace)
         self._db.executemany(
             "INSERT INTO prefixes(scope_id, hash, episode_id, trace_id) VALUES (?, ?, ?, ?) "
             "ON CONFLICT (scope_id, hash) DO UPDATE SET episode_id = excluded.episode_id, trace_id = excluded.trace_id",
@@ -154,11 +159,10 @@ class Transaction(
             ).fetchall()
         targets: list[str] = []
         for trace_id, episode_id, within in speaking:
-            if trace_id:
-                sql, values = f"{_VISIBLE} trace_id = ?", [trace_id]
-            else:
-                sql, values = f"{_VISIBLE} scope_id = coalesce(?, scope_id) AND episode_id = ?", [within, episode_id]
-            targets += [row[0] for row in self._db.execute(sql, (tenant, *values)).fetchall()]
+            if not trace_id:
+                targets += [row[0] for row in self._db.execute(_OF_EPISODE, (tenant, within, episode_id)).fetchall()]
+            elif (trace := self.trace(trace_id)) is not None and tenant in ("", trace.scope.tenant):
+                targets.append(trace_id)
         return list(dict.fromkeys(targets))
 
     def tenant_of_feedback(self, feedback_id: str) -> str | None:
@@ -181,8 +185,16 @@ class Transaction(
 
     def trace(self, trace_id: str) -> Trace | None:
         """Return a trace."""
+        if (trace := self._recent.get(trace_id)) is not None:
+            return trace
         row = self._db.execute(f"{rows.SELECT_TRACE} WHERE trace_id = ?", (trace_id,)).fetchone()
-        return rows.trace_of(row) if row else None
+        return self._remember(rows.trace_of(row)) if row else None
+
+    def _remember(self, trace: Trace) -> Trace:
+        if len(self._recent) >= _RECENT:
+            del self._recent[next(iter(self._recent))]
+        self._recent[trace.trace_id] = trace
+        return trace
 
     def feedback_on(self, trace: Trace) -> tuple[list[Feedback], list[Feedback]]:
         """Return feedback on the trace and on its episode; what waited longer than 7 days for it has expired."""
