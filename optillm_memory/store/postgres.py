@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any, TypeVar
 
@@ -29,6 +31,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _WEIGHED_S, _SAMPLED = 60.0, 5_000  # how long a mean size holds; rows that it is taken from
 _SEARCHED = 100  # candidates that the index keeps while it searches (pgvector's hnsw.ef_search)
+# Whoever builds an index of vectors, or writes them anew, holds this; it is asked for, and never waited for inside a
+# statement: that holds a snapshot, and an index that is built concurrently waits for all snapshots of others.
+_BUILDERS_LOCK = 0x6F70746D656E
+_LOOK_AGAIN_S = 10.0  # while another proxy builds, or after a failure
 
 
 class PostgresTransaction(Transaction):
@@ -85,7 +91,8 @@ class PostgresStore(Store):
         self.url = url
         writer = PostgresWriter(url, queue_size=queue_size, within=partial(PostgresTransaction, normal=normal))
         super().__init__(writer, PostgresReaders(url))
-        self._indexed: dict[str, bool] = {}
+        self._indexed: set[str] = set()  # encoders whose vectors have their index
+        self._look_at: dict[str, float] = {}  # when to look again whether those of others have
         self._weighed = (-_WEIGHED_S, 0.0)  # when, and the bytes that go with one trace
         self._lock = threading.Lock()
 
@@ -166,34 +173,48 @@ class PostgresStore(Store):
 
     def _index_is_there(self, fingerprint: str, dimension: int) -> bool:
         """Whether the vectors of an encoder have their index; has it built where they do not."""
-        if (known := self._indexed.get(fingerprint)) is not None:
-            return known
         with self._lock:
-            if fingerprint not in self._indexed:
-                self._indexed[fingerprint] = False
+            if fingerprint in self._indexed:
+                return True
+            if time.monotonic() >= self._look_at.get(fingerprint, 0.0):
+                self._look_at[fingerprint] = math.inf  # a thread is at it
                 args = (fingerprint, dimension)
                 threading.Thread(target=self._build_index, args=args, name="agent-memory-hnsw", daemon=True).start()
-        return self._indexed[fingerprint]
+        return False
 
     def _build_index(self, fingerprint: str, dimension: int) -> None:
-        name = "vectors_" + hashlib.blake2b(fingerprint.encode(), digest_size=8).hexdigest()
+        there = False
         try:
-            connection = PostgresConnection(self.url)
-            try:
-                connection.execute("SELECT pg_advisory_lock(hashtext(?))", (name,))  # one proxy builds, others wait
-                valid = connection.execute(_VALID, (name,)).fetchone()
-                if valid is None or not valid[0]:
-                    connection.execute(f"DROP INDEX IF EXISTS {name}")
-                    connection.execute(
-                        f"CREATE INDEX CONCURRENTLY {name} ON vectors USING hnsw ((vector::halfvec({dimension})) "
-                        f"halfvec_cosine_ops) WHERE fingerprint = {_quoted(fingerprint)}"
-                    )
-                self._indexed[fingerprint] = True
-            finally:
-                connection.close()
+            with closing(PostgresConnection(self.url)) as connection:
+                there = _indexed(connection, fingerprint, dimension)
         except sqlite.DatabaseError as error:
             logger.error("agent_memory: the index of vectors could not be built: %s", error)
-            del self._indexed[fingerprint]  # the next recall tries again
+        finally:
+            with self._lock:
+                if there:
+                    self._indexed.add(fingerprint)
+                self._look_at[fingerprint] = time.monotonic() + _LOOK_AGAIN_S
+
+
+def _indexed(connection: PostgresConnection, fingerprint: str, dimension: int) -> bool:
+    """Whether the vectors of an encoder have their index now; builds it, unless another proxy is at it."""
+    name = "vectors_" + hashlib.blake2b(fingerprint.encode(), digest_size=8).hexdigest()
+    if _is_valid(connection, name):
+        return True
+    if not connection.execute("SELECT pg_try_advisory_lock(?)", (_BUILDERS_LOCK,)).fetchone()[0]:
+        return False
+    if not _is_valid(connection, name):  # else another has finished meanwhile
+        connection.execute(f"DROP INDEX IF EXISTS {name}")  # what one left who was stopped while it built
+        connection.execute(
+            f"CREATE INDEX CONCURRENTLY {name} ON vectors USING hnsw ((vector::halfvec({dimension})) "
+            f"halfvec_cosine_ops) WHERE fingerprint = {_quoted(fingerprint)}"
+        )
+    return True
+
+
+def _is_valid(connection: PostgresConnection, name: str) -> bool:
+    found = connection.execute(_VALID, (name,)).fetchone()
+    return found is not None and bool(found[0])
 
 
 def _bytes_of(db: Any, table: str) -> float:
