@@ -156,7 +156,7 @@ class Memory:
         if not advice:
             return turn, False
         if self.settings.guard == "advise" and not turn.held_out:
-            self._recent.advise(turn.scope, turn.episode_id, advice)
+            self._recent.advise(turn.scope, turn.episode_id, advice, self._clock())
             return turn, False
         limits = turn.options.limits(self.settings.max_block_items, self.settings.token_budget)
         limits["token_budget"] -= sum(item.tokens for placement in turn.fresh for item in placement.items)
@@ -194,7 +194,7 @@ class Memory:
         prefixes: list[str] = []
         if turn.conversation is not None and response is not None:
             prefixes = conversations.answer_prefixes(turn.conversation, response)
-            self._recent.remember(turn.scope, turn.episode_id, prefixes, turn.placements)
+            self._recent.remember(turn.scope, turn.episode_id, prefixes, turn.fresh, self._clock())
         if turn.options.writes:
             self.store.post(lambda tx: self._recorder.record(tx, turn, response, error, prefixes, elapsed_ms))
             if turn.conversation is not None and turn.options.reads and turn.decision is None:
@@ -310,11 +310,10 @@ class Memory:
             turn = self._considered(turn)
             if turn.action == "reuse":
                 return turn
-        ledger: Sequence[Placement] | None = self._recent.placements(turn.scope, turn.episode_id)
-        if ledger is None:
-            known = turn.continues or turn.options.episode_id is not None
-            ledger = self.store.ledger(turn.scope, turn.episode_id) if known else []
-            self._recent.remember(turn.scope, turn.episode_id, (), ledger)
+        ledger: Sequence[Placement] = ()
+        if turn.continues or turn.options.episode_id is not None:
+            scope, episode_id = turn.scope, turn.episode_id  # another process may have answered its last request
+            ledger = self._recent.ledger(scope, episode_id, lambda: self.store.ledger(scope, episode_id), self._clock())
         ledger = self.store.unforgotten(ledger)
         standing = [] if lot.held_out or text_only else still_anchored(ledger, conversation.prefixes)
         position = len(conversation.messages) - 1
@@ -356,7 +355,7 @@ class Memory:
         return self._salt
 
     def _advised(self, turn: Turn, conversation: Conversation) -> tuple[Turn, Rendering | None]:
-        pending = self._recent.pending_advice(turn.scope, turn.episode_id)
+        pending = self._recent.pending_advice(turn.scope, turn.episode_id, self._clock())
         gone = self.store.forgotten(item.memory_id for item in pending)
         pending = tuple(item for item in pending if item.memory_id not in gone)
         advice = self._adviser.on_results(turn, conversation, pending)

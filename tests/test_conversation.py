@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -145,11 +146,39 @@ def test_recent_knows_what_is_not_on_disk_yet() -> None:
     """The episode of a prefix and its placements are known at once, and only in their own scope."""
     recent, scope = Recent(), Scope("a")
     placement = Placement("h", 0, "block", "text")
-    recent.remember(scope, "ep", ["p1"], [placement])
+    recent.remember(scope, "ep", ["p1"], [placement], 0.0)
     assert recent.episode_of(scope, ["p0", "p1"]) == "ep"
-    assert recent.placements(scope, "ep") == (placement,)
+    assert recent.ledger(scope, "ep", list, 1.0) == [placement]
     assert recent.episode_of(Scope("b"), ["p1"]) is None
-    assert recent.placements(Scope("b"), "ep") is None
+    assert recent.ledger(Scope("b"), "ep", list, 1.0) == []
+
+
+def test_recent_adds_what_is_under_way_to_what_is_written() -> None:
+    """In order of position, each place once and as it was written; once seen there it goes with what is written."""
+    recent, scope = Recent(), Scope("a")
+    first, second, third = (Placement(f"h{n}", n, "block", f"text {n}") for n in (0, 2, 4))
+    recent.remember(scope, "ep", (), [replace(first, payload="of another"), second], 0.0)
+    assert recent.ledger(scope, "ep", lambda: [first, third], 1.0) == [first, second, third]
+    assert recent.ledger(scope, "ep", list, 1.0) == [second]
+
+    def meanwhile() -> list[Placement]:  # another request sees the commit between our two looks
+        assert recent.ledger(scope, "ep", lambda: [second], 1.0) == [second]
+        return []
+
+    assert recent.ledger(scope, "ep", meanwhile, 1.0) == [second]
+    assert recent.ledger(scope, "ep", list, 1.0) == []
+
+
+def test_recent_lets_go_of_what_is_old() -> None:
+    """What was never written is of no use after a few hours, neither in a prompt nor as advice."""
+    recent, scope, hour = Recent(), Scope("a"), 3600.0
+    for placement, now in ((Placement("h0", 0, "block", "old"), 0.0), (Placement("h2", 2, "block", "new"), 5 * hour)):
+        recent.remember(scope, "ep", (), [placement], now)
+    assert [p.payload for p in recent.ledger(scope, "ep", list, 5 * hour)] == ["old", "new"]
+    assert [p.payload for p in recent.ledger(scope, "ep", list, 7 * hour)] == ["new"]
+    for now, said in ((hour, ("take care",)), (7 * hour, ())):
+        recent.advise(scope, "ep", ["take care"], 0.0)
+        assert recent.pending_advice(scope, "ep", now) == said
 
 
 # -- options ---------------------------------------------------------------------------------------

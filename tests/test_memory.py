@@ -15,6 +15,7 @@ from optillm_memory import Feedback, InvalidField, Memory, NotFound, Scope, Stor
 from optillm_memory.conversation.options import Options
 from optillm_memory.decide.holdout import assign
 from optillm_memory.recall.encoder import Encoder, HashingEncoder
+from optillm_memory.store.selection import Selection
 
 TASK, ANSWER = "restart the nginx server", "systemctl restart nginx"
 READ = Options(mode="read")
@@ -240,10 +241,10 @@ def test_an_episode_is_never_given_its_own_traces(tmp_path: Path) -> None:
         assert memory.begin(body(TASK), options=Options(episode_id="f")).action == "inject"
 
 
-@pytest.mark.parametrize("reopen", [False, True])
-def test_the_ledger_puts_the_same_at_the_same_place(tmp_path: Path, reopen: bool) -> None:
-    """Every later request of a conversation starts with what its earlier ones sent, in this process or the next."""
-    memory = lexical_memory(tmp_path)
+@pytest.mark.parametrize("processes", ["one", "each its own", "two in turn"])
+def test_the_ledger_puts_the_same_at_the_same_place(tmp_path: Path, processes: str) -> None:
+    """Every later request of a conversation starts with what its earlier ones sent, whichever process answers it."""
+    memory, other = lexical_memory(tmp_path), lexical_memory(tmp_path)
     teach(memory, TASK, ANSWER)
     teach(memory, "stop the apache server", "apachectl stop")
     said: list[Any] = []
@@ -256,15 +257,31 @@ def test_the_ledger_puts_the_same_at_the_same_place(tmp_path: Path, reopen: bool
         memory.finish(turn, response(f"answer {number}"))
         said.append(assistant(f"answer {number}"))
         sent = [*sent, said[-1]]
-        if reopen:
+        if processes == "each its own":
             memory.close()
             memory = lexical_memory(tmp_path)
+        elif processes == "two in turn":
+            memory.store.flush()
+            memory, other = other, memory
     assert len(turn.injected) == 2
     assert len(turn.messages) == 7 + 2
     assert "apachectl stop" in turn.messages[-3]["content"]
     edited = memory.begin(body("something else", *said[1:]))
     assert ANSWER not in str(edited.messages)
     memory.close()
+    other.close()
+
+
+def test_what_was_forgotten_stays_so_when_that_is_no_longer_noted(tmp_path: Path) -> None:
+    """A process that is up for weeks puts nothing forgotten into an old episode again."""
+    week = 7 * 86_400.0
+    with lexical_memory(tmp_path) as memory:
+        taught = teach(memory, TASK, ANSWER)
+        assert ask(memory, TASK, "I do not know").action == "inject"
+        memory.forget(Selection(trace_id=taught.trace_id))
+        memory.store.write(lambda tx: tx.forget_copies(100, time.time() + 2 * week)).result(10)
+        memory._clock = lambda: time.time() + 2 * week
+        assert ANSWER not in str(memory.begin(body(TASK, assistant("I do not know"), "please")).messages)
 
 
 @pytest.mark.parametrize("reopen", [False, True])

@@ -4,54 +4,80 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 from optillm_memory.records import Placement, Scope
 
+_Place: TypeAlias = tuple[str, str]  # anchor and form
 _KEPT = 20_000
+# After so long it is on disk, or will never be. The store knows for longer what was forgotten: none of it comes back.
+_KEPT_S = 6 * 3600.0
 
 
 class Recent:
-    """Episodes by conversation prefix, and placements by episode; the oldest are forgotten (the store has them)."""
+    """Episodes by conversation prefix, and what is under way by episode; the oldest are forgotten (the store has them).
+
+    Thread-safe. The time is given with each call.
+    """
 
     def __init__(self) -> None:
         """Start empty."""
         self._lock = threading.Lock()
         self._episodes: OrderedDict[tuple[Scope, str], str] = OrderedDict()
-        self._advice: OrderedDict[tuple[Scope, str], tuple[Any, ...]] = OrderedDict()
-        self._placements: OrderedDict[tuple[Scope, str], tuple[Placement, ...]] = OrderedDict()
+        self._advice: OrderedDict[tuple[Scope, str], tuple[float, tuple[Any, ...]]] = OrderedDict()
+        self._placements: OrderedDict[tuple[Scope, str], dict[_Place, tuple[float, Placement]]] = OrderedDict()
 
-    def remember(self, scope: Scope, episode_id: str, prefixes: Iterable[str], placements: Sequence[Placement]) -> None:
-        """Note that these prefixes belong to an episode, and what stands in the prompts of its conversations."""
+    def remember(
+        self, scope: Scope, episode_id: str, prefixes: Iterable[str], fresh: Sequence[Placement], now: float
+    ) -> None:
+        """Note that these prefixes belong to an episode, and what has just been put in its prompts."""
         with self._lock:
             for prefix in prefixes:
                 self._episodes[scope, prefix] = episode_id
-            before = self._placements.get((scope, episode_id), ())
-            merged = {(p.anchor, p.form): p for p in (*placements, *before)}
-            self._placements[scope, episode_id] = tuple(sorted(merged.values(), key=lambda p: p.position))
+            if fresh:
+                noted: dict[_Place, tuple[float, Placement]] = {(p.anchor, p.form): (now, p) for p in fresh}
+                self._placements.setdefault((scope, episode_id), {}).update(noted)
             for kept in (self._episodes, self._placements):
                 while len(kept) > _KEPT:
                     kept.popitem(last=False)
 
-    def advise(self, scope: Scope, episode_id: str, advice: Sequence[Any]) -> None:
+    def advise(self, scope: Scope, episode_id: str, advice: Sequence[Any], now: float) -> None:
         """Note what the next request of an episode is to be told."""
         with self._lock:
-            self._advice[scope, episode_id] = tuple(advice)
+            self._advice[scope, episode_id] = now, tuple(advice)
             while len(self._advice) > _KEPT:
                 self._advice.popitem(last=False)
 
-    def pending_advice(self, scope: Scope, episode_id: str) -> tuple[Any, ...]:
+    def pending_advice(self, scope: Scope, episode_id: str, now: float) -> tuple[Any, ...]:
         """Return, once, what an episode's next request is to be told."""
         with self._lock:
-            return self._advice.pop((scope, episode_id), ())
+            at, advice = self._advice.pop((scope, episode_id), (now, ()))
+        return advice if now - at < _KEPT_S else ()
 
     def episode_of(self, scope: Scope, prefixes: Iterable[str]) -> str | None:
         """Return the episode of the first prefix that is known."""
         with self._lock:
             return next((e for p in prefixes if (e := self._episodes.get((scope, p)))), None)
 
-    def placements(self, scope: Scope, episode_id: str) -> tuple[Placement, ...] | None:
-        """Return what stands in an episode's prompts, in order; None where this process has not seen it."""
+    def ledger(
+        self, scope: Scope, episode_id: str, written: Callable[[], Sequence[Placement]], now: float
+    ) -> list[Placement]:
+        """Return what stands in an episode's prompts, in order: what is `written`, and what is on its way there.
+
+        Any process may have put it there, so what is written comes first; it is not kept here any longer: where it is
+        deleted there, it is gone.
+        """
+        key = (scope, episode_id)
+        with self._lock:  # before it is read what is written: what gets there in between must not be missed
+            noted = dict(self._placements.get(key, {}))
+        found = {(p.anchor, p.form): p for p in written()}
+        under_way = {place: p for place, (at, p) in noted.items() if now - at < _KEPT_S and place not in found}
         with self._lock:
-            return self._placements.get((scope, episode_id))
+            known = self._placements.get(key, {})
+            for place in noted.keys() - under_way.keys():
+                if known.get(place) is noted[place]:
+                    del known[place]
+            if not known:
+                self._placements.pop(key, None)
+        return sorted([*found.values(), *under_way.values()], key=lambda p: p.position)
