@@ -32,9 +32,6 @@ _DAY_S = 86_400.0
 class Source(Protocol):
     """What advice is made from; every call is bound to one scope."""
 
-    def revision(self) -> tuple[int, int]:
-        """Return what changes whenever any memory does."""
-
     def known_fixes(
         self,
         scope: Scope,

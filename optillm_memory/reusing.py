@@ -20,7 +20,7 @@ from optillm_memory.conversation.partition import partition_of
 from optillm_memory.decide.agreement import NEAREST, Neighbour, propose
 from optillm_memory.decide.gate import SURE_AUDITS, Gate, is_audited
 from optillm_memory.decide.keeper import Change, Keeper
-from optillm_memory.recall.recaller import Recaller
+from optillm_memory.recall.recaller import NEVER, Recaller, Version
 from optillm_memory.recall.service import EncoderService
 from optillm_memory.records import Exemplar, Scope
 from optillm_memory.turn import Turn
@@ -32,7 +32,6 @@ _SCOPES_KEPT = 64
 _FORMS_KEPT = 8192  # answers in the form in which they are compared
 _WAITING = 256  # requests to look at behind the callers' backs; more are let go
 _PAUSE_S = 0.03  # until then the response is out: work in between would hold the interpreter while it is sent
-_Version: TypeAlias = tuple[int, int]  # (generation, revision): nothing has changed while it is the same
 # An exemplar, its value, and the revision up to which this holds.
 _Known: TypeAlias = tuple[int, Exemplar | None, float]
 _UNKNOWN: _Known = (-1, None, 0.0)
@@ -41,8 +40,8 @@ _UNKNOWN: _Known = (-1, None, 0.0)
 class Source(Protocol):
     """What reuse reads; every call is bound to one scope."""
 
-    def revision(self) -> tuple[int, int]:
-        """Return (generation, revision): what changes whenever any memory or label does."""
+    def revision(self, scope: Scope) -> Version:
+        """Return what is another one whenever any memory or label has changed."""
 
     def exemplars(self, scope: Scope, numbers: Iterable[int]) -> Mapping[int, Exemplar]:
         """Return the verified exemplars of the scope that have these numbers."""
@@ -83,7 +82,7 @@ class Reuser:
         wanted = turn.options.reuse
         if not partition or vector is None:
             return turn.skip(f"reuse_{reason or 'no_encoder'}") if wanted else turn
-        version = self._source.revision()
+        version = self._source.revision(turn.scope)
         neighbours, quarantined = self._neighbours(turn, partition, vector, version)
         proposal = propose(conversation.task, neighbours, self._normal)
         max_error = wanted["max_error"] if wanted else None
@@ -100,20 +99,22 @@ class Reuser:
             return turn
         return turn.skip(f"reuse_{decision.reason}") if wanted else turn
 
-    def _gate(self, scope: Scope, version: _Version) -> Gate:
+    def _gate(self, scope: Scope, version: Version) -> Gate:
         """Return a scope's gate, up to date with the labels that are on disk."""
         with self._lock:
             kept = self._keepers.setdefault(scope, _Kept())
             self._keepers.move_to_end(scope)
             while len(self._keepers) > _SCOPES_KEPT:
                 self._keepers.popitem(last=False)
-        if kept.version != version:
-            kept.keeper.take(*self._source.gate_changes(scope, kept.keeper.since))
-            kept.version = version
+        while kept.version != version:
+            since = kept.keeper.since
+            if kept.keeper.take(since, *self._source.gate_changes(scope, since)):
+                kept.version = version
+                break  # not to look again: another request may have come with a version of its own
         return kept.keeper.gate
 
     def _neighbours(
-        self, turn: Turn, partition: str, vector: NDArray[np.float32], version: _Version
+        self, turn: Turn, partition: str, vector: NDArray[np.float32], version: Version
     ) -> tuple[list[Neighbour], frozenset[str]]:
         near = self._recaller.near(
             turn.scope,
@@ -158,7 +159,7 @@ class _Kept:
     """A scope's keeper, and the version of the store whose labels it has taken."""
 
     keeper: Keeper = field(default_factory=Keeper)
-    version: _Version = (-1, -1)
+    version: Version = NEVER
 
 
 def _answers(exemplar: Exemplar, partition: str, episode_id: str) -> bool:

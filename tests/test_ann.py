@@ -95,7 +95,7 @@ def test_index_equals_brute_force(changes: list[tuple[int, bool]], seed: int, co
 
 def filled(vectors: Vectors) -> ScopeIndex:
     """Return an index of a scope that holds these as the numbers from 1 on."""
-    index = ScopeIndex(vectors.shape[1], (0.0, 0.08), 0)
+    index = ScopeIndex(vectors.shape[1], (0.0, 0.08), (0, 1))
     for start in range(0, len(vectors), 64):
         part = [Change(n, v.tobytes(), n) for n, v in enumerate(vectors[start : start + 64], start + 1)]
         index.apply(Batch.of(part, index.since, vectors.shape[1]))
@@ -148,7 +148,7 @@ def write_file(files: IndexFiles, vectors: Vectors, name: str = "x") -> tuple[Ba
     rows, since = filled(vectors).rows()
     with files.draft(name) as draft:
         assert draft is not None
-        header = build.write(draft, rows, header_for(rows, FINGERPRINT, 0, since), lambda: None)
+        header = build.write(draft, rows, header_for(rows, FINGERPRINT, (0, 1), since), lambda: None)
     content = files.mapped(name)
     assert content is not None
     return Base(content), header
@@ -182,13 +182,13 @@ def test_rows_of_the_file_keep_their_lists_until_they_are_half_as_many_again(tmp
     vectors, files = clustered(1_000, WHOLE), IndexFiles(tmp_path)
     base, first = write_file(files, vectors[:400])
     for size, sorted_anew in ((550, False), (700, True)):
-        index = ScopeIndex(WHOLE, UNRELATED, 0, base)
+        index = ScopeIndex(WHOLE, UNRELATED, (0, 1), base)
         added = [Change(n, vectors[n - 1].tobytes(), n) for n in range(401, size + 1)]
         index.apply(Batch.of(added, index.since, WHOLE))
         rows, since = index.rows()
         with files.draft("y") as draft:
             assert draft is not None
-            header = build.write(draft, rows, header_for(rows, FINGERPRINT, 0, since), lambda: None)
+            header = build.write(draft, rows, header_for(rows, FINGERPRINT, (0, 1), since), lambda: None)
         assert (header.count, header.revision) == (size, size)
         assert (header.trained != first.trained) == sorted_anew
         content = files.mapped("y")
@@ -227,7 +227,7 @@ def test_many_rows_beside_a_file_are_searched_along_its_directions(
     vectors, later = clustered(2_000, 96), clustered(1_500, 96, seed=3)
     base, _ = write_file(IndexFiles(tmp_path), vectors)
     base.header = base.header.__class__(**{**asdict(base.header), "full": 200})
-    index = ScopeIndex(96, UNRELATED, 0, base)
+    index = ScopeIndex(96, UNRELATED, (0, 1), base)
     index.apply(Batch.of([Change(n, v.tobytes(), n) for n, v in enumerate(later, 2_001)], 2_000, 96))
     index.apply(Batch.of([Change(n, None, 4_000 + n) for n in range(2_001, 2_301)], 2_000, 96))
     there = {**dict(enumerate(vectors, 1)), **dict(enumerate(later[300:], 2_301))}
@@ -246,7 +246,7 @@ def test_what_changed_meanwhile_is_left_out_of_the_next_file(tmp_path: Path) -> 
     """Rows that changed after the revision up to which a file holds are in none of its parts: they may be forgotten."""
     vectors = clustered(120, WHOLE)
     base, _ = write_file(IndexFiles(tmp_path), vectors[:100])
-    index = ScopeIndex(WHOLE, UNRELATED, 0, base)
+    index = ScopeIndex(WHOLE, UNRELATED, (0, 1), base)
     index.apply(Batch.of([Change(n, vectors[n - 1].tobytes(), n) for n in range(101, 121)], 100, WHOLE))
     rows = without(index.rows()[0], {3, 77, 110, 5_000})
     numbers, _ = rows.gather(np.arange(rows.count))
@@ -830,7 +830,7 @@ def test_memories_of_a_store_are_found_through_its_file(tmp_path: Path) -> None:
         recaller = Recaller(memory.store, files, SMALL)
         deadline = time.monotonic() + 20
         while not files.exists(name) and time.monotonic() < deadline:
-            recaller.near(SCOPE, vector, memory.store.revision(), fingerprint=memory.encoder.fingerprint,
+            recaller.near(SCOPE, vector, memory.store.revision(SCOPE), fingerprint=memory.encoder.fingerprint,
                           unrelated=UNRELATED, count=5)  # fmt: skip
             time.sleep(0.01)
         recaller.close()

@@ -390,6 +390,58 @@ def test_files_set_aside_are_named_and_deleted_on_request(memory: Memory, tmp_pa
     assert holding(tmp_path) == []
 
 
+def test_an_interrupted_one_is_finished_by_the_next(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed when the rows are gone but the file is not yet written anew: asked again, it is; after that it is done."""
+    turn = ask(memory, f"say {SECRET}")
+    memory.settle()
+    chosen = Selection(trace_id=turn.trace_id)
+    with monkeypatch.context() as patch:
+        patch.setattr("optillm_memory.store.sqlite.shrink", lambda *_, **__: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            forget(memory.store, chosen)
+    assert holding(tmp_path)
+    files = memory.store.index_files()
+    assert files is not None
+    with files.draft(files.name(Scope("whoever"), "f")) as draft:  # it may hold vectors of what is gone
+        assert draft is not None
+        draft.file.write(b"vectors")
+        draft.commit()
+    done = CliRunner().invoke(main, ["forget", "--trace", turn.trace_id, "--yes", "--db", str(tmp_path / "memory.db")])
+    assert done.exit_code == 0, done.output
+    assert holding(tmp_path) == []
+    assert not files.exists(files.name(Scope("whoever"), "f"))
+    with pytest.raises(NotFound):
+        forget(memory.store, chosen)
+
+
+@BOTH
+def test_a_scope_that_was_forgotten_is_let_go_of_by_all_that_search_it(memory: Memory) -> None:
+    """Who has its vectors at hand finds none of them in what takes the scope's name later."""
+    scope, options = Scope("local", "project"), Options(namespace="project")
+    for number in range(60):
+        memory.finish(turn := memory.begin(body(f"start the old server {number}"), options=options), response("old"))
+        tell(memory, turn)
+    teach(memory, "something else", "in a scope that came later", options=Options(namespace="later"))
+    assert memory.recall("start the old server 7", scope=scope)
+    forget(memory.store, Selection(namespace="project"))
+    assert memory.recall("start the old server 7", scope=scope) == []
+    for number in range(3):
+        teach(memory, f"start the old server again {number}", "new", options=options)
+    with Memory(memory.settings) as another:
+        assert another.encoder.wait(10) == "ready"
+        for one in (memory, another):
+            assert [hit.memory.answer for hit in one.recall("start the old server", scope=scope)] == ["new"] * 3
+            vector, encoder = one.encoder.vector("start the old server", 5), one.encoder
+            assert vector is not None
+            found = one._recaller.near(
+                scope, vector, one.store.revision(scope), fingerprint=encoder.fingerprint, unrelated=encoder.unrelated,
+                count=50,
+            )  # fmt: skip
+            assert len(found) == 3
+
+
 @BOTH
 def test_what_was_under_way_leaves_no_copy(memory: Memory) -> None:
     """A request that had the example when it was forgotten is recorded without it by the next upkeep."""

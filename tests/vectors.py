@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optillm_memory import MemoryRecord, Scope
-from optillm_memory.recall.recaller import Change
+from optillm_memory.recall.recaller import Change, Version
 
 Vectors = NDArray[np.float32]
 FINGERPRINT = "test-vectors"
@@ -34,7 +34,7 @@ class TableSource:
     def __init__(self) -> None:
         """Start empty."""
         self.rows: dict[int, tuple[int, Vectors | None]] = {}
-        self.generation, self.at = 0, 0
+        self.generation, self.at, self.number = 0, 0, 1
         self.searches: bool = False  # as a database with an index of its own does
         self.pieces_read = 0
 
@@ -44,9 +44,9 @@ class TableSource:
             self.at += 1
             self.rows[number] = self.at, vector
 
-    def revision(self) -> tuple[int, int]:
-        """Return (generation, revision)."""
-        return self.generation, self.at
+    def revision(self, scope: Scope | None = None) -> Version:
+        """Return the state of the one scope that there is."""
+        return Version(self.generation, self.at, self.number)
 
     def changes(self, scope: Scope, since: int, fingerprint: str, limit: int) -> list[Change]:
         """Return what changed, oldest first."""

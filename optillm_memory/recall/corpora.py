@@ -17,7 +17,18 @@ from numpy.typing import NDArray
 from optillm_memory.recall import build
 from optillm_memory.recall.ann import Base, Files
 from optillm_memory.recall.behind import Behind
-from optillm_memory.recall.corpus import Batch, Change, Index, Limits, ScopeIndex, header_for, opened, without
+from optillm_memory.recall.corpus import (
+    NEVER,
+    Batch,
+    Change,
+    Index,
+    Limits,
+    ScopeIndex,
+    Version,
+    header_for,
+    opened,
+    without,
+)
 from optillm_memory.recall.index import floor_of
 from optillm_memory.records import MemoryRecord, Scope
 
@@ -29,14 +40,13 @@ _PATIENCE_S = 0.004  # a request waits so long for changes that another is takin
 _PIECES, _WAITED_S = 8, 0.25  # in which a request takes changes in, and after which it takes in no more
 _AGAIN_S = 60.0  # after a file could not be written
 _TOLD = 64  # rows compared with the table when a file is opened
-Version = tuple[int, int]  # (generation, revision)
 
 
 class Source(Protocol):
     """What recall reads; every call is bound to one scope."""
 
-    def revision(self) -> Version:
-        """Return (generation, revision): what changes whenever any memory does."""
+    def revision(self, scope: Scope) -> Version:
+        """Return what is another one whenever any memory has changed."""
 
     def changes(self, scope: Scope, since: int, fingerprint: str, limit: int) -> list[Change]:
         """Return up to `limit` memories of the scope changed after a revision, oldest change first."""
@@ -78,9 +88,11 @@ class Asked:
 class Elsewhere:
     """A large scope that the source searches itself."""
 
-    def __init__(self, source: Source, asked: Asked, generation: int, own: tuple[float, float], size: int) -> None:
+    def __init__(
+        self, source: Source, asked: Asked, origin: tuple[int, int], own: tuple[float, float], size: int
+    ) -> None:
         """`own` is the spread of the scope's own pairs, `size` how many rows it has at least."""
-        self._source, self._asked, self.generation = source, asked, generation
+        self._source, self._asked, self.origin = source, asked, origin
         self.floor = floor_of(asked.unrelated, own, size)
         self.current = 0  # the source's revision as it was last read
 
@@ -105,7 +117,7 @@ class _Corpus:
         self.asked = asked
         self.lock = threading.Lock()
         self.index: ScopeIndex | Elsewhere | None = None
-        self.version: Version = (-1, -1)
+        self.version = NEVER
         self.loading = False  # all that is left to take in is taken in behind
         self.building = False
         self.not_before = 0.0
@@ -142,18 +154,18 @@ class Corpora:
         """
         corpus = self._corpus(asked)
         index = corpus.index
-        fits = index is not None and index.generation == version[0]
+        fits = index is not None and index.origin == version.origin
         if fits and isinstance(index, Elsewhere):
-            index.current = version[1]
+            index.current = version.revision
         if fits and (corpus.version == version or corpus.loading or isinstance(index, Elsewhere)):
             return index
         if not corpus.lock.acquire(timeout=_PATIENCE_S):
             return index if fits else None
         try:
             index = corpus.index
-            if index is None or index.generation != version[0]:
-                index = corpus.index = self._opened(asked, version[0])
-                corpus.version = (version[0], -1)
+            if index is None or index.origin != version.origin:
+                index = corpus.index = self._opened(asked, version.origin)
+                corpus.version = NEVER
                 if index.base is not None:
                     self._builder.do(lambda: self._examine(corpus, index))
             if corpus.version != version and not corpus.loading and isinstance(index, ScopeIndex):
@@ -202,7 +214,7 @@ class Corpora:
         if self._files is None or (content := self._files.mapped(self._name(asked))) is None:
             return None
         # The version is read after the file, which another process may have written just now.
-        base = opened(content, asked.fingerprint, asked.dimension, self._source.revision())
+        base = opened(content, asked.fingerprint, asked.dimension, self._source.revision(asked.scope))
         if base is None:
             logger.warning("agent_memory: the vectors on file are damaged or out of date; they are collected again")
             self._remove(asked)
@@ -213,11 +225,11 @@ class Corpora:
         with contextlib.suppress(OSError):  # it is replaced when the next is written
             self._files.remove(self._name(asked))
 
-    def _opened(self, asked: Asked, generation: int) -> ScopeIndex:
+    def _opened(self, asked: Asked, origin: tuple[int, int]) -> ScopeIndex:
         base = self._file(asked)
-        if base is not None and base.header.generation != generation:
+        if base is not None and (base.header.generation, base.header.scope) != origin:
             base = None  # the table was made anew this very moment: the next request sees it
-        return ScopeIndex(asked.dimension, asked.unrelated, generation, base)
+        return ScopeIndex(asked.dimension, asked.unrelated, origin, base)
 
     def _read(self, corpus: _Corpus, index: ScopeIndex, limit: int) -> bool:
         """Take in up to `limit` changes (a revision's come together); return whether that was all."""
@@ -278,7 +290,7 @@ class Corpora:
         query = np.eye(1, asked.dimension, dtype=np.float32)[0]
         if not self._source.nearest(asked.scope, asked.fingerprint, query, 1):
             return False  # it has no index, or not yet
-        self._swap(corpus, index, Elsewhere(self._source, asked, index.generation, index.spread, len(index)))
+        self._swap(corpus, index, Elsewhere(self._source, asked, index.origin, index.spread, len(index)))
         return True
 
     def _written(self, corpus: _Corpus, index: ScopeIndex) -> bool:
@@ -294,12 +306,14 @@ class Corpora:
                     rows, since = index.rows()
                 # The draft is there already: whoever forgets a memory from now on takes the draft away too.
                 rows = without(rows, self._changed_since(asked, since))
+                if self._source.revision(asked.scope).origin != index.origin:
+                    return False  # forgotten as a whole: nobody will say so of each row
                 if rows.count == 0:
                     self._remove(asked)
                 else:
-                    header = header_for(rows, asked.fingerprint, index.generation, since)
+                    header = header_for(rows, asked.fingerprint, index.origin, since)
                     build.write(draft, rows, header, self._builder.rest, anew=not self._files.exists(name))
-        fresh = self._opened(asked, index.generation)
+        fresh = self._opened(asked, index.origin)
         taken_in = self._taken_in(corpus, index, fresh)
         if fresh.base is not None:
             self._have_stay(fresh.base)
@@ -317,7 +331,7 @@ class Corpora:
     def _swap(self, corpus: _Corpus, index: ScopeIndex, fresh: ScopeIndex | Elsewhere) -> None:
         with corpus.lock:
             if corpus.index is index:
-                corpus.index, corpus.version = fresh, (fresh.generation, -1)
+                corpus.index, corpus.version = fresh, NEVER
 
     def _changed_since(self, asked: Asked, since: int) -> set[int]:
         """Return the memories that changed after a revision; no vectors are read."""
@@ -338,7 +352,7 @@ class Corpora:
         if not (self._tells_the_table(asked, base) and base.is_whole(self._resting(files, self._name(asked)))):
             logger.warning("agent_memory: the vectors on file are not those of the table; they are collected again")
             self._remove(asked)
-            self._swap(corpus, index, ScopeIndex(asked.dimension, asked.unrelated, index.generation))
+            self._swap(corpus, index, ScopeIndex(asked.dimension, asked.unrelated, index.origin))
             return
         self._have_stay(base)
         # A large memory that was asleep: its first requests would wait for the disk, page by page.

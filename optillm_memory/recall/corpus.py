@@ -18,6 +18,22 @@ from optillm_memory.recall.index import SAMPLE, VectorIndex, Wanted, floor_of, m
 _CALIBRATED_FROM = 8
 
 
+class Version(NamedTuple):
+    """What a source holds of a scope: `revision` grows with each change."""
+
+    generation: int  # another one when what is derived was made anew
+    revision: int
+    scope: int = 0  # the scope's number: another one when it was forgotten and is used again, 0 where nothing is of it
+
+    @property
+    def origin(self) -> tuple[int, int]:
+        """What tells whether anything that was known of the scope still holds."""
+        return self.generation, self.scope
+
+
+NEVER = Version(-1, -1)
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """A memory that came, went or changed: `vector` is None where it is not to be searched (yet)."""
@@ -83,10 +99,10 @@ class ScopeIndex:
     """A base, rows in memory, and what of the base is out of date. Its owner holds a lock while it changes."""
 
     def __init__(
-        self, dimension: int, unrelated: tuple[float, float], generation: int, base: Base | None = None
+        self, dimension: int, unrelated: tuple[float, float], origin: tuple[int, int], base: Base | None = None
     ) -> None:
         """Start with what a file holds; `unrelated` is the median and spread of cosines of unrelated texts."""
-        self.dimension, self.generation, self.base = dimension, generation, base
+        self.dimension, self.origin, self.base = dimension, origin, base
         self.since = base.header.revision if base else 0
         self.delta = VectorIndex(dimension, base.leading if base else None)
         self._unrelated = unrelated
@@ -207,21 +223,21 @@ def without(rows: Rows, numbers: Iterable[int]) -> Rows:
     return Rows(rows.base, kept, rows.numbers[stays], rows.codes.take(stays))
 
 
-def header_for(rows: Rows, fingerprint: str, generation: int, revision: int) -> Header:
+def header_for(rows: Rows, fingerprint: str, origin: tuple[int, int], revision: int) -> Header:
     """Return the header of a file to be written; what is measured on it is filled in then."""
     return Header(
-        fingerprint=fingerprint, dimension=rows.codes.high.shape[1], generation=generation, revision=revision,
-        count=rows.count, lists=0, trained=0, probes=0, full=0, recall=0.0, middle=0.0, spread=0.0,
+        fingerprint=fingerprint, dimension=rows.codes.high.shape[1], generation=origin[0], scope=origin[1],
+        revision=revision, count=rows.count, lists=0, trained=0, probes=0, full=0, recall=0.0, middle=0.0, spread=0.0,
     )  # fmt: skip
 
 
-def opened(content: object, fingerprint: str, dimension: int, version: tuple[int, int]) -> Base | None:
+def opened(content: object, fingerprint: str, dimension: int, version: Version) -> Base | None:
     """Return a file's rows where it is whole, of this encoder, and no newer than the table; else None."""
     try:
         base = Base(content)  # type: ignore[arg-type]
     except (ValueError, TypeError, KeyError):
         return None
     head = base.header
-    if (head.fingerprint, head.dimension, head.generation) != (fingerprint, dimension, version[0]):
+    if (head.fingerprint, head.dimension, head.generation, head.scope) != (fingerprint, dimension, *version.origin):
         return None
-    return base if head.revision <= version[1] else None
+    return base if head.revision <= version.revision else None

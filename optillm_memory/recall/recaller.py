@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optillm_memory.recall.ann import Files
-from optillm_memory.recall.corpora import Asked, Corpora, Source, Version
-from optillm_memory.recall.corpus import Change, Index, Limits
+from optillm_memory.recall.corpora import Asked, Corpora, Source
+from optillm_memory.recall.corpus import NEVER, Change, Index, Limits, Version
 from optillm_memory.recall.index import UNRELATED
 from optillm_memory.recall.rank import rank, words
 from optillm_memory.records import Hit, Scope
 
-__all__ = ["Change", "Recaller", "Source"]
+__all__ = ["NEVER", "Change", "Recaller", "Source", "Version"]
 
 BREADTH, LEXICAL_BREADTH = 50, 20
 # Another system prompt, tool set or response format: the answer may not suit, so the same frame goes first.
@@ -85,7 +85,7 @@ class Recaller:
         return hits[:limit]
 
     def _index(self, asked: Asked) -> Index | None:
-        return self._corpora.index(asked, self._source.revision())
+        return self._corpora.index(asked, self._source.revision(asked.scope))
 
     @property
     def busy(self) -> bool:
@@ -104,7 +104,7 @@ class Recaller:
     ) -> list[tuple[int, float, int]]:
         """Return (number, cosine, revision) of the scope's nearest memories, best first, whatever their relevance.
 
-        `version` is the source's (generation, revision) as the caller just read it.
+        `version` is the source's for this scope, as the caller just read it.
         """
         index = self._corpora.index(Asked(scope, fingerprint, len(query), unrelated), version)
         if index is None:

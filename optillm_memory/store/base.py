@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from optillm_memory.conversation.parse import key_of
-from optillm_memory.recall.recaller import Change
+from optillm_memory.recall.recaller import Change, Version
 from optillm_memory.records import Injected, MemoryRecord, Placement, Scope, Trace
 from optillm_memory.store import rows
 from optillm_memory.store.calls import model_calls
@@ -54,9 +54,13 @@ class Store(EpisodeReads, WordReads, ProposalReads, DecisionReads, FixReads, For
         """Return (number, cosine) of the scope's nearest memories; None where vectors are not searched in here."""
         raise NotImplementedError
 
-    def give_back(self, scopes: Iterable[Scope], *, with_set_aside: bool, progress: Callable[[str], None]) -> list[str]:
-        """Give the room back of what was deleted in these scopes; return what may still hold some of it, and why."""
+    def give_back(self, scopes: Iterable[Scope] | None, *, progress: Callable[[str], None]) -> list[str]:
+        """Give the room back of what was deleted in these scopes, None being all; return what kept it from that."""
         raise NotImplementedError
+
+    def set_aside(self, *, delete: bool) -> list[str]:  # noqa: ARG002
+        """Delete the databases that were set aside as corrupt, or say what they may hold; a server has none."""
+        return []
 
     def read_ahead(self) -> Iterator[None]:
         """Read once in order, piece by piece, what recall reads here and there; a server sees to that itself."""
@@ -99,11 +103,13 @@ class Store(EpisodeReads, WordReads, ProposalReads, DecisionReads, FixReads, For
     # -- recall: every call is bound to one scope --------------------------------------------------
     # `+scope_id` keeps the planner from walking the whole scope where a few rows are named.
 
-    def revision(self) -> tuple[int, int]:
-        """Return (generation, revision)."""
+    def revision(self, scope: Scope | None = None) -> Version:
+        """Return what is another one whenever any memory has changed, and of a scope also when it was forgotten."""
         with self._readers.borrow() as db:
             counters = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('generation', 'revision')"))
-        return int(counters["generation"]), int(counters["revision"])
+            # Read last: a scope that was forgotten meanwhile must not come with the revision of its end.
+            number = rows.known_scope(db, scope) if scope is not None else 0
+        return Version(int(counters["generation"]), int(counters["revision"]), number)
 
     def changes(self, scope: Scope, since: int, fingerprint: str, limit: int) -> list[Change]:
         """Return memories of the scope changed after a revision; a revision's changes come together."""

@@ -20,12 +20,14 @@ def forget(
 ) -> dict[str, Any]:
     """Delete a selection and give the disk back; return counts and, under `left`, what still holds text and why.
 
-    Interrupted, it has forgotten whole batches, and may be run again. Raises NotFound.
+    Interrupted, it has forgotten whole batches; the next one finishes it, whatever it is asked for. Raises NotFound.
     """
-    counts = store.chosen_counts(selection)
-    if not any(counts.values()):
+    counts, unfinished = store.chosen_counts(selection), store.forgets_unfinished()
+    if not (any(counts.values()) or unfinished or with_set_aside):
         raise NotFound("there is nothing of that kind to forget")
-    scopes = store.chosen_scopes(selection)
+    # Whose vectors an interrupted one left in files is not known any more: all are made again.
+    scopes = None if unfinished else store.chosen_scopes(selection)
+    store.write(lambda tx: tx.forget_begins()).result(WAIT_S)
     done = 0
     while batch := store.chosen(selection, BATCH):
         done += forget_traces(store, batch)
@@ -35,7 +37,10 @@ def forget(
     else:
         waiting = 0
     tidied = tidy(store)
-    left = store.give_back(scopes, with_set_aside=with_set_aside, progress=progress)
+    left = store.give_back(scopes, progress=progress)
+    if not left:
+        store.write(lambda tx: tx.forget_ends()).result(WAIT_S)
+    left += store.set_aside(delete=with_set_aside)
     return {"traces": done, "pending_feedback": waiting, **tidied, "left": left}
 
 

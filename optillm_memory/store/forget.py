@@ -15,6 +15,7 @@ from optillm_memory.store import rows
 from optillm_memory.store.connection import Connection, marks
 
 NOTED_S = 7 * 86_400.0  # what is under way may hold a copy for as long
+UNFINISHED = "forgetting"
 _REPLACEMENT = "(forgotten)"
 _TELLING, _QUOTED = 8, 60  # characters of an error that tell it from others
 _STEP = "scope_id = ? AND episode_id = ? AND step_id = ?"
@@ -119,6 +120,14 @@ class ForgetTables:
             self._delete_placements(*key)
         self._fold(dict.fromkeys(episodes))
         return len(found)
+
+    def forget_begins(self) -> None:
+        """Note that something is being forgotten: until it is gone from all files that is unfinished."""
+        self._db.execute(f"INSERT INTO meta VALUES ('{UNFINISHED}', 1) ON CONFLICT (key) DO NOTHING")
+
+    def forget_ends(self) -> None:
+        """Note that what was forgotten is in no file any more."""
+        self._db.execute(f"DELETE FROM meta WHERE key = '{UNFINISHED}'")
 
     def drop_empty_scopes(self) -> int:
         """Delete the names of scopes that nothing is left of; return how many there were."""

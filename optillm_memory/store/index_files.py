@@ -140,9 +140,10 @@ class IndexFiles:
         for path in (self._folder / name, self._folder / f"{name}.unfinished"):
             path.unlink(missing_ok=True)
 
-    def forget(self, scope: Scope) -> int:
-        """Take away every file of a scope, also those in the making; return how many there were."""
-        found = [path for path in self._folder.glob(f"{_digest(scope)}-*") if path.suffix != ".lock"]
+    def forget(self, scope: Scope | None) -> int:
+        """Take away every file of a scope (None: of all), also those in the making; return how many there were."""
+        whose = "*" if scope is None else f"{_digest(scope)}-*"
+        found = [path for path in self._folder.glob(whose) if path.suffix != ".lock"]
         for path in found:
             path.unlink(missing_ok=True)
         return len(found)

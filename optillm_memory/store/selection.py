@@ -9,7 +9,7 @@ from typing import Any
 from optillm_memory.errors import InvalidField
 from optillm_memory.records import Placement, Scope
 from optillm_memory.store.connection import Readers
-from optillm_memory.store.forget import gone_of
+from optillm_memory.store.forget import UNFINISHED, gone_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,11 @@ class ForgetReads:
         with self._readers.borrow() as db:
             found = db.execute(_ENDED, (before, *(after or (0.0, 0, "")), limit)).fetchall()
         return [(float(end), int(scope_id), str(episode_id)) for end, scope_id, episode_id in found]
+
+    def forgets_unfinished(self) -> bool:
+        """Whether something was forgotten that may still be in a file."""
+        with self._readers.borrow() as db:
+            return db.execute(f"SELECT 1 FROM meta WHERE key = '{UNFINISHED}'").fetchone() is not None
 
     def has_copies(self) -> bool:
         """Whether requests that were under way may have copied what was forgotten meanwhile."""

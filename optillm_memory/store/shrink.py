@@ -21,10 +21,10 @@ def set_aside_files(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{path.name}.corrupt-*"))
 
 
-def remove_indexes(path: Path, scopes: Iterable[Scope]) -> None:
-    """Take away the vectors that lie beside the database for these scopes; who needs them makes them again."""
+def remove_indexes(path: Path, scopes: Iterable[Scope] | None) -> None:
+    """Take away the vectors that lie beside the database for these scopes, None are all; who needs them makes them."""
     files = IndexFiles(folder_of(path))
-    for scope in scopes:
+    for scope in (None,) if scopes is None else scopes:
         files.forget(scope)
 
 

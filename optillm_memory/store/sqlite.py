@@ -49,17 +49,20 @@ class SqliteStore(Store):
     def nearest(self, scope: Scope, fingerprint: str, query: Any, count: int) -> list[tuple[int, float]] | None:
         """Return None: the vectors of large scopes are searched beside this database, not in it."""
 
-    def give_back(self, scopes: Iterable[Scope], *, with_set_aside: bool, progress: Callable[[str], None]) -> list[str]:
+    def give_back(self, scopes: Iterable[Scope] | None, *, progress: Callable[[str], None]) -> list[str]:
         """Write the file anew without what was deleted; return what may still hold some of it, and why."""
         remove_indexes(self.path, scopes)
-        left = [fault] if (fault := shrink(self.path, progress=progress)) else []
+        return [fault] if (fault := shrink(self.path, progress=progress)) else []
+
+    def set_aside(self, *, delete: bool) -> list[str]:
+        """Delete the databases that were set aside as corrupt, or say what they may hold."""
         aside = set_aside_files(self.path)
-        if with_set_aside:
+        if delete:
             for path in aside:
                 path.unlink(missing_ok=True)
         elif aside:
-            left.append(f"{len(aside)} files set aside as corrupt may hold it, too: {', '.join(p.name for p in aside)}")
-        return left
+            return [f"{len(aside)} files set aside as corrupt may hold it, too: {', '.join(p.name for p in aside)}"]
+        return []
 
     def read_ahead(self) -> Iterator[None]:
         """Read once in order, piece by piece, the pages that recall reads here and there."""
