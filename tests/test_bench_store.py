@@ -12,8 +12,11 @@ from click.testing import CliRunner
 from postgres import Server
 
 from optillm_memory.bench.records import LARGE, SMALL, Records
+from optillm_memory.bench.server import refuse_used
 from optillm_memory.bench.store import run
 from optillm_memory.cli import main
+from optillm_memory.errors import StoreError
+from optillm_memory.memory import Memory
 
 KEYS = {
     "ingest_per_s", "ingest_8_per_s", "index_s", "startup_s", "bytes_per_trace", "rss_mb", "recall_at_10",
@@ -66,3 +69,38 @@ def test_a_server_has_the_same_figures(postgres: Server, size: int) -> None:
     figures = run([size, size], place=url, writes_per_s=20, seed=0, say=lambda _: None)
     assert set(figures[str(size)]) == KEYS
     assert figures[str(size)]["recall_at_10"] == 1.0
+
+
+def test_a_memory_that_is_there_is_not_touched(postgres: Server) -> None:
+    """A server that holds somebody's memory, even an empty one, is refused in one line, and keeps it."""
+    url = postgres.fresh()
+    with Memory.open(url, encoder="none") as memory:
+        turn = memory.new_turn({"model": "model", "messages": [{"role": "user", "content": "Keep me."}]})
+        memory.finish(turn, None, error="none")
+        memory.settle()
+    empty = postgres.fresh()
+    Memory.open(empty, encoder="none").close()
+    for place in (url, empty):
+        for kind in ("postgres", "both"):
+            given = ["bench", "store", "--sizes", "10", "--store", kind, "--postgres", place]
+            result = CliRunner().invoke(main, given)
+            assert result.exit_code == 1
+            assert result.output.startswith("Error: postgresql://")
+            assert "has a schema agent_memory already" in result.output
+        with pytest.raises(StoreError, match="already"):
+            run([10], place=place, writes_per_s=0, seed=0, say=lambda _: None)
+        with Memory.open(place, encoder="none") as memory:
+            assert memory.store.stats()["traces"] == (1 if place == url else 0)
+
+
+def test_a_server_is_left_without_what_the_bench_made(postgres: Server) -> None:
+    """Whatever ends a run, what it put on a server is gone, and the next one may begin."""
+    url = postgres.fresh()
+
+    def failing(said: str) -> None:
+        if said.endswith("index"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run([10], place=url, writes_per_s=0, seed=0, say=failing)
+    refuse_used(url)

