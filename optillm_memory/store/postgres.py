@@ -35,6 +35,9 @@ _SEARCHED = 100  # candidates that the index keeps while it searches (pgvector's
 # statement: that holds a snapshot, and an index that is built concurrently waits for all snapshots of others.
 _BUILDERS_LOCK = 0x6F70746D656E
 _LOOK_AGAIN_S = 10.0  # while another proxy builds, or after a failure
+# A transaction of the writer in which nothing happens for so long holds up all proxies, and is ended by the server. A
+# fold computes between its statements, so it is no less than anybody waits for a commit.
+_IDLE_S = 120
 
 
 class PostgresTransaction(Transaction):
@@ -62,6 +65,7 @@ class PostgresWriter(Writer):
             raise StoreUnavailable(f"cannot write {self.place}: {error}") from error
         try:
             migrate(connection, self.place)
+            connection.try_set("idle_in_transaction_session_timeout", f"{_IDLE_S}s")
         except sqlite.DatabaseError as error:
             connection.close()
             raise StoreUnavailable(f"cannot write {self.place}: {error}") from error

@@ -19,6 +19,16 @@ SCHEMA = "agent_memory"
 WRITERS_LOCK = 0x6F70746D656D
 _CONNECT_S, _STATEMENT_MS, _POOL = 5, 10_000, 8
 _PATIENCE_S = 2.0  # for a connection that reads
+# Who vanishes without a word (power loss, a network that is cut) is missed within half a minute, on both sides: by
+# default we would wait for a quarter of an hour, and the server would keep the lock of one that wrote for two hours.
+_WATCH_SERVER = {
+    "keepalives": 1, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,
+}  # fmt: skip
+_WATCH_CLIENT = {
+    "tcp_keepalives_idle": "10s", "tcp_keepalives_interval": "5s", "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "15s",
+}  # fmt: skip
 # PostgreSQL's texts have no place for NUL: it is written with an escape that is escaped itself.
 _ESCAPE = "\ue000"
 _ESCAPED = _ESCAPE.encode()
@@ -50,13 +60,23 @@ class PostgresConnection:
         """Connect. Raises OperationalError."""
         psycopg = driver()
         with _mapped(psycopg):
-            self._raw: Any = psycopg.connect(url, autocommit=True, connect_timeout=_CONNECT_S)
+            own = psycopg.conninfo.conninfo_to_dict(url)
+            watch = {name: value for name, value in _WATCH_SERVER.items() if name not in own}
+            self._raw: Any = psycopg.connect(url, autocommit=True, connect_timeout=_CONNECT_S, **watch)
             self._raw.execute(f"SET search_path = {SCHEMA}, public")
             if read_only:
                 self._raw.execute("SET default_transaction_read_only = on")
                 self._raw.execute(f"SET statement_timeout = {_STATEMENT_MS}")
         self._psycopg = psycopg
         _adapt(psycopg, self._raw)
+        if not read_only:  # one that only reads holds nothing up
+            for name, value in _WATCH_CLIENT.items():
+                self.try_set(name, value)
+
+    def try_set(self, name: str, value: str) -> None:
+        """Change a setting of the session; a server that does not know it, or forbids it, does without."""
+        with contextlib.suppress(self._psycopg.Error):
+            self._raw.execute(f"SET {name} = '{value}'")
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> Any:
         """Run one statement; return its cursor."""
