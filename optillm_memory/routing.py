@@ -118,8 +118,10 @@ class Router:
             self._learners.move_to_end(key)
             while len(self._learners) > _SCOPES_KEPT:
                 self._learners.popitem(last=False)
-        if not learner.busy:
-            learner.take(*self._source.choices(scope, learner.since, key[1]))
+        while not learner.busy:
+            since = learner.since
+            if learner.take(since, *self._source.choices(scope, since, key[1])):
+                break
         return learner
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -271,9 +272,9 @@ def test_the_learner_takes_rows_once() -> None:
     learner = Learner((LARGE, SMALL), Terms())
     rows = rows_of(learner, 40)
     silent = [Row(r.trace_id, r.chosen, None, r.tokens, r.latency_ms) for r in rows]
-    learner.take(1, silent)
+    learner.take(learner.since, 1, silent)
     assert learner.policy.beliefs()[SMALL.name]["told"] == 0
-    learner.take(2, rows)
+    learner.take(learner.since, 2, rows)
     assert learner.policy.count == len(rows)
     beliefs = learner.policy.beliefs()
     assert beliefs[SMALL.name]["told"] == pytest.approx(20, abs=0.2)
@@ -282,15 +283,25 @@ def test_the_learner_takes_rows_once() -> None:
     assert learner.examples() == {NOWHERE: rows[-1].trace_id}
 
 
+def test_the_learner_takes_no_batch_that_another_overtook() -> None:
+    """Read before a reward came but taken after it, a batch would undo what nobody tells of again."""
+    learner = Learner((LARGE, SMALL), Terms())
+    rows = rows_of(learner, 40)
+    assert learner.take(-1, 12, rows)
+    assert not learner.take(-1, 11, [replace(row, reward=None) for row in rows])
+    assert learner.since == 12
+    assert learner.policy.beliefs()[SMALL.name]["told"] == pytest.approx(20, abs=0.2)
+
+
 def test_many_rows_are_folded_behind() -> None:
     """A log of thousands of choices does not hold a request up, and is there soon after."""
     learner = Learner((LARGE, SMALL), Terms())
-    learner.take(1, rows_of(learner, 3000))
+    learner.take(learner.since, 1, rows_of(learner, 3000))
     assert learner.busy or learner.policy.count == 3000
     learner.wait(30)
     assert not learner.busy
     assert learner.policy.count == 3000
-    learner.take(2, rows_of(learner, 10, first=3000))
+    learner.take(learner.since, 2, rows_of(learner, 10, first=3000))
     assert learner.policy.count == 3010
     assert learner.choose("t", ANYTHING, 0.0, {LARGE.name, SMALL.name}, recorded=True).arm == SMALL
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import ask, assistant, body, hashing_memory, lexical_memory, response, teach, tell
+from builders import SCOPE, ask, assistant, body, hashing_memory, lexical_memory, response, teach, tell
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optillm_memory import Memory, Turn
+from optillm_memory import Memory, Scope, Turn
 from optillm_memory.conversation.parse import parse
 from optillm_memory.conversation.partition import partition_of
+from optillm_memory.decide.calibration import WRONG
 from optillm_memory.decide.gate import Gate, Label
 from optillm_memory.decide.keeper import Change, Keeper
 from optillm_memory.errors import InvalidField
@@ -245,6 +246,30 @@ def test_similar_tasks_are_served_once_their_error_is_proven(tmp_path: Path) -> 
         assert memory.store.derived() == before
 
 
+def test_a_request_that_reads_slowly_undoes_no_label(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels that one request reads while feedback comes and another takes it are read again, not taken."""
+    text = "please help me with the refund refund refund for my account"
+    with hashing_memory(tmp_path) as memory:
+        for who in "abcdef":
+            teach(memory, f"{text} {who}x", "desk refund")
+        turn = memory.begin(wanting(f"{text} zx"))
+        memory.finish(turn, response("desk of another kind"))
+        memory.settle()
+        read = memory.store.gate_changes
+
+        def slowly(scope: Scope, since: int) -> tuple[int, list[Change]]:
+            monkeypatch.undo()
+            found = read(scope, since)
+            tell(memory, turn)
+            memory.begin(wanting("a request that is quicker"))
+            return found
+
+        monkeypatch.setattr(memory.store, "gate_changes", slowly)
+        memory.begin(wanting("a request that is slow"))
+        gate = memory._reuser._gate(SCOPE, memory.store.revision(SCOPE))
+        assert [verdict for _, verdict in gate.pool.rows].count(WRONG) == 1
+
+
 LABELS = st.lists(
     st.builds(
         Label,
@@ -265,12 +290,14 @@ def test_the_gate_does_not_depend_on_the_order_of_arrival(labels: list[Label], c
     rows = [Change(f"{i:04d}", label, served=label.correct is None) for i, label in enumerate(labels)]
     arriving = sorted(rows, key=lambda row: int(row.trace_id) + chance.choice([0, 0, 0, 5, 90]))
     for change in arriving:
-        keeper.take(0, [replace(change, label=replace(change.label, correct=None))])
+        keeper.take(keeper.since, 0, [replace(change, label=replace(change.label, correct=None))])
         if chance.random() < 0.2:
-            keeper.take(0, [replace(change, label=replace(change.label, correct=not change.label.correct))])
+            keeper.take(
+                keeper.since, 0, [replace(change, label=replace(change.label, correct=not change.label.correct))]
+            )
     chance.shuffle(arriving)
     for start in range(0, len(arriving), 40):
-        keeper.take(0, arriving[start : start + 40])
+        keeper.take(keeper.since, 0, arriving[start : start + 40])
     whole = Gate(labels)
     assert keeper.gate.pool.rows == whole.pool.rows
     assert {name: book.rows for name, book in keeper.gate.books.items()} == {

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from optillm_memory.conversation.options import Options
+from optillm_memory.decide.learner import Row
 from optillm_memory.memory import Memory
 from optillm_memory.records import Arm, Scope
 from optillm_memory.routing import can_answer, chance, length_of
@@ -109,6 +110,24 @@ def test_rebuild_brings_back_rewards_and_beliefs(memory: Memory, tmp_path: Path)
     memory.close()
     with opened(tmp_path) as again:
         assert again.policy() == believed
+
+
+def test_a_request_that_reads_slowly_undoes_no_reward(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choices that one request reads while feedback comes and another takes it are read again, not taken."""
+    turn = ask(memory, "how long is a piece of string")
+    memory.settle()
+    read = memory.store.choices
+
+    def slowly(scope: Scope, since: int, fingerprint: str) -> tuple[int, list[Row]]:
+        monkeypatch.undo()
+        found = read(scope, since, fingerprint)
+        tell(memory, True, trace_id=turn.trace_id)
+        memory.policy()
+        return found
+
+    monkeypatch.setattr(memory.store, "choices", slowly)
+    memory.policy()
+    assert memory.policy()["all"][turn.arm]["told"] == pytest.approx(1, abs=0.01)
 
 
 def test_beliefs_stay_in_their_scope(memory: Memory) -> None:

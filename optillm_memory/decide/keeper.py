@@ -44,9 +44,14 @@ class Keeper:
         """The gate as it stands."""
         return self._gate
 
-    def take(self, revision: int, changed: Iterable[Change]) -> None:
-        """Take the proposals that came or changed since the last call; their trace ids order them."""
+    def take(self, since: int, revision: int, changed: Iterable[Change]) -> bool:
+        """Take the proposals that came or changed after `since`, up to a revision; their trace ids order them.
+
+        False, and nothing is taken, where others were taken since these were read: they may say what is out of date.
+        """
         with self._lock:
+            if since != self.since:
+                return False
             self.since = max(self.since, revision)
             for change in changed:
                 known = self._changes.get(change.trace_id)
@@ -56,7 +61,7 @@ class Keeper:
                 if known is None:
                     bisect.insort(self._order, change.trace_id)
             if self._folding:
-                return  # the thread looks again when it is done
+                return True  # the thread looks again when it is done
             if not self._late:
                 self._extend()
             elif len(self._order) <= _INLINE:
@@ -64,6 +69,7 @@ class Keeper:
             else:
                 self._folding = True
                 threading.Thread(target=self._fold_behind, name="agent-memory-gate", daemon=True).start()
+            return True
 
     def _extend(self) -> None:
         while self._settled < len(self._order):

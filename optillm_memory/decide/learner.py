@@ -42,18 +42,23 @@ class Learner:
         self._reserved: dict[str, tuple[float, float]] = {}  # stake and time of choices that are not in the log yet
         self._folding: threading.Thread | None = None
 
-    def take(self, revision: int, rows: Sequence[Row]) -> None:
-        """Take the rows that came or changed since the last call; very many are folded behind the caller's back."""
+    def take(self, since: int, revision: int, rows: Sequence[Row]) -> bool:
+        """Take the rows that came or changed after `since`, up to a revision; very many are folded behind the caller.
+
+        False, and nothing is taken, while it is busy, and where others were taken since these were read: they may say
+        what is out of date.
+        """
         with self._lock:
-            if self._folding is not None:
-                return
+            if self._folding is not None or since != self.since:
+                return False
             self.since = max(self.since, revision)
             if len(rows) <= _INLINE:
                 self._fold(rows)
-                return
+                return True
             name = "agent-memory-policy"
             self._folding = threading.Thread(target=self._fold_behind, args=(rows,), name=name, daemon=True)
             self._folding.start()
+            return True
 
     def choose(
         self, trace_id: str, situation: Situation, chance: float, eligible: Collection[str], *, recorded: bool
