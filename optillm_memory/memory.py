@@ -63,7 +63,7 @@ class Memory:
         self._recaller = Recaller(self.store, self.store.index_files())
         self._recent = Recent()
         self._salt: bytes | None = None
-        self._recorder = Recorder(self.settings, self.encoder, self._located)
+        self._recorder = Recorder(self.settings, self.encoder, self._located, lambda: self._upkeep.caught_up)
         self._adviser = Adviser(self.store, self.settings, clock)
         self._reuser = Reuser(self.store, self._recaller, self.encoder, normal, self.settings.reuse_audit)
         self._router = Router(self.store, self.settings, lambda: self.encoder.fingerprint)

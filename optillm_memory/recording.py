@@ -27,11 +27,22 @@ from optillm_memory.turn import Turn, answer_of, recorded_message, recorded_mess
 class Recorder:
     """Writes turns into the log and folds what they teach."""
 
-    def __init__(self, settings: Settings, encoder: EncoderService, locate: Callable[[Turn], Turn]) -> None:
-        """`locate` finds the episode of a turn that memory was not consulted for."""
+    def __init__(
+        self,
+        settings: Settings,
+        encoder: EncoderService,
+        locate: Callable[[Turn], Turn],
+        caught_up: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`locate` finds the episode of a turn that memory was not consulted for.
+
+        `caught_up` says whether every memory has its vector. While some have none, upkeep alone fills them in: it has
+        them searched, too, where a vector that comes with a request would go unnoticed.
+        """
         self._settings = settings
         self._encoder = encoder
         self._locate = locate
+        self._caught_up = caught_up
 
     def record(
         self,
@@ -80,7 +91,7 @@ class Recorder:
         fresh = turn.fresh if response is not None else ()
         if tx.add_trace(trace, prefixes=prefixes, placements=fresh, injected=turn.injected, withheld=turn.withheld):
             tx.add_calls(trace.trace_id, [self._call(call) for call in turn.calls])
-            vector = self._encoder.cached(conversations.key_of(conversation.task))
+            vector = self._encoder.cached(conversations.key_of(conversation.task)) if self._caught_up() else None
             if vector is not None:
                 tx.put_vectors([(key_hash(trace.task), vector.tobytes())], self._encoder.fingerprint)
             scope_id = tx.scope_id(trace.scope)

@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 _ROWS = 64  # memories embedded in one commit
 _GATHER_S = 0.02  # what was learned meanwhile is looked at together, and does not slow down who learns it
-_LOOK_S = 60.0  # between two looks at what is to go
+_LOOK_S = 60.0  # between two looks at what is to go, and at what other processes learned
+_ANEW_S = 3_600.0  # after which everything is looked through again: what was no memory yet may be one now
 Missing = Sequence[tuple[int, str, str]]
 
 
@@ -32,6 +33,7 @@ class Upkeep:
         self._limits = limits
         self._closing = threading.Event()
         self._missing = threading.Event()
+        self.caught_up = False  # every memory has its vector, but for what was learned this moment
         self._threads = [
             threading.Thread(target=work, name=f"agent-memory-{name}", daemon=True)
             for name, work in (("upkeep", self._fill), ("retention", self._keep))
@@ -54,21 +56,25 @@ class Upkeep:
         """Encode the memories that have no vector yet: those of the time before the encoder was there."""
         while not self._closing.is_set() and not self._encoder.settled.wait(0.2):
             pass
-        done, generation = 0, -1
+        done, generation, anew_at = 0, -1, 0.0
         while not self._closing.is_set() and self._encoder.state == "ready":
             try:
-                if (current := self._store.revision()[0]) != generation:  # a rebuild numbers the memories anew
-                    done, generation = 0, current
+                if (current := self._store.revision().generation) != generation:  # a rebuild numbers them anew
+                    done, generation, self.caught_up = 0, current, False
+                if time.monotonic() >= anew_at:
+                    done, anew_at = 0, time.monotonic() + _ANEW_S
                 rows, upto = self._store.without_vectors(self._encoder.fingerprint, done, _ROWS)
                 if rows:
                     _embed(self._store, self._encoder, rows)
                 if upto > done:
                     done = upto
                     continue
+                self.caught_up = True
             except Exception:
                 logger.exception("agent_memory: vectors could not be filled in; trying again")
                 self._closing.wait(1.0)
-            self._missing.wait()
+                continue
+            self._missing.wait(_LOOK_S)
             self._closing.wait(_GATHER_S)
             self._missing.clear()
 
@@ -92,17 +98,18 @@ def limits_of(settings: Settings) -> Limits:
 
 def reembed(store: Store, encoder: EncoderService, *, progress: Callable[[str], None] = lambda _: None) -> int:
     """Give every memory its vector by this encoder; return how many had none. Interrupted, it goes on where it was."""
-    done = place = 0
-    total = store.coverage()[0]
+    place = 0
+    total, embedded = store.coverage()
+    done = before = embedded.get(encoder.fingerprint, 0)
     while True:
         rows, upto = store.without_vectors(encoder.fingerprint, place, _ROWS)
         if rows:
             _embed(store, encoder, rows)
             done += len(rows)
         elif upto == place:
-            return done
+            return done - before
         place = upto
-        progress(f"{done} embedded, of {total} memories")
+        progress(f"{done} of {total} memories embedded")
 
 
 def prune_vectors(store: Store, fingerprint: str) -> int:

@@ -177,7 +177,7 @@ def taught(tmp_path: Path, count: int, **values: str) -> None:
     with hashing_memory(tmp_path, **values) as memory:
         for number in range(count):
             add(memory.store, f"question number {number}", 0, value=True)
-        assert reembed(memory.store, memory.encoder) in (0, count)
+        assert reembed(memory.store, memory.encoder) <= count  # the server's own upkeep may have done some
         assert memory.stats()["memories_without_vector"] == 0
 
 
@@ -218,7 +218,7 @@ def test_embedding_anew_can_be_broken_off(
         memory.encoder.wait(10)
         with pytest.raises(KeyboardInterrupt):
             reembed(memory.store, memory.encoder, progress=stop_soon)
-        assert lines[0] == "64 embedded, of 150 memories"
+        assert lines[0] == "64 of 150 memories embedded"
         assert memory.store.coverage()[1]["other-64"] == 128
         assert reembed(memory.store, memory.encoder) == 22
 

@@ -1,0 +1,57 @@
+"""Upkeep: whatever has no vector gets one, and is found by meaning then, whoever learned it and whatever went wrong."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import ask, hashing_memory, lexical_memory, teach
+from hosting import until
+
+from optillm_memory.errors import StoreError
+from optillm_memory.store.sqlite import SqliteStore
+
+
+def test_a_request_does_not_hide_a_memory_that_has_no_vector_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked again before upkeep came to it, a memory of the time without an encoder is found by meaning afterwards."""
+    task = "restart the nginx server"
+    with lexical_memory(tmp_path) as memory:
+        teach(memory, task, "systemctl restart nginx")
+    free, look = threading.Event(), SqliteStore.without_vectors
+
+    def held(store: SqliteStore, fingerprint: str, after: int, limit: int) -> Any:
+        free.wait(20)
+        return look(store, fingerprint, after, limit)
+
+    monkeypatch.setattr(SqliteStore, "without_vectors", held)
+    with hashing_memory(tmp_path) as memory:
+        assert memory.recall(task)[0].cosine is None
+        ask(memory, task)
+        free.set()
+        assert until(lambda: memory.recall(task)[0].cosine is not None)
+        assert memory.stats()["memories_without_vector"] == 0
+
+
+def test_upkeep_goes_on_after_a_fault_and_sees_what_others_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read that failed is tried again, and what another process learned gets its vector though nobody says so."""
+    monkeypatch.setattr("optillm_memory.upkeep._LOOK_S", 0.05)
+    monkeypatch.setattr("optillm_memory.upkeep._ANEW_S", 0.05)
+    failures, look = [StoreError("broken off")], SqliteStore.without_vectors
+
+    def failing(store: SqliteStore, fingerprint: str, after: int, limit: int) -> Any:
+        if failures:
+            raise failures.pop()
+        return look(store, fingerprint, after, limit)
+
+    monkeypatch.setattr(SqliteStore, "without_vectors", failing)
+    with hashing_memory(tmp_path) as memory, lexical_memory(tmp_path) as another:
+        for task in ("restart the nginx server", "list the open ports"):
+            teach(another, task, "done")
+            assert until(lambda task=task: bool(found := memory.recall(task)) and found[0].cosine is not None)  # type: ignore[misc]
+        assert not failures
