@@ -15,12 +15,21 @@ from optillm_memory.records import Arm
 
 ENV_PREFIX = "OPTILLM_AGENT_MEMORY_"
 _SERVER = re.compile(r"postgres(ql)?://", re.IGNORECASE)
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # a single letter is a drive
 _ARM = re.compile(r"([A-Za-z0-9_.-]+)@([^\s,=]+)(?:=([0-9.eE+-]+))?")
 
 
 def is_url(db: str) -> bool:
     """Whether a database setting names a PostgreSQL server."""
     return bool(_SERVER.match(db))
+
+
+def refuse_unknown_scheme(db: str, param: str) -> None:
+    """Raise InvalidField for the URL of anything but PostgreSQL: taken for a file, it would make a folder `scheme:`."""
+    if (found := _SCHEME.match(db)) and not is_url(db):
+        raise InvalidField(
+            param, f"{found[0]}… names no kind of database that is known; use a file, or a postgresql:// URL"
+        )
 
 
 def shown(url: str) -> str:
@@ -118,6 +127,7 @@ class Settings:
             if (low is not None and not value >= low) or (high is not None and not value <= high):  # NaN is neither
                 bounds = f"at least {low}" if high is None else f"between {low} and {high}"
                 raise InvalidField(env_name(item.name), f"{value!r} is out of range; use {bounds}")
+        refuse_unknown_scheme(self.db, env_name("db"))
         _arms(self.arms, env_name("arms"))
 
     @property

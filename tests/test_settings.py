@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from optillm_memory import InvalidField, Settings
+from optillm_memory.cli import main
 from optillm_memory.settings import CLIENT_VARIABLES, ENV_PREFIX, table
 
 
@@ -24,7 +27,8 @@ def test_every_setting_is_read_from_its_variable() -> None:
     ("name", "value"),
     [
         ("HOLDOUT", "1.1"), ("HOLDOUT", "-0.1"), ("HOLDOUT", "nan"), ("HOLDOUT", "much"), ("MAX_ITEMS", "2.5"),
-        ("MAX_ITEMS", "51"), ("QUEUE_SIZE", "0"), ("REDACT", "perhaps"), ("HOLDUOT", "0.1"),
+        ("MAX_ITEMS", "51"), ("QUEUE_SIZE", "0"), ("REDACT", "perhaps"), ("HOLDUOT", "0.1"), ("DB", "nonsense://x"),
+        ("DB", "sqlite:///x.db"), ("DB", "postgresql:/host/one-slash"),
     ],
 )  # fmt: skip
 def test_a_wrong_variable_is_named(name: str, value: str) -> None:
@@ -32,3 +36,18 @@ def test_a_wrong_variable_is_named(name: str, value: str) -> None:
     with pytest.raises(InvalidField) as caught:
         Settings.from_env({ENV_PREFIX + name: value})
     assert caught.value.param == ENV_PREFIX + name
+
+
+def test_an_unknown_kind_of_database_makes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What looks like the URL of another database is refused with what is allowed; files and PostgreSQL are taken."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(ENV_PREFIX + "DB", "nonsense://user:password@x/y")
+    done = CliRunner().invoke(main, ["feedback", "t1", "--success"])
+    assert done.exit_code == 1
+    assert "OPTILLM_AGENT_MEMORY_DB" in done.output
+    assert "postgresql://" in done.output
+    assert "password" not in done.output
+    assert list(tmp_path.iterdir()) == []
+    files = ("x.db", "~/x.db", "/tmp/a:b.db", "C:/x.db", "./x://y")
+    for place in (*files, "postgresql://h/d", "postgres://h/d"):
+        assert Settings(db=place).db == place
