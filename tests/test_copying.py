@@ -14,14 +14,16 @@ from builders import SCOPE, ask, body, hashing_memory
 from click.testing import CliRunner
 from postgres import Server
 
-from optillm_memory import Memory, NotFound, Settings, StoreError
+from optillm_memory import InvalidField, Memory, NotFound, Settings, StoreError, StoreUnavailable
+from optillm_memory.bench.process import HostProcess
 from optillm_memory.cli import main
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.store import copying
 from optillm_memory.store.base import Store
-from optillm_memory.store.connection import connect
+from optillm_memory.store.connection import connect, open_writer, sqlite3
 from optillm_memory.store.copying import copy
 from optillm_memory.store.opening import open_store
+from optillm_memory.store.postgres_connection import PostgresConnection
 from optillm_memory.store.postgres_schema import TABLES
 
 
@@ -92,6 +94,55 @@ def test_a_target_that_holds_anything_is_refused(file: str, postgres: Server, tm
             copy(source, target)
     with pytest.raises(NotFound, match="nowhere"):
         copy(str(tmp_path / "nowhere.db"), server)
+
+
+def test_a_source_that_is_away_leaves_nothing_behind(postgres: Server, tmp_path: Path) -> None:
+    """The source's fault is told in one line that names it, without a password, and no file is made for the target."""
+    away = f"postgresql://user:hidden@127.0.0.1:{HostProcess.free_port()}/memory"
+    done = CliRunner().invoke(main, ["copy", away, str(tmp_path / "new.db")])
+    assert done.exit_code == 1
+    assert isinstance(done.exception, SystemExit)
+    assert "user@127.0.0.1" in done.output
+    assert "hidden" not in done.output
+    with pytest.raises(StoreError, match="the source postgresql://"):
+        copy(away, postgres.url("nowhere"))
+    with pytest.raises(InvalidField, match="target: nonsense:/"):
+        copy(postgres.fresh(), f"nonsense:/{tmp_path}/x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_that_goes_away_is_told_in_one_line(
+    file: str, postgres: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the databases raise in the middle of it comes up as our own error, which names the source."""
+
+    def gone(_self: Any, _sql: str) -> Iterator[Any]:
+        raise sqlite3.OperationalError("server closed the connection")
+
+    server = postgres.fresh()
+    copy(file, server)
+    monkeypatch.setattr(PostgresConnection, "stream", gone)
+    with pytest.raises(StoreError, match=r"postgresql://.* could not be copied: server closed"):
+        copy(server, str(tmp_path / "new.db"))
+    monkeypatch.undo()
+    assert copy(server, str(tmp_path / "new.db"))["traces"] >= 6
+
+
+def test_a_source_that_is_only_read_is_copied(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that cannot be written now is copied all the same, unless it first needs a later schema."""
+
+    def refused(path: Path, **_: Any) -> Any:
+        if path == Path(file):
+            raise StoreUnavailable(f"cannot write {path}: it is read-only")
+        return open_writer(path)
+
+    monkeypatch.setattr("optillm_memory.store.sqlite_writer.open_writer", refused)
+    assert copy(file, str(tmp_path / "copy.db"))["traces"] >= 6
+    with contextlib.closing(connect(Path(file))) as db:
+        db.execute("DELETE FROM _sqlite_migrations WHERE id = (SELECT max(id) FROM _sqlite_migrations)")
+    with pytest.raises(StoreError, match=r"the source .* read-only"):
+        copy(file, str(tmp_path / "other.db"))
+    assert not list(tmp_path.glob("other*"))
 
 
 def test_interrupted_it_leaves_the_target_empty(file: str, postgres: Server) -> None:

@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sqlite_utils import Database
+
 from optillm_memory.errors import NotFound, StoreError
 from optillm_memory.learn.outcomes import normal_answer
-from optillm_memory.settings import is_url
-from optillm_memory.store.connection import connect
+from optillm_memory.settings import is_url, refuse_unknown_scheme, shown
+from optillm_memory.store.connection import DatabaseError, connect
+from optillm_memory.store.migrations import migrations
 from optillm_memory.store.opening import open_store
 from optillm_memory.store.postgres_connection import PostgresConnection, vector_text
 from optillm_memory.store.postgres_schema import TABLES
@@ -28,20 +31,53 @@ def copy(source: str, target: str, progress: Progress = lambda *_: None) -> dict
     """Copy a store into an empty one, and check it; return how many rows each table has.
 
     It is one transaction: interrupted, the target is as empty as before. Raises NotFound where there is no source,
-    StoreError where the target holds anything or the copy is not equal.
+    InvalidField for the URL of another kind of database, StoreError where the source cannot be read, the target
+    holds anything or the copy is not equal.
     """
+    for name, db in (("source", source), ("target", target)):
+        refuse_unknown_scheme(db, name)
     if not is_url(source) and not Path(source).expanduser().is_file():
         raise NotFound(f"there is no database {source}")
-    open_store(source, queue_size=1, normal=normal_answer).close()  # both have this release's schema
-    _refuse_full(target)
-    with _reading(source) as old, _writing(target) as new:
-        said = {table: _copied(old, new, table, progress) for table in TABLES if table not in _ELSEWHERE}
-        new.put_meta(old.meta())
-        for table, (rows, digest) in said.items():
-            found = _digest(new.rows(table, new.columns(table)), lambda _: None)
-            if found != (rows, digest):
-                raise StoreError(f"the copy of {table} is not equal ({found[0]} of {rows} rows); nothing was kept")
+    _bring_up(source)
+    try:
+        with _reading(source) as old:  # before anything is made in the target's place
+            _refuse_full(target)
+            with _writing(target) as new:
+                said = _all_copied(old, new, progress)
+    except DatabaseError as error:
+        raise StoreError(f"{_place(source)} could not be copied: {error}; nothing was kept") from error
     return {table: rows for table, (rows, _) in said.items()}
+
+
+def _bring_up(source: str) -> None:
+    """See that the source has this release's schema, as the target will. Raises StoreError."""
+    with contextlib.closing(open_store(source, queue_size=1, normal=normal_answer)) as store:
+        fault = store.fault
+    if fault and (is_url(source) or not _is_current(Path(source).expanduser())):
+        raise StoreError(f"the source {_place(source)} cannot be copied: {fault}")
+
+
+def _is_current(path: Path) -> bool:
+    """Whether a file that cannot be written now has all of the schema: then reading it is enough."""
+    try:
+        with contextlib.closing(connect(path, read_only=True)) as file:
+            return not migrations.pending(Database(file))
+    except DatabaseError:
+        return False
+
+
+def _all_copied(old: _Side, new: _Side, progress: Progress) -> dict[str, tuple[int, int]]:
+    said = {table: _copied(old, new, table, progress) for table in TABLES if table not in _ELSEWHERE}
+    new.put_meta(old.meta())
+    for table, (rows, digest) in said.items():
+        found = _digest(new.rows(table, new.columns(table)), lambda _: None)
+        if found != (rows, digest):
+            raise StoreError(f"the copy of {table} is not equal ({found[0]} of {rows} rows); nothing was kept")
+    return said
+
+
+def _place(db: str) -> str:
+    return shown(db) if is_url(db) else db
 
 
 def _refuse_full(target: str) -> None:
