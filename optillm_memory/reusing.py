@@ -68,8 +68,7 @@ class Reuser:
         self._encoder = encoder
         self._normal = lru_cache(maxsize=_FORMS_KEPT)(normal)
         self._lock = threading.Lock()
-        self._known: OrderedDict[Scope, dict[int, _Known]] = OrderedDict()
-        self._keepers: OrderedDict[Scope, _Kept] = OrderedDict()
+        self._scopes: OrderedDict[Scope, _Kept] = OrderedDict()
 
     def considered(self, turn: Turn, vector: NDArray[np.float32] | None, salt: bytes) -> Turn:
         """Return the turn with what memory would answer, and the gate's decision on it.
@@ -101,11 +100,7 @@ class Reuser:
 
     def _gate(self, scope: Scope, version: Version) -> Gate:
         """Return a scope's gate, up to date with the labels that are on disk."""
-        with self._lock:
-            kept = self._keepers.setdefault(scope, _Kept())
-            self._keepers.move_to_end(scope)
-            while len(self._keepers) > _SCOPES_KEPT:
-                self._keepers.popitem(last=False)
+        kept = self._kept(scope, version)
         while kept.version != version:
             since = kept.keeper.since
             if kept.keeper.take(since, *self._source.gate_changes(scope, since)):
@@ -124,7 +119,7 @@ class Reuser:
             unrelated=self._encoder.unrelated,
             count=NEAREST,
         )
-        known = self._exemplars(turn.scope, near)
+        known = self._exemplars(turn.scope, near, version)
         neighbours, quarantined = [], []
         for number, cosine, _ in near:
             _, exemplar, value = known.get(number, _UNKNOWN)
@@ -136,15 +131,11 @@ class Reuser:
                 quarantined.append(record.memory_id)
         return neighbours, frozenset(quarantined)
 
-    def _exemplars(self, scope: Scope, near: Sequence[tuple[int, float, int]]) -> dict[int, _Known]:
+    def _exemplars(self, scope: Scope, near: Sequence[tuple[int, float, int]], version: Version) -> dict[int, _Known]:
         """Return what is known of the scope's exemplars, these read where they are new or have changed."""
-        with self._lock:
-            known = self._known.setdefault(scope, {})
-            self._known.move_to_end(scope)
-            if len(known) > _EXEMPLARS_KEPT:
-                known.clear()
-            while len(self._known) > _SCOPES_KEPT:
-                self._known.popitem(last=False)
+        known = self._kept(scope, version).exemplars
+        if len(known) > _EXEMPLARS_KEPT:
+            known.clear()
         missing = {n: revision for n, _, revision in near if known.get(n, _UNKNOWN)[0] < revision}
         if missing:
             found = self._source.exemplars(scope, missing)
@@ -153,11 +144,24 @@ class Reuser:
                 known[number] = revision, exemplar, exemplar.record.value if exemplar else 0.0
         return known
 
+    def _kept(self, scope: Scope, version: Version) -> _Kept:
+        """Return what is kept of a scope; numbers and revisions of another origin say nothing of this one's."""
+        with self._lock:
+            kept = self._scopes.get(scope)
+            if kept is None or kept.origin != version.origin:
+                kept = self._scopes[scope] = _Kept(version.origin)
+            self._scopes.move_to_end(scope)
+            while len(self._scopes) > _SCOPES_KEPT:
+                self._scopes.popitem(last=False)
+            return kept
+
 
 @dataclass(slots=True)
 class _Kept:
-    """A scope's keeper, and the version of the store whose labels it has taken."""
+    """A scope's exemplars by number, its keeper, and the version of the store whose labels that has taken."""
 
+    origin: tuple[int, int]
+    exemplars: dict[int, _Known] = field(default_factory=dict)
     keeper: Keeper = field(default_factory=Keeper)
     version: Version = NEVER
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from optillm_memory.decide.learner import Learner, Row
 from optillm_memory.decide.policy import Situation, Terms
+from optillm_memory.recall.recaller import Version
 from optillm_memory.records import Arm, Scope
 from optillm_memory.settings import Settings
 from optillm_memory.turn import Turn
@@ -24,6 +25,9 @@ _SHOWN = 160  # characters of an example task
 
 class Source(Protocol):
     """What routing reads; every call is bound to one scope."""
+
+    def revision(self, scope: Scope) -> Version:
+        """Return what is of another origin when nothing that was read before holds any more."""
 
     def choices(self, scope: Scope, since: int, fingerprint: str) -> tuple[int, list[Row]]:
         """Return (revision, rows) of the choices that came, or of which more is known, after a revision, in order."""
@@ -48,7 +52,7 @@ class Router:
         self._source = source
         self._fingerprint = fingerprint
         self._lock = threading.Lock()
-        self._learners: OrderedDict[tuple[Scope, str], Learner] = OrderedDict()
+        self._learners: OrderedDict[tuple[Scope, str], tuple[tuple[int, int], Learner]] = OrderedDict()
         # Arms by episode: the log may not have them yet when the next request comes.
         self._given: OrderedDict[tuple[Scope, str], str] = OrderedDict()
 
@@ -113,8 +117,12 @@ class Router:
 
     def _learner(self, scope: Scope) -> Learner:
         key = (scope, self._fingerprint())  # of another encoder, vectors and so clusters are others
+        origin = self._source.revision(scope).origin
         with self._lock:
-            learner = self._learners.setdefault(key, Learner(self.arms, self._terms))
+            known, learner = self._learners.get(key) or (None, None)
+            if learner is None or known != origin:  # revisions of another origin say nothing of this one's
+                learner = Learner(self.arms, self._terms)
+                self._learners[key] = origin, learner
             self._learners.move_to_end(key)
             while len(self._learners) > _SCOPES_KEPT:
                 self._learners.popitem(last=False)

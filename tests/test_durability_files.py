@@ -9,14 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import hashing_memory, lexical_memory, teach
+from builders import SCOPE, ask, body, hashing_memory, lexical_memory, response, teach, tell
 from faults import asides, known, served, told
 
 from optillm_memory import Memory, Turn
+from optillm_memory.decide.calibration import WRONG
 from optillm_memory.store.audit import integrity
 from optillm_memory.store.connection import open_writer, sqlite3
 
 MANY = 60
+REFUND = "please help me with the refund for my account"
+REUSE = {"agent_memory": {"reuse": {"max_error": 0.05}}}
 
 
 @pytest.fixture
@@ -213,6 +216,64 @@ def test_vectors_of_a_file_that_was_set_aside_are_forgotten(path: Path) -> None:
         assert hits[0].cosine > 0.99
         assert not [h for h in memory.recall("sort list number 3 by its length") if (h.cosine or 0) > 0.9]
         assert known(memory, *new)
+
+
+def deleted(path: Path) -> None:
+    """Delete a database with its journals."""
+    for suffix in ("", "-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink()
+
+
+def asked_otherwise(memory: Memory) -> list[int]:
+    """Have an answer verified where memory proposes another; return the verdicts that the gate has then."""
+    for who in "abcdef":
+        teach(memory, f"{REFUND} {who}x", "desk refund")
+    turn = memory.begin(body(f"{REFUND} zx", **REUSE))
+    memory.finish(turn, response("another desk"))
+    tell(memory, turn)
+    return verdicts(memory)
+
+
+def verdicts(memory: Memory) -> list[int]:
+    """Return the verdicts of all labels that the gate has."""
+    memory.settle()
+    gate = memory._reuser._gate(SCOPE, memory.store.revision(SCOPE))
+    return [verdict for _, verdict in gate.pool.rows]
+
+
+def test_nothing_of_a_file_that_was_deleted_is_reused(path: Path) -> None:
+    """A new file's numbers and revisions begin anew: none of its answers and labels is taken for one of the old."""
+    with hashing_memory(path.parent) as memory:
+        assert asked_otherwise(memory).count(WRONG) == 1
+        assert memory.begin(body(f"{REFUND} ax", **REUSE)).action == "reuse"
+        deleted(path)
+        served(memory, "a task of meanwhile")
+        assert verdicts(memory) == []
+        teach(memory, "what is the port of the metrics exporter?", "9400")
+        turn = memory.begin(body("what is the port of the metrics exporter?", **REUSE))
+        assert turn.action == "reuse"
+        assert turn.reused()["choices"][0]["message"]["content"] == "9400"
+        told = asked_otherwise(memory)
+        assert WRONG in told
+        with hashing_memory(path.parent) as another:
+            assert verdicts(another) == told
+        memory.rebuild()
+        assert verdicts(memory) == told
+
+
+def test_beliefs_of_a_file_that_was_deleted_are_forgotten(path: Path) -> None:
+    """The policy counts the choices of the new file alone, and those at once."""
+    with hashing_memory(path.parent, arms="none@default, none@small=0.1", audition=1.0) as memory:
+        auto = {"agent_memory": {"approach": "auto"}}
+        for number in range(20):
+            ask(memory, body(f"question {number}", **auto))
+        assert memory.policy()["choices"] == 20
+        deleted(path)
+        served(memory, "a task of meanwhile")
+        memory.settle()
+        assert memory.policy()["choices"] == 0
+        ask(memory, body("a question of after", **auto))
+        assert memory.policy()["choices"] == 1
 
 
 WITHOUT_OVERRIDE = """
