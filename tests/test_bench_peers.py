@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from click.testing import CliRunner
 
+from optillm_memory.bench.peer_kinds import PEERS, Ours
+from optillm_memory.bench.peer_parts import Known, Upstream
 from optillm_memory.bench.peers import table
+from optillm_memory.bench.records import Records
 from optillm_memory.cli import main
+from optillm_memory.cli.bench_store import PEER_PACKAGES
+from optillm_memory.store.connection import connect
 
 KEYS = {
     "fill_per_s", "first_answer_s", "ask_p50_ms", "ask_p95_ms", "upstream_calls_per_ask", "finds", "add_per_s",
     "upstream_calls_per_add", "refused_of_80_at_once", "added", "kept_after_restart", "kept_of_80_at_once",
-    "kept_after_kill",
+    "kept_after_kill", "ingest_per_s", "ingested",
 }  # fmt: skip
 
 
@@ -34,9 +40,40 @@ def test_peers_are_measured_alike(tmp_path: Path) -> None:
     assert ours["upstream_calls_per_ask"] == ours["upstream_calls_per_add"] == 0.0
     assert plugin["upstream_calls_per_add"] == 2.0
     assert plugin["kept_of_80_at_once"] < 80
+    assert ours["ingested"] == 1200
+    assert ours["ingest_per_s"] > 1.5 * ours["add_per_s"]
     assert set(figures["settings"]["peers"]) == set(names)
     assert figures["settings"]["peers"]["optillm memory"] == {"optillm": figures["versions"]["optillm"]}
     assert "| optillm-memory |" in result.output
+    assert "| ingest/s |" in result.output
+
+
+def test_what_ours_accepted_is_on_disk_when_it_has_settled(tmp_path: Path) -> None:
+    """The clock of an ingest stops when every record is in the file, learned, with its vector: nothing is left over."""
+    known, count = Known(), 1_000
+    ours = Ours(tmp_path, known, Upstream(), count)
+    texts = []
+    for record in Records(count, seed=3):
+        known.learn(record.task, record.vector)
+        texts.append(record.task)
+    ours.prepare(texts)
+    for text in texts:
+        ours.accept(text)
+    ours.settle()
+    with closing(connect(tmp_path / "memory.db", read_only=True)) as db:
+        found = db.execute(
+            "SELECT count(*) FROM memories JOIN vectors USING (key_hash) WHERE status = 'verified'"
+        ).fetchone()
+    ours.close()
+    assert found[0] == count
+
+
+def test_help_names_the_packages_of_all_peers() -> None:
+    """What --help says to install is what the bench looks for."""
+    wanted = dict.fromkeys(package for _, packages in PEERS.values() for package in packages)
+    assert PEER_PACKAGES.split() == [package for package in wanted if not package.startswith("optillm")]
+    result = CliRunner().invoke(main, ["bench", "peers", "--help"])
+    assert f"pip install {PEER_PACKAGES}\n" in result.output
 
 
 def test_unknown_peers_are_named() -> None:
@@ -51,7 +88,7 @@ def test_what_has_no_figure_has_a_hyphen() -> None:
     assert (
         table({"one": {"ask_p50_ms": 1.25, "fill_per_s": 12345.0}})
         .splitlines()[2]
-        .startswith("| one | 1.25 | - | - | 12,345 |")
+        .startswith("| one | 1.25 | - | - | 12,345 | - | - |")
     )
 
 

@@ -1,35 +1,33 @@
-"""The peers, each behind the same few calls: records in, texts out, with vectors that are ready-made."""
+"""The peers, each behind the same few calls: records in, texts out."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import time
-import zlib
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 from uuid import uuid4
 
-import numpy as np
-from numpy.typing import NDArray
-
-from optillm_memory.bench.records import DIMENSION, Records
+from optillm_memory.bench.peer_parts import Known, Upstream
+from optillm_memory.bench.records import DIMENSION
 from optillm_memory.conversation.parse import key_of
 from optillm_memory.memory import Memory
-from optillm_memory.recall.encoder import REFERENCE, Vectors
-from optillm_memory.records import Feedback
+from optillm_memory.records import Feedback, FeedbackReceipt
 from optillm_memory.settings import Settings
 
 TOP = 10
-Vector = NDArray[np.float32]
+PATIENCE_S = 30.0  # for the questions or the adds of a slow one
 
 
 class Peer(Protocol):
-    """A memory as its users have it; what `add` returned from counts as kept."""
+    """A memory as its users have it; what `add` returned from counts as kept.
+
+    One that takes records in without waiting for the disk has `prepare`, `accept` and `settle` besides.
+    """
 
     def add(self, text: str) -> None:
         """Take one record in."""
@@ -44,72 +42,6 @@ class Peer(Protocol):
         """End in good order."""
 
 
-class Known:
-    """Stands in for the encoder: texts whose vectors are known already."""
-
-    fingerprint = "bench-known-384"
-
-    def __init__(self) -> None:
-        """Know what an encoder service asks for at its start."""
-        self._vectors: dict[str, Vector] = {}
-        for text, record in zip(REFERENCE, Records(len(REFERENCE), seed=1 << 20), strict=True):
-            self.learn(text, record.vector)
-
-    def learn(self, text: str, vector: Vector) -> None:
-        """Know one more."""
-        self._vectors[text] = self._vectors[key_of(text)] = vector
-
-    def vector(self, text: str) -> Vector:
-        """Return a text's vector; what a peer made of the texts itself has none, and gets one far from all."""
-        if (vector := self._vectors.get(text)) is None:
-            drawn = np.random.default_rng(zlib.crc32(text.encode())).standard_normal(DIMENSION)
-            vector = self._vectors[text] = (drawn / np.linalg.norm(drawn)).astype(np.float32)
-        return vector
-
-    def encode(self, texts: Sequence[str]) -> Vectors:
-        """Return the vectors of several texts."""
-        return np.stack([self.vector(text) for text in texts])
-
-    def lists(self, texts: Sequence[str]) -> list[list[float]]:
-        """Return them as the lists of numbers that some peers want."""
-        return [self.vector(text).tolist() for text in texts]
-
-
-class Upstream:
-    """Stands in for the LLM: answers at once, counts its calls, speaks the client's and mem0's language."""
-
-    def __init__(self) -> None:
-        """Start at none."""
-        self.calls = 0
-        self.chat = self.completions = self
-
-    def create(self, *, messages: Sequence[Mapping[str, Any]], **_: Any) -> Any:
-        """Answer as a client does: a kind of problem where one is asked for, else the text that was sent as a note."""
-        self.calls += 1
-        said = str(messages[-1]["content"])
-        kinds = re.search(r"ONE of these types: (.*)\n", said)
-        if kinds:
-            names = kinds[1].split(", ")
-            answer = names[zlib.crc32(said.encode()) % len(names)]
-        elif noted := re.search(r"'''text\n(.*?)\n'''\nCopy over", said, re.DOTALL):
-            answer = f"YES#{noted[1]}"
-        else:
-            answer = said
-        return _Answer(answer)
-
-    def generate_response(self, *_: Any, **__: Any) -> str:
-        """Answer as mem0's own class does: nothing is worth extracting."""
-        self.calls += 1
-        return json.dumps({"memory": []})
-
-
-class _Answer:
-    def __init__(self, content: str) -> None:
-        self.content = content
-        self.message, self.choices, self.usage = self, [self], self
-        self.completion_tokens = 1
-
-
 class Ours:
     """optillm-memory: a request with its answer and its feedback, each acknowledged; recall with words and vectors."""
 
@@ -118,6 +50,7 @@ class Ours:
         settings = Settings(db=str(folder / "memory.db"), holdout=0.0, queue_size=20_000)
         self._memory = Memory(settings, encoder=lambda: known)
         self._memory.encoder.wait(60)
+        self._receipts: deque[Callable[[float], list[FeedbackReceipt]]] = deque()
 
     def add(self, text: str) -> None:
         """Finish a request, and wait until its feedback is on disk and learned."""
@@ -130,8 +63,24 @@ class Ours:
         while self._memory.busy:
             time.sleep(0.005)
 
+    def prepare(self, texts: Sequence[str]) -> None:
+        """Have the vectors of texts at hand: others look them up where they stand, ours asks another thread."""
+        self._memory.encoder.encode([key_of(text) for text in texts])
+
+    def accept(self, text: str) -> None:
+        """Finish a request and hand in its feedback; neither is waited for."""
+        self._receipts.append(self._memory.submit_feedback([self._finished(text)]))
+
+    def settle(self) -> None:
+        """Wait until all that was accepted is on disk and learned. Raises RuntimeError where it is not."""
+        while self._receipts:
+            receipts = self._receipts.popleft()(PATIENCE_S)
+            if any(receipt.status != "applied" for receipt in receipts):
+                raise RuntimeError(f"feedback was not applied: {receipts}")
+
     def _finished(self, text: str) -> Feedback:
-        self._memory.encoder.encode([key_of(text)])
+        if self._memory.encoder.cached(key := key_of(text)) is None:
+            self._memory.encoder.encode([key])
         turn = self._memory.new_turn({"model": "model", "messages": [{"role": "user", "content": text}]})
         answer = {"message": {"role": "assistant", "content": "an answer"}, "finish_reason": "stop"}
         self._memory.finish(turn, {"choices": [answer]})

@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from optillm_memory.bench.peer_guard import environment, watch
-from optillm_memory.bench.peer_kinds import PEERS, Known, Peer, Upstream
+from optillm_memory.bench.peer_kinds import PATIENCE_S, PEERS, Peer
+from optillm_memory.bench.peer_parts import Known, Upstream
 from optillm_memory.bench.records import Records
 from optillm_memory.bench.report import quantile
 
 QUESTIONS, ADDS, AT_ONCE, KILLED, OWN = 200, 200, 80, 20, 50
-PATIENCE_S, FILL_S = 30.0, 900.0  # for the questions or the adds of a slow one; for all its records
+INGESTED = 4_000  # by one caller, in one go: not more than our encoder keeps vectors of, and four times the size
+FILL_S = 900.0  # for all records of a slow one
 _HANDS, _PART, _WARM = 8, 4_096, 5
-_PHASES = ("fill", "ask", "add", "kill", "look")
+_PHASES = ("fill", "ask", "add", "kill", "look", "ingest")
 
 Figures = dict[str, float]
 
@@ -35,8 +37,10 @@ def run(
 
     Every peer has a folder and an encoder that knows all vectors beforehand, so that encoding costs it nothing; its
     phases run in processes of their own, so that what one finds is what another left on disk. `add_per_s` is one
-    caller who waits for each, `fill_per_s` the quickest way in. A phase that fails or takes too long leaves its figures
-    out, and says so.
+    caller who waits for each: ours returns when it is on disk, others when they see fit. `ingest_per_s` is one caller,
+    too, one record after another, who waits for no more than others have done when they return: ours accepts each, and
+    the clock stops when all are on disk. `fill_per_s` is the quickest way in. A phase that fails or takes too long
+    leaves its figures out, and says so.
     """
     figures: dict[str, dict[str, Figures]] = {}
     for size in sizes:
@@ -68,9 +72,9 @@ def versions_of(name: str) -> dict[str, str] | None:
 
 _COLUMNS = {
     "ask ms p50": "ask_p50_ms", "p95": "ask_p95_ms", "finds its own": "finds", "fill/s": "fill_per_s",
-    "add/s": "add_per_s", "LLM calls an add": "upstream_calls_per_add", "an ask": "upstream_calls_per_ask",
-    "first answer s": "first_answer_s", "kept of 80 at once": "kept_of_80_at_once", "restart": "kept_after_restart",
-    "kill": "kept_after_kill",
+    "add/s": "add_per_s", "ingest/s": "ingest_per_s", "LLM calls an add": "upstream_calls_per_add",
+    "an ask": "upstream_calls_per_ask", "first answer s": "first_answer_s", "kept of 80 at once": "kept_of_80_at_once",
+    "restart": "kept_after_restart", "kill": "kept_after_kill",
 }  # fmt: skip
 
 
@@ -118,8 +122,10 @@ class _Bench:
         self.known, self.upstream = Known(), Upstream()
         self.records = Records(size, seed)
         self._fresh = Records(ADDS + AT_ONCE + KILLED + _WARM, seed + 1)
+        self.ingested = min(INGESTED, 4 * size)
+        self._further = Records(self.ingested + _WARM, seed + 2)
         started = time.perf_counter()
-        self.peer: Peer = PEERS[name][0](folder, self.known, self.upstream, size)
+        self.peer: Peer = PEERS[name][0](folder, self.known, self.upstream, size + self.ingested)
         self.open_s = time.perf_counter() - started
 
     def learned(self, records: Iterable[Any]) -> list[str]:
@@ -133,13 +139,17 @@ class _Bench:
     def fresh(self, start: int, count: int) -> list[str]:
         """Return texts that no record has."""
         chosen = itertools.islice(self._fresh, start, start + count)
-        return [f"{text} fresh" for text in self._named(chosen)]
+        return self._named(chosen, "fresh")
 
-    def _named(self, records: Iterable[Any]) -> list[str]:
+    def further(self) -> list[str]:
+        """Return the texts of a long ingest, which nothing else has."""
+        return self._named(self._further, "further")
+
+    def _named(self, records: Iterable[Any], word: str) -> list[str]:
         texts = []
         for record in records:
-            self.known.learn(f"{record.task} fresh", record.vector)
-            texts.append(record.task)
+            texts.append(text := f"{record.task} {word}")
+            self.known.learn(text, record.vector)
         return texts
 
     def finds(self, text: str) -> bool:
@@ -198,6 +208,24 @@ def _add(bench: _Bench) -> Figures:
     }
 
 
+def _ingest(bench: _Bench) -> Figures:
+    texts = bench.further()
+    for text in texts[bench.ingested :]:
+        bench.peer.add(text)
+    accept, settle = getattr(bench.peer, "accept", bench.peer.add), getattr(bench.peer, "settle", lambda: None)
+    getattr(bench.peer, "prepare", lambda _: None)(texts := texts[: bench.ingested])
+    started = time.perf_counter()
+    done = 0
+    for done, text in enumerate(texts, 1):
+        accept(text)
+        if time.perf_counter() - started > PATIENCE_S and done >= KILLED:
+            break
+    settle()
+    seconds = time.perf_counter() - started
+    bench.peer.close()
+    return {"ingest_per_s": done / seconds, "ingested": float(done)}
+
+
 def _kill(bench: _Bench) -> Figures:
     for text in bench.fresh(ADDS + AT_ONCE, KILLED):
         bench.peer.add(text)
@@ -243,7 +271,7 @@ def _unless_it_fails(work: Callable[[str], Any]) -> Callable[[str], bool]:
 
 
 _WORK: dict[str, Callable[[_Bench], Figures]] = {
-    "fill": _fill, "ask": _ask, "add": _add, "kill": _kill, "look": _look,
+    "fill": _fill, "ask": _ask, "add": _add, "kill": _kill, "look": _look, "ingest": _ingest,
 }  # fmt: skip
 
 
