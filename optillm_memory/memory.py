@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from optillm_memory.conversation.recent import Recent
 from optillm_memory.conversation.steps import calls_of
 from optillm_memory.conversation.text import text_of
 from optillm_memory.decide.holdout import assign
-from optillm_memory.errors import NotFound
+from optillm_memory.errors import NotFound, StoreUnavailable
 from optillm_memory.inject.advice import as_advice
 from optillm_memory.inject.place import still_anchored
 from optillm_memory.inject.render import Rendering, as_block, as_turns, placed_at
@@ -211,7 +212,10 @@ class Memory:
 
         Raises InvalidField, and StoreUnavailable where it could not be written: then nothing was acknowledged.
         """
-        return self.submit_feedback(payload, tenant=tenant, scope=scope)(ACKNOWLEDGE_S)
+        try:
+            return self.submit_feedback(payload, tenant=tenant, scope=scope)(ACKNOWLEDGE_S)
+        except (TimeoutError, FutureTimeoutError):
+            raise StoreUnavailable(f"not on disk after {ACKNOWLEDGE_S:.0f} s, but it may be later") from None
 
     def submit_feedback(
         self, payload: Any, *, tenant: str = OPERATOR, scope: Scope | None = None

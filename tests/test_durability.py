@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -163,6 +164,27 @@ def test_who_leaves_the_turnstile_does_not_pass_those_who_wait(tmp_path: Path) -
     patient.communicate("on\n")
     assert says_in(greedy)
     greedy.communicate("on\n")
+
+
+def test_a_process_that_was_stopped_inside_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others open the file and write without their turn after a while, and leave the turnstile free behind them."""
+    monkeypatch.setattr("optillm_memory.store.turnstile.PATIENCE_S", 0.2)
+    place = tmp_path / "memory.db-turnstile"
+    stopped = passing(place)
+    assert says_in(stopped)
+    stopped.send_signal(signal.SIGSTOP)
+    try:
+        with lexical_memory(tmp_path) as memory:
+            assert teach(memory, "a task", "an answer")
+            assert teach(memory, "another task", "an answer")
+            stopped.send_signal(signal.SIGCONT)
+            stopped.communicate("on\n")
+            assert teach(memory, "a third task", "an answer")
+            another = passing(place)
+            assert says_in(another)
+            another.communicate("on\n")
+    finally:
+        stopped.kill()
 
 
 def test_without_a_turnstile_writing_goes_on(tmp_path: Path) -> None:

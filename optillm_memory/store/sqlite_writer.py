@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -43,7 +44,7 @@ class SqliteWriter(Writer):
         `let_go` closes what other connections there are: it is called before the file is opened again.
         """
         self.path = path
-        self._identity: Identity = ()
+        self._identity: Identity = identity(path)
         self._let_go = let_go
         self._vouched = False  # the file was checked throughout, and nothing was written since
         self._suspect = threading.Event()
@@ -68,7 +69,10 @@ class SqliteWriter(Writer):
         # They share the WAL's index with what is opened here: one of another file, or one that is only read.
         self._let_go()
         connection = open_writer(self.path, thorough=thorough)
-        self._identity = identity(self.path)
+        present = identity(self.path)
+        if self._identity[0] not in (None, present[0]):
+            _renew(connection)
+        self._identity = present
         self._suspect.clear()
         self._vouched = thorough
         return connection
@@ -99,6 +103,9 @@ class SqliteWriter(Writer):
             self._since_checkpoint = 0
             checkpoint(self._connection)
 
+    def _will_pass(self, error: Exception) -> bool:
+        return "locked" in str(error)  # another process is at it, perhaps for minutes: it writes the file anew
+
     def _failed(self, error: Exception) -> None:
         if not is_corruption(error):
             return
@@ -110,3 +117,15 @@ class SqliteWriter(Writer):
                 self._suspect.set()
         except (DatabaseError, OSError) as refused:
             self._note(refused)
+
+
+def _renew(connection: Connection) -> None:
+    """Give a file that took another's place a generation of its own.
+
+    It may be an older copy of it: with the same generation, what was read of the other would be taken for what it says.
+    """
+    try:
+        connection.execute("UPDATE meta SET value = ? WHERE key = 'generation'", (secrets.randbits(32),))
+    except BaseException:
+        connection.close()
+        raise

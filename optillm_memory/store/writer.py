@@ -20,6 +20,7 @@ T = TypeVar("T")
 Operation = Callable[[Any], Any]
 GROUP = 1_024
 _RETRIES = 5
+_AGAIN_S, _LONGEST_S = 0.05, 0.4  # between attempts: longer each time
 _CLOSING_S = 30.0
 # What nobody waits for gives way to the response that it records, and gathers company for its commit.
 _BEHIND_S = 0.02
@@ -54,6 +55,8 @@ class Writer:
         self._closed = False
         self._awaited = threading.Event()  # somebody waits for what is in the queue
         self._retry_at = 0.0
+        self._held = 0  # records taken from the queue that could not be written yet
+        self._passes = False  # what the last attempt failed of
         try:
             with self._passing():
                 self._connect()
@@ -79,6 +82,10 @@ class Writer:
 
     def _tidy(self) -> None:
         """Do what is to be done now and then while the turn is still ours, and nobody waits for us."""
+
+    def _will_pass(self, error: Exception) -> bool:
+        """Whether what a commit failed of passes by itself: until then what nobody waits for is kept."""
+        return isinstance(error, StoreUnavailable)
 
     def _failed(self, error: Exception) -> None:
         """Do what is to be done after a commit that failed, so that the next one may not."""
@@ -119,7 +126,7 @@ class Writer:
     def _put(self, item: tuple[Operation, Future[Any] | None]) -> None:
         if self._closed:
             raise StoreUnavailable("the memory is closed")
-        if self._queue.qsize() >= self._queue_size:
+        if self._queue.qsize() + self._held >= self._queue_size:
             raise StoreUnavailable("too many records are waiting to be written; try again")
         self._queue.put(item)
 
@@ -135,22 +142,26 @@ class Writer:
 
     def _write(self, batch: list[tuple[Operation, Future[Any] | None]]) -> bool:
         """Write these with what came meanwhile; return whether that was the last."""
-        stop = False
-        for attempt in range(_RETRIES):
+        stop, failures = False, 0
+        while batch:
             with self._passing():
-                if attempt == 0:  # not before: what waited for its turn with us is in the same commit
-                    stop = self._gather(batch)
+                # Not before: what waited for its turn with us is in the same commit, and what is awaited gets its
+                # answer also while others are held.
+                stop = self._gather(batch, GROUP + self._held) or stop
                 batch = self._attempt(batch)
                 self._tidy()
-            if not batch or self._closed:
+            self._held = len(batch)
+            failures += not self._passes
+            if self._closed or failures == _RETRIES:
                 break
-            if attempt < _RETRIES - 1:
-                time.sleep(0.05 * 2**attempt)
+            if batch:
+                time.sleep(min(_AGAIN_S * 2**failures, _LONGEST_S))
+        self._held = 0
         self.lost += len(batch)
         return stop
 
-    def _gather(self, batch: list[tuple[Operation, Future[Any] | None]]) -> bool:
-        while len(batch) < GROUP:
+    def _gather(self, batch: list[tuple[Operation, Future[Any] | None]], most: int) -> bool:
+        while len(batch) < most:
             try:
                 item = self._queue.get_nowait()
             except queue.Empty:
@@ -166,6 +177,7 @@ class Writer:
             results = self._commit(batch)
         except Exception as error:  # noqa: BLE001 - whatever it is: should this thread end, all would wait for ever
             self._note(error)
+            self._passes = self._will_pass(error)
             self._failed(error)
             # What is awaited is refused at once, so that the caller can try again; what nobody waits for
             # gets a few more chances, for a disk that is full now may have room in a moment.
@@ -174,7 +186,7 @@ class Writer:
                 if future is not None:
                     future.set_exception(fault)
             return [item for item in batch if item[1] is None]
-        self.fault = ""
+        self.fault, self._passes = "", False
         self._written(len(batch))
         for (_, future), result in zip(batch, results, strict=True):
             if future is None and isinstance(result, Exception):
