@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ import click
 from optillm_memory.memory import Memory
 from optillm_memory.records import Scope
 from optillm_memory.settings import Settings, is_url
+
+_TELL_EVERY_S = 2.0
 
 
 def database(command: Callable[..., None]) -> Callable[..., None]:
@@ -68,7 +73,29 @@ def printed(value: Any, *, as_json: bool, text: Callable[[], str]) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str) if as_json else text())
 
 
-def told(line: str) -> None:
-    """Show progress where a person looks on, without touching what is printed; an empty line takes it away."""
-    if sys.stderr.isatty():
-        click.echo(f"\r\x1b[K{line}", err=True, nl=False)
+@contextlib.contextmanager
+def progress(*, every_s: float = _TELL_EVERY_S) -> Iterator[Callable[[str], None]]:
+    """Give what shows how far a command has come, on stderr: what is printed stays as it is.
+
+    On a terminal it is one line that changes and is gone at the end. Where a log is written it is a line now and then,
+    and the last.
+    """
+    terminal = sys.stderr.isatty()
+    told_at, last = -math.inf, ""
+
+    def told(line: str) -> None:
+        nonlocal told_at, last
+        if terminal:
+            click.echo(f"\r\x1b[K{line}", err=True, nl=False)
+        elif time.monotonic() - told_at >= every_s:
+            click.echo(line, err=True)
+            told_at, line = time.monotonic(), ""
+        last = line
+
+    try:
+        yield told
+    finally:
+        if terminal and last:
+            click.echo("\r\x1b[K", err=True, nl=False)
+        elif last:
+            click.echo(last, err=True)

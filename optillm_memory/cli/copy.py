@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from optillm_memory.cli import render
-from optillm_memory.cli.common import printed, told
+from optillm_memory.cli.common import printed, progress
 
 
 @click.command()
@@ -16,6 +16,6 @@ def copy(source: str, target: str, *, as_json: bool) -> None:
     """Copy everything from SOURCE to an empty TARGET, files or postgresql:// URLs, and check the copy."""
     from optillm_memory.store.copying import copy as copied
 
-    found = copied(source, target, lambda table, done, total: told(f"{table}: {done} of {total} rows"))
-    told("")
+    with progress() as told:
+        found = copied(source, target, lambda table, done, total: told(f"{table}: {done} of {total} rows"))
     printed(found, as_json=as_json, text=lambda: render.mapping(found))

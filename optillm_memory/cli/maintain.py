@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from optillm_memory.cli import render
-from optillm_memory.cli.common import database, file_of, opened, printed, settings_for, told
+from optillm_memory.cli.common import database, file_of, opened, printed, progress, settings_for
 
 _DAY_S = 86_400
 
@@ -50,8 +50,8 @@ def backup(destination: Path, db: str | None, *, as_json: bool) -> None:
     from optillm_memory.store import backup as copies
 
     source, started = file_of(settings_for(db)), time.monotonic()
-    copies.backup(source, destination, progress=lambda done, total: told(f"{done} of {total} pages"))
-    told("")
+    with progress() as told:
+        copies.backup(source, destination, progress=lambda done, total: told(f"{done} of {total} pages"))
     found = {
         "path": str(destination), "bytes": destination.stat().st_size, **copies.counts_of(destination),
         "seconds": round(time.monotonic() - started, 3),
@@ -88,8 +88,8 @@ def forget(
         if any(counts.values()) and not yes:
             click.echo(render.mapping(counts), err=True)
             click.confirm("Delete this for good?", abort=True, err=True)
-        found = erase.forget(memory.store, selection, with_set_aside=with_set_aside, progress=told)
-    told("")
+        with progress() as told:
+            found = erase.forget(memory.store, selection, with_set_aside=with_set_aside, progress=told)
     for line in found["left"]:
         click.echo(line, err=True)
     printed(found, as_json=as_json, text=lambda: render.mapping(found))
@@ -105,21 +105,22 @@ def reembed(db: str | None, *, prune: bool, as_json: bool) -> None:
     from optillm_memory.upkeep import prune_vectors
     from optillm_memory.upkeep import reembed as embed
 
-    with opened(db, encoder=None) as memory:
-        memory.encoder.wait(600)
-        found: dict[str, Any] = {"encoder": memory.encoder.fingerprint or memory.encoder.state}
-        if memory.encoder.state != "ready":
-            reason = memory.encoder.reason or "OPTILLM_AGENT_MEMORY_ENCODER is `none`"
-            raise click.ClickException(f"there is no encoder: {reason}")
-        try:
+    found: dict[str, Any] = {}
+    try:
+        with opened(db, encoder=None) as memory, progress() as told:
+            if memory.encoder.wait(1) == "loading":
+                told("the encoder is being loaded")
+                memory.encoder.wait(600)
+            found["encoder"] = memory.encoder.fingerprint or memory.encoder.state
+            if memory.encoder.state != "ready":
+                reason = memory.encoder.reason or "OPTILLM_AGENT_MEMORY_ENCODER is `none`"
+                raise click.ClickException(f"there is no encoder: {reason}")
             found["embedded"] = embed(memory.store, memory.encoder, progress=told)
-        except KeyboardInterrupt:
-            told("")
-            raise click.ClickException("interrupted; what was embedded is kept: run it again to go on") from None
-        if prune:
-            found["pruned"] = prune_vectors(memory.store, memory.encoder.fingerprint)
-            found["left"] = memory.store.give_back((), progress=told)
-    told("")
+            if prune:
+                found["pruned"] = prune_vectors(memory.store, memory.encoder.fingerprint)
+                found["left"] = memory.store.give_back((), progress=told)
+    except KeyboardInterrupt:
+        raise click.ClickException("interrupted; what was embedded is kept: run it again to go on") from None
     printed(found, as_json=as_json, text=lambda: render.mapping(found))
 
 
