@@ -551,6 +551,20 @@ def test_damage_is_noticed_and_mended(bench: Bench, tmp_path: Path, damage: Call
     again.corpora.close()
 
 
+@pytest.mark.parametrize("damage", [cut, overwrite, Path.unlink, lambda p: p.write_bytes(b"")])
+def test_a_file_that_is_cut_off_under_those_who_search_it_is_let_go_of(
+    bench: Bench, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    """To read what is not there any more would end the process: the next request notices, and all is found again."""
+    bench.source.put(numbered(clustered(800, WHOLE)))
+    bench.settle()
+    assert bench.base() is not None
+    damage(tmp_path / "index" / bench.name)
+    bench.index().search(clustered(1, WHOLE)[0], 10)
+    bench.settle()
+    bench.check(clustered(20, WHOLE, seed=2))
+
+
 @pytest.mark.parametrize("wrong", ["generation", "fingerprint", "ahead", "another table"])
 def test_a_file_that_does_not_belong_to_the_table_is_not_used(bench: Bench, tmp_path: Path, wrong: str) -> None:
     """Rebuilt, of another encoder, newer than the table, or of another table: it is made again from the table."""

@@ -309,6 +309,10 @@ class Base:
         before = [np.count_nonzero(lead > lead[row]) for row in nearest.tolist()]
         return np.array([rank[self.list_of(nearest)], np.array(before) + 1])
 
+    def is_cut_off(self) -> bool:
+        """Whether somebody has cut the file off since: to read what is not there any more would end the process."""
+        return self._content.size() < self._places.end
+
     def is_whole(self, blocks: Iterator[bytes]) -> bool:
         """Whether the file's bytes (from its beginning) are those that were written, or already those of another."""
         first = next(blocks, b"")

@@ -154,7 +154,7 @@ class Corpora:
         """
         corpus = self._corpus(asked)
         index = corpus.index
-        fits = index is not None and index.origin == version.origin
+        fits = index is not None and _holds(index, version)
         if fits and isinstance(index, Elsewhere):
             index.current = version.revision
         if fits and (corpus.version == version or corpus.loading or isinstance(index, Elsewhere)):
@@ -163,7 +163,7 @@ class Corpora:
             return index if fits else None
         try:
             index = corpus.index
-            if index is None or index.origin != version.origin:
+            if index is None or not _holds(index, version):
                 index = corpus.index = self._opened(asked, version.origin)
                 corpus.version = NEVER
                 if index.base is not None:
@@ -383,3 +383,9 @@ class Corpora:
             if np.any(base.rows_of(np.array(batch.dropped, dtype=np.int64)) >= 0):
                 return False
         return True
+
+
+def _holds(index: ScopeIndex | Elsewhere, version: Version) -> bool:
+    """Whether an index is still of what it was made from."""
+    base = index.base if isinstance(index, ScopeIndex) else None
+    return index.origin == version.origin and not (base is not None and base.is_cut_off())
