@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import socket
 import threading
 import time
@@ -14,17 +15,20 @@ from typing import Any
 import numpy as np
 import psycopg
 import pytest
-from builders import SCOPE
+from builders import SCOPE, trace
 from postgres import Server, running
 from test_postgres import opened_at
-from test_store import verified
+from test_store import add, verified
 
 from optillm_memory import StoreUnavailable
 from optillm_memory.store import postgres, postgres_connection
 from optillm_memory.store.base import Store
 from optillm_memory.store.postgres_connection import PostgresConnection
+from optillm_memory.store.postgres_schema import TABLES
+from optillm_memory.store.rows import key_hash
 
 DIMENSION, VECTORS = 64, 3_000
+ROLES = itertools.count(1)
 
 
 @pytest.fixture
@@ -222,3 +226,117 @@ def test_a_server_may_refuse_to_watch(url: str, monkeypatch: pytest.MonkeyPatch)
     with closing(PostgresConnection(url)) as connection:
         assert connection.execute("SHOW extra_float_digits").fetchone()[0] == "2"
         assert not connection.in_transaction
+
+
+def owned(postgres: Server, url: str, *, database: bool) -> str:
+    """Give a database, or only a schema in it, to a role that is no administrator; return the URL that it uses."""
+    name, role = url.partition("@/")[2].partition("?")[0], f"role_{next(ROLES)}"
+    with psycopg.connect(url, autocommit=True) as db:
+        db.execute("CREATE EXTENSION vector SCHEMA public")
+        db.execute(f"CREATE ROLE {role} LOGIN")
+        db.execute(
+            f"ALTER DATABASE {name} OWNER TO {role}" if database else f"GRANT CREATE ON DATABASE {name} TO {role}"
+        )
+    return url.replace("postgres@", f"{role}@")
+
+
+def filled_with_secrets(url: str) -> None:
+    """Put rows with the same texts and vectors into every table, and have the server gather statistics of them."""
+    values = {"text": "'zebra' || n", "int8": "n", "float8": "n", "bool": "n > 20", "vector": "'[7000,1]'::vector"}
+    with on(url) as db:
+        for table in TABLES:
+            found = db.execute(
+                "SELECT column_name, udt_name FROM information_schema.columns WHERE is_generated = 'NEVER' "
+                "AND table_schema = 'agent_memory' AND table_name = %s", (table,)
+            ).fetchall()  # fmt: skip
+            told = ["'f'" if name == "fingerprint" else values[str(kind)] for name, kind in found]
+            names = ", ".join(str(name) for name, _ in found)
+            db.execute(f"INSERT INTO {table}({names}) SELECT {', '.join(told)} FROM generate_series(1, 40) AS n")
+        db.execute(
+            "CREATE INDEX of_vectors ON vectors USING hnsw ((vector::halfvec(2)) halfvec_cosine_ops) "
+            "WHERE fingerprint = 'f'"
+        )
+        for table in TABLES:
+            db.execute(f"ANALYZE {table}")
+
+
+def told_by_statistics(url: str) -> set[object]:
+    """Return the tables and indexes whose statistics hold something of what was to be forgotten."""
+    with on(url) as db:
+        found = db.execute(
+            "SELECT tablename FROM pg_stats WHERE schemaname = 'agent_memory' "
+            "AND (pg_stats::text LIKE '%zebra%' OR pg_stats::text LIKE '%[7000,%')"
+        ).fetchall()
+    return {row[0] for row in found}
+
+
+def in_the_catalogs_file(url: str) -> bool:
+    """Whether the file in which the server keeps statistics holds any of it, also where no row does."""
+    with on(url) as db:
+        db.execute("CHECKPOINT")
+        found = db.execute(
+            "SELECT position('zebra'::bytea IN pg_read_binary_file(pg_relation_filepath(oid))) FROM pg_class "
+            "WHERE oid = 'pg_statistic'::regclass"
+        ).fetchall()
+    return any(row[0] for row in found)
+
+
+def counts(url: str) -> dict[str, int]:
+    """Return how many rows each table has."""
+    with on(url) as db:
+        found = {table: db.execute(f"SELECT count(*) FROM {table}").fetchone() for table in TABLES}
+    return {table: int(str(row[0])) for table, row in found.items() if row}
+
+
+@pytest.mark.parametrize("rest", [0, 1])
+def test_what_was_deleted_is_in_no_statistics(postgres: Server, url: str, rest: int) -> None:
+    """An owner's forgetting takes texts and vectors out of the planner's statistics, of tables that it empties, too."""
+    own = owned(postgres, url, database=True)
+    with closing(opened_at(own)) as store:
+        filled_with_secrets(own)
+        assert told_by_statistics(url) == {*TABLES, "of_vectors"}
+        assert in_the_catalogs_file(url)
+        with on(own) as db:
+            for table in TABLES:
+                db.execute(f"DELETE FROM {table} WHERE {table}::text LIKE '%zebra%'")
+        if rest:
+            kept = add(store, trace("restart the server", "systemctl restart nginx"))
+            store.write(lambda tx: tx.put_vectors([(key_hash(kept.task), np.ones(2, np.float32).tobytes())], "g"))
+            store.flush()
+        before = counts(own)
+        assert before["traces"] == before["vectors"] == rest
+        assert store.give_back((), progress=lambda _: None) == []
+        assert told_by_statistics(url) == set()
+        assert not in_the_catalogs_file(url)
+        assert indexes(own) == [("of_vectors", True)]
+        assert counts(own) == before
+
+
+def test_what_a_role_cannot_write_anew_is_said(postgres: Server, url: str) -> None:
+    """The tables' owner is told that the server's own catalog is another's; a role that owns neither, of both."""
+    tables = owned(postgres, url, database=False)
+    with closing(opened_at(tables)) as store:
+        (left,) = store.give_back((), progress=lambda _: None)
+        assert "pg_statistic: only the database's owner" in left
+    with on(url) as db:
+        db.execute("CREATE ROLE guest LOGIN")
+        db.execute("GRANT ALL ON SCHEMA agent_memory TO guest")
+        db.execute("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA agent_memory TO guest")
+    with closing(opened_at(tables.replace(tables[: tables.index("@")], "postgresql://guest"))) as store:
+        in_tables, _ = store.give_back((), progress=lambda _: None)
+        assert "traces" in in_tables
+
+
+def test_vectors_are_written_anew_when_their_index_is_built(url: str) -> None:
+    """Who gives room back waits for who builds, and neither is taken for a deadlock and ended."""
+    filled(url, "f")
+    said: list[str] = []
+    with closing(opened_at(url)) as store, on(url) as builder:
+        builder.execute("SELECT pg_advisory_lock(%s)", (postgres._BUILDERS_LOCK,))
+        gives = threading.Thread(target=lambda: said.extend(store.give_back((), progress=said.append)))
+        gives.start()
+        until(lambda: said[:1] == ["waiting until an index of vectors is built"])
+        builder.execute("SELECT pg_advisory_unlock_all()")
+        gives.join(30)
+        assert "writing the table vectors anew" in said
+        assert all(line.startswith(("waiting", "writing")) for line in said)

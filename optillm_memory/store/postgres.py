@@ -22,7 +22,7 @@ from optillm_memory.settings import shown
 from optillm_memory.store import connection as sqlite
 from optillm_memory.store import rows
 from optillm_memory.store.base import Store
-from optillm_memory.store.postgres_connection import PostgresConnection, PostgresReaders, vector_text
+from optillm_memory.store.postgres_connection import SCHEMA, PostgresConnection, PostgresReaders, vector_text
 from optillm_memory.store.postgres_schema import TABLES, migrate
 from optillm_memory.store.transaction import Transaction
 from optillm_memory.store.writer import Writer
@@ -35,6 +35,7 @@ _SEARCHED = 100  # candidates that the index keeps while it searches (pgvector's
 # statement: that holds a snapshot, and an index that is built concurrently waits for all snapshots of others.
 _BUILDERS_LOCK = 0x6F70746D656E
 _LOOK_AGAIN_S = 10.0  # while another proxy builds, or after a failure
+_TURN_S = 1.0  # between two tries to become the one who writes the vectors anew
 # A transaction of the writer in which nothing happens for so long holds up all proxies, and is ended by the server. A
 # fold computes between its statements, so it is no less than anybody waits for a commit.
 _IDLE_S = 120
@@ -146,25 +147,30 @@ class PostgresStore(Store):
 
     def give_back(
         self,
-        scopes: Iterable[Scope],  # noqa: ARG002 - it is all in one place
+        scopes: Iterable[Scope] | None,  # noqa: ARG002 - it is all in one place
         *,
-        with_set_aside: bool,  # noqa: ARG002
         progress: Callable[[str], None],
     ) -> list[str]:
-        """Write the tables anew without what was deleted, one at a time, each locked meanwhile.
+        """Write the tables anew without what was deleted, one at a time, each locked meanwhile, and their statistics.
 
         The server's write-ahead log and its backups are its operator's.
         """
-        connection = PostgresConnection(self.url)
         try:
-            for table in TABLES:
-                progress(f"writing the table {table} anew")
-                connection.execute(f"VACUUM FULL {table}")
+            with closing(PostgresConnection(self.url)) as connection:
+                while not _may_build(connection):
+                    progress("waiting until an index of vectors is built")
+                    time.sleep(_TURN_S)
+                others = []
+                for table in TABLES:
+                    progress(f"writing the table {table} anew")
+                    if not _anew(connection, "VACUUM (FULL, ANALYZE)", table):
+                        others.append(table)
+                    _drop_old_statistics(connection, table)
+                _drop_index_statistics(connection)
+                left = [f"only their owner can write these tables anew: {', '.join(others)}"] if others else []
+                return left + _statistics_left(connection)
         except sqlite.DatabaseError as error:
             return [f"the tables could not be written anew, so deleted rows may be left in them: {error}"]
-        finally:
-            connection.close()
-        return []
 
     def _postings(self, db: Any, scope_id: int, words: Sequence[str], depth: int) -> Mapping[str, list[int]]:
         terms = [rows.scoped(scope_id, word) for word in words]
@@ -205,7 +211,7 @@ def _indexed(connection: PostgresConnection, fingerprint: str, dimension: int) -
     name = "vectors_" + hashlib.blake2b(fingerprint.encode(), digest_size=8).hexdigest()
     if _is_valid(connection, name):
         return True
-    if not connection.execute("SELECT pg_try_advisory_lock(?)", (_BUILDERS_LOCK,)).fetchone()[0]:
+    if not _may_build(connection):
         return False
     if not _is_valid(connection, name):  # else another has finished meanwhile
         connection.execute(f"DROP INDEX IF EXISTS {name}")  # what one left who was stopped while it built
@@ -213,12 +219,61 @@ def _indexed(connection: PostgresConnection, fingerprint: str, dimension: int) -
             f"CREATE INDEX CONCURRENTLY {name} ON vectors USING hnsw ((vector::halfvec({dimension})) "
             f"halfvec_cosine_ops) WHERE fingerprint = {_quoted(fingerprint)}"
         )
+        connection.execute(_UNCOUNTED.format(name))
     return True
+
+
+def _may_build(connection: PostgresConnection) -> bool:
+    """Take the builders' lock, until the connection is closed, unless somebody else has it."""
+    return bool(connection.execute("SELECT pg_try_advisory_lock(?)", (_BUILDERS_LOCK,)).fetchone()[0])
 
 
 def _is_valid(connection: PostgresConnection, name: str) -> bool:
     found = connection.execute(_VALID, (name,)).fetchone()
     return found is not None and bool(found[0])
+
+
+def _anew(connection: PostgresConnection, how: str, table: str) -> bool:
+    """Have a table written anew; whether it was: the server only warns whoever is not its owner."""
+    before = connection.execute(_FILE, (table,)).fetchone()
+    connection.execute(f"{how} {table}")
+    return bool(connection.execute(_FILE, (table,)).fetchone() != before)
+
+
+def _drop_index_statistics(connection: PostgresConnection) -> None:
+    """Make the indexes of vectors anew that have statistics: those of an index go with it, and in no other way."""
+    for index, definition in connection.execute(_COUNTED).fetchall():
+        connection.execute("BEGIN")  # nobody finds it missing
+        connection.execute(f"DROP INDEX {index}")
+        connection.execute(definition)
+        connection.execute(_UNCOUNTED.format(index))
+        connection.execute("COMMIT")
+
+
+def _drop_old_statistics(connection: PostgresConnection, table: str) -> None:
+    """Drop what the planner still knows of values that are gone: ANALYZE lets it stand where it finds no row at all."""
+    known = connection.execute("SELECT 1 FROM pg_stats WHERE schemaname = ? AND tablename = ?", (SCHEMA, table))
+    if known.fetchone() is None or connection.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone():
+        return
+    columns = connection.execute(_COLUMNS, (table,)).fetchall()
+    names, blanks = ", ".join(name for name, _ in columns), ", ".join(_BLANK[kind] for _, kind in columns)
+    connection.execute("BEGIN")  # a row that nobody sees
+    connection.execute(f"INSERT INTO {table}({names}) VALUES ({blanks})")
+    connection.execute(f"ANALYZE {table}")
+    key, kind = columns[0]
+    connection.execute(f"DELETE FROM {table} WHERE {key} = {_BLANK[kind]}")
+    connection.execute("COMMIT")
+
+
+def _statistics_left(connection: PostgresConnection) -> list[str]:
+    """Have the catalog of statistics written anew; say so where that may not be."""
+    try:
+        if _anew(connection, "VACUUM FULL", "pg_catalog.pg_statistic"):
+            return []
+        reason = "only the database's owner can write it anew"
+    except sqlite.DatabaseError as error:
+        reason = str(error)
+    return [f"earlier statistics may be left in the file of pg_catalog.pg_statistic: {reason}"]
 
 
 def _bytes_of(db: Any, table: str) -> float:
@@ -244,6 +299,17 @@ _HOLDING_ALL = """
     SELECT rowid FROM memories_fts WHERE terms @> ?::text[]
     AND rowid > (SELECT coalesce(max(number), 0) FROM memories) - ? LIMIT ?"""
 _VALID = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(?)"
+# The statistics of an index on vectors are of no use to anybody, and hold vectors.
+_UNCOUNTED = "ALTER INDEX {} ALTER COLUMN 1 SET STATISTICS 0"
+_COUNTED = """
+    SELECT relname, pg_get_indexdef(indexrelid) FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
+    JOIN pg_attribute ON attrelid = indexrelid AND attnum = 1 AND coalesce(attstattarget, -1) <> 0
+    WHERE indrelid = to_regclass('vectors') AND indexprs IS NOT NULL"""
+_FILE = "SELECT pg_relation_filenode(to_regclass(?))"
+_COLUMNS = """
+    SELECT attname, typname FROM pg_attribute JOIN pg_type ON pg_type.oid = atttypid
+    WHERE attrelid = to_regclass(?) AND attnum > 0 AND NOT attisdropped AND attgenerated = '' ORDER BY attnum"""
+_BLANK = {"text": "''", "int8": "0", "float8": "0", "bool": "FALSE", "vector": "'[0]'"}
 _SIZE = """
     SELECT coalesce(sum(pg_total_relation_size(pg_class.oid)), 0) FROM pg_class
     JOIN pg_namespace ON pg_namespace.oid = relnamespace WHERE nspname = 'agent_memory' AND relkind = 'r'"""
