@@ -216,7 +216,7 @@ def feedback(
         ]
         if feedback_id and len(items) > 1:
             raise click.UsageError("--feedback-id names one feedback; give one metric with it")
-    with opened(db) as memory:
+    with opened(db, make=True) as memory:
         receipts = [r.as_dict() for r in memory.feedback(items)]
     printed(receipts, as_json=as_json, text=lambda: "\n".join(f"{r['feedback_id']}  {r['status']}" for r in receipts))
 

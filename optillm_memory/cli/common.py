@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from optillm_memory.errors import NotFound
 from optillm_memory.memory import Memory
 from optillm_memory.records import Scope
 from optillm_memory.settings import Settings, is_url
@@ -39,9 +40,21 @@ def scoped(command: Callable[..., None]) -> Callable[..., None]:
     )(command)
 
 
-def opened(db: str | None, *, encoder: str | None = "none") -> Memory:
-    """Open the memory that a command works on; `encoder` None takes the one that is set."""
-    return Memory(settings_for(db, encoder=encoder))
+def opened(db: str | None, *, encoder: str | None = "none", make: bool = False) -> Memory:
+    """Open the memory that a command works on; `encoder` None takes the one that is set.
+
+    Raises NotFound where there is none: only a command that may `make` one takes a mistyped name for a new file.
+    """
+    settings = settings_for(db, encoder=encoder)
+    if not make:
+        refuse_missing(settings)
+    return Memory(settings)
+
+
+def refuse_missing(settings: Settings) -> None:
+    """Raise NotFound where there is no database file."""
+    if not is_url(settings.db) and not settings.path.is_file():
+        raise NotFound(f"there is no database {settings.place}; optillm makes it when it serves, --db names another")
 
 
 def settings_for(db: str | None, *, encoder: str | None = None) -> Settings:
@@ -57,6 +70,7 @@ def file_of(settings: Settings) -> Path:
             f"{settings.place} is a server; use its own tools (pg_amcheck, pg_dump), or copy it to a file: "
             "optillm-memory copy"
         )
+    refuse_missing(settings)
     return settings.path
 
 
