@@ -261,6 +261,52 @@ def test_nothing_of_a_file_that_was_deleted_is_reused(path: Path) -> None:
         assert verdicts(memory) == told
 
 
+def test_an_older_copy_put_in_the_files_place(path: Path) -> None:
+    """What was read of the newer file is not taken for what has its number in the copy, by this process or another."""
+    with hashing_memory(path.parent) as memory, hashing_memory(path.parent) as another:
+        teach(memory, "sort a list by its length", "sorted(x, key=len)")
+        memory.settle()
+        copy = path.with_name("copy")
+        outside(path, f"import sqlite3; sqlite3.connect(path).execute('VACUUM INTO ?', ({str(copy)!r},))")
+        for task, answer in (
+            ("open a port of the firewall", "ufw allow"),
+            ("restart the web server", "nginx -s reload"),
+        ):
+            teach(memory, task, answer)
+        assert [m.begin(body("restart the web server", **REUSE)).action for m in (memory, another)] == ["reuse"] * 2
+        assert asked_otherwise(memory).count(WRONG) == 1
+        memory.settle()
+        before = memory.store.revision()
+        deleted(path)
+        copy.rename(path)
+        served(memory, "a task of meanwhile")
+        memory.settle()
+        assert memory.store.revision().generation != before.generation
+        teach(memory, "list the files of a folder", "ls")
+        teach(memory, "read the end of a log", "tail")
+        for each in (memory, another):
+            hits = each.recall("list the files of a folder")
+            assert hits[0].memory.answer == "ls"
+            assert hits[0].cosine == pytest.approx(1, abs=0.01)
+            assert not [h for h in each.recall("open a port of the firewall") if (h.cosine or 0) > 0.9]
+            assert each.begin(body("restart the web server", **REUSE)).action != "reuse"
+            turn = each.begin(body("read the end of a log", **REUSE))
+            assert turn.action == "reuse"
+            assert turn.reused()["choices"][0]["message"]["content"] == "tail"
+
+
+def test_a_file_that_is_opened_again_keeps_its_generation(path: Path) -> None:
+    """Only another file in its place makes all be read anew: not a WAL that was lost, nor a check."""
+    with lexical_memory(path.parent) as memory:
+        teach(memory, "a task", "done")
+        before = memory.store.revision().generation
+        path.with_name(path.name + "-wal").unlink()
+        teach(memory, "a task of meanwhile", "done")
+        memory.store._writer.distrust()  # type: ignore[attr-defined]
+        teach(memory, "a task of after", "done")
+        assert memory.store.revision().generation == before
+
+
 def test_beliefs_of_a_file_that_was_deleted_are_forgotten(path: Path) -> None:
     """The policy counts the choices of the new file alone, and those at once."""
     with hashing_memory(path.parent, arms="none@default, none@small=0.1", audition=1.0) as memory:
