@@ -10,14 +10,21 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from builders import ask, hashing_memory, teach, tell
+from agents import mend as mend_code
+from builders import SCOPE, ask, hashing_memory, teach, tell
 from click.testing import CliRunner
+from hosting import until
+from postgres import Server
 
 from optillm_memory import Memory, StoreError
 from optillm_memory.cli import main
+from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.store.backup import backup, counts_of
 from optillm_memory.store.connection import sqlite3
+from optillm_memory.store.opening import open_store
+from optillm_memory.store.postgres_connection import PostgresConnection
 from optillm_memory.store.sqlite import SqliteStore
 from optillm_memory.store.verify import ORPHANS, mend, verify
 
@@ -33,7 +40,7 @@ def memory(tmp_path: Path) -> Iterator[Memory]:
         yield opened
 
 
-def faults(path: Path, *, deep: bool = False) -> dict[str, str]:
+def faults(path: Path | str, *, deep: bool = False) -> dict[str, str]:
     """Return what verify finds wrong, by name."""
     return {check.name: check.message for check in verify(path, deep=deep) if check.level == "fail"}
 
@@ -135,6 +142,125 @@ def test_mending_leaves_what_belongs_together(memory: Memory) -> None:
     assert mend(memory.store, memory.settings.path) == {}
 
 
+def test_another_release_s_schema_is_told(memory: Memory, tmp_path: Path) -> None:
+    """A file of a newer release fails with what to do, and nothing else is claimed of it; so does one of an older."""
+    path = tmp_path / "memory.db"
+    assert {"schema": "ok"}.items() <= {check.name: check.level for check in verify(path)}.items()
+    memory.close()
+    spoil(path, "INSERT INTO _sqlite_migrations VALUES (999, 'optillm_memory', 'm999_later', '2030-01-01')")
+    done = run("verify", "--json", "--db", str(path))
+    assert done.exit_code == 1
+    assert [check["name"] for check in json.loads(done.stdout)] == ["integrity", "schema"]
+    assert "newer" in faults(path)["schema"]
+    assert "m999_later" in faults(path)["schema"]
+    assert "upgrade the package" in faults(path)["schema"]
+    spoil(path, "DELETE FROM _sqlite_migrations WHERE name >= 'm006'", "DROP TABLE forgotten")
+    assert "m006_forgotten is still to be done" in faults(path)["schema"]
+
+
+# -- a server --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(postgres: Server, tmp_path: Path) -> str:
+    """Give the URL of a database on a server that has seen a little of everything."""
+    url = postgres.fresh()
+    with hashing_memory(tmp_path, db=url) as memory:
+        for number in range(5):
+            teach(memory, f"restart the server number {number}", f"systemctl restart s{number}")
+        mend_code(memory)
+        memory.settle()
+        assert until(lambda: memory.stats()["memories_without_vector"] == 0)
+    return url
+
+
+def spoil_server(url: str, *statements: str) -> None:
+    """Change a database on a server behind the package's back."""
+    with closing(PostgresConnection(url)) as db:
+        for statement in statements:
+            db.execute(statement)
+
+
+def index_of_vectors(url: str) -> str:
+    """Build the index of vectors as the first search does; return its name."""
+    with closing(open_store(url, queue_size=100, normal=normal_answer)) as store:
+        query = np.ones(256, np.float32)
+        assert until(lambda: store.nearest(SCOPE, "hashing-trigram-256", query, 5) != [])
+    with closing(PostgresConnection(url)) as db:
+        return str(db.execute("SELECT indexname FROM pg_indexes WHERE indexdef LIKE '%hnsw%'").fetchone()[0])
+
+
+def test_a_sound_server_passes(server: str) -> None:
+    """All that is checked in a file but its pages is checked on a server, and the log folded in a copy of it."""
+    index_of_vectors(server)
+    done = run("verify", "--deep", "--json", "--db", server)
+    assert done.exit_code == 0, done.output
+    shown = {check["name"]: check for check in json.loads(done.stdout)}
+    assert {check["level"] for check in shown.values()} == {"ok"}
+    assert set(ORPHANS) == {name.partition(":")[2] for name in shown if name.startswith("orphans:")}
+    assert {"schema", "counts", "words", "vectors", "encoders", "index", "evidence", "fold"} <= set(shown)
+    assert shown["index"]["message"].endswith("1 of them of vectors")
+    assert run("verify", "--mend", "--db", server).stderr == "deleted: {}\n"
+
+
+BROKEN_ON_A_SERVER = {
+    "words": "DELETE FROM memories_fts WHERE rowid = 1",
+    "evidence": "DELETE FROM contributions WHERE role = 'evidence'",
+    "revision": "UPDATE memories SET revision = 1000000 WHERE number = 1",
+    "vectors": "UPDATE vectors SET vector = '[1, 2, 3]' WHERE id = 1",
+    "orphans:traces": "DELETE FROM scopes",
+    "orphans:outcomes": "DELETE FROM traces WHERE seq = 1",
+    "orphans:calls": "INSERT INTO calls VALUES ('none', 0, 'm', 0, 0, 0, '[]', NULL, NULL)",
+    "orphans:exposures": "INSERT INTO exposures VALUES ('m', 1, 'e', 0, FALSE, 0.5, TRUE)",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_ON_A_SERVER)
+def test_what_is_broken_on_a_server_is_found_and_mended(server: str, name: str) -> None:
+    """Each kind of damage is found under its name there, too, and what is said to mend it does."""
+    spoil_server(server, BROKEN_ON_A_SERVER[name])
+    found = faults(server)
+    assert name in found
+    assert run("verify", "--db", server).exit_code == 1
+    how = ("verify", "--mend") if "verify --mend" in found[name] else ("rebuild",)
+    assert run(*how, "--db", server).exit_code in (0, 1)
+    assert name not in faults(server)
+
+
+def test_an_index_on_a_server_that_is_not_valid_is_found(server: str) -> None:
+    """An index that a build left unfinished is named, with what mends it: that of vectors is built again by itself."""
+    name = index_of_vectors(server)
+    spoil_server(server, f"UPDATE pg_index SET indisvalid = FALSE WHERE indexrelid = '{name}'::regclass")
+    assert "has it built again" in faults(server)["index"]
+    index_of_vectors(server)
+    assert faults(server) == {}
+    spoil_server(server, "UPDATE pg_index SET indisvalid = FALSE WHERE indexrelid = 'memories_terms'::regclass")
+    assert "REINDEX INDEX agent_memory.memories_terms" in faults(server)["index"]
+    spoil_server(server, "REINDEX INDEX agent_memory.memories_terms")
+    assert faults(server) == {}
+
+
+def test_what_only_a_deep_look_finds_on_a_server(server: str) -> None:
+    """A derived row that the log does not yield is found by folding a copy of it in a file."""
+    spoil_server(server, "UPDATE memories SET successes = 9 WHERE number = 1")
+    assert faults(server) == {}
+    assert list(faults(server, deep=True)) == ["fold"]
+
+
+def test_a_server_that_holds_no_memory_of_this_release(server: str, postgres: Server) -> None:
+    """A newer schema is told as in a file; a database without one, or none at all, is an error, and none is made."""
+    spoil_server(server, "INSERT INTO migrations(name) VALUES ('p999_later')")
+    assert "p999_later" in faults(server)["schema"]
+    empty = postgres.fresh()
+    for _ in range(2):
+        done = run("verify", "--db", empty)
+        assert done.exit_code == 1
+        assert "Error: there is no memory on postgresql://" in done.stderr
+    done = run("verify", "--db", postgres.url("nowhere"))
+    assert done.exit_code == 1
+    assert "Error: cannot read postgresql://" in done.stderr
+
+
 # -- backup ----------------------------------------------------------------------------------------
 
 
@@ -175,3 +301,14 @@ def test_a_copy_overwrites_nothing(memory: Memory, tmp_path: Path) -> None:
     done = run("backup", str(tmp_path / "copy.db"), "--db", str(tmp_path / "memory.db"), "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["traces"] == memory.store.stats()["traces"]
+
+
+def test_a_backup_of_a_server_says_what_does_it(tmp_path: Path) -> None:
+    """The option's help does not promise what the command refuses, and the refusal names what to use."""
+    helped = " ".join(run("backup", "--help").stdout.split())
+    assert "a file; for a server use pg_dump, or optillm-memory copy" in helped
+    done = run("backup", str(tmp_path / "copy.db"), "--db", "postgresql://user:hidden@server/memory")
+    assert done.exit_code == 1
+    assert "pg_dump, or optillm-memory copy" in done.stderr
+    assert "hidden" not in done.output
+    assert list(tmp_path.iterdir()) == []

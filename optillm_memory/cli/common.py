@@ -23,11 +23,19 @@ _TELL_EVERY_S = 2.0
 
 def database(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that every command on the database has."""
+    return _with_database(command, "a file or a postgresql:// URL")
+
+
+def database_file(command: Callable[..., None]) -> Callable[..., None]:
+    """Add them to a command that works on files only."""
+    return _with_database(command, "a file; for a server use pg_dump, or optillm-memory copy")
+
+
+def _with_database(command: Callable[..., None], kinds: str) -> Callable[..., None]:
     command = click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
     return click.option(
         "--db", type=click.Path(dir_okay=False), default=None,
-        help="The database: a file or a postgresql:// URL "
-        "[default: OPTILLM_AGENT_MEMORY_DB or ~/.optillm/agent_memory.db].",
+        help=f"The database: {kinds} [default: OPTILLM_AGENT_MEMORY_DB or ~/.optillm/agent_memory.db].",
     )(command)  # fmt: skip
 
 
@@ -64,11 +72,10 @@ def settings_for(db: str | None, *, encoder: str | None = None) -> Settings:
 
 
 def file_of(settings: Settings) -> Path:
-    """Return the database file. Refuses a server: it has tools of its own."""
+    """Return the database file. Raises ClickException for a server, NotFound where there is none."""
     if is_url(settings.db):
         raise click.ClickException(
-            f"{settings.place} is a server; use its own tools (pg_amcheck, pg_dump), or copy it to a file: "
-            "optillm-memory copy"
+            f"{settings.place} is a server: use pg_dump, or optillm-memory copy, which copies it to a file"
         )
     refuse_missing(settings)
     return settings.path

@@ -11,7 +11,8 @@ from typing import Any
 import click
 
 from optillm_memory.cli import render
-from optillm_memory.cli.common import database, file_of, opened, printed, progress, settings_for
+from optillm_memory.cli.common import database, database_file, file_of, opened, printed, progress, settings_for
+from optillm_memory.settings import is_url
 
 _DAY_S = 86_400
 
@@ -26,13 +27,13 @@ def verify(db: str | None, *, deep: bool, mend: bool, as_json: bool) -> None:
     from optillm_memory.store import verify as checks
 
     settings = settings_for(db)
-    path = file_of(settings)
+    place = settings.db if is_url(settings.db) else file_of(settings)
     if mend:
         with opened(db) as memory:
-            found = checks.mend(memory.store, path)
+            found = checks.mend(memory.store, place)
         click.echo(f"deleted: {json.dumps(found)}", err=True)
     shown = []
-    for check in checks.verify(path, deep=deep, normal=form_named(settings.answer_form)):
+    for check in checks.verify(place, deep=deep, normal=form_named(settings.answer_form)):
         shown.append(check.as_dict())
         if not as_json:
             click.echo(render.finding(check.level, check.name, check.message))
@@ -44,7 +45,7 @@ def verify(db: str | None, *, deep: bool, mend: bool, as_json: bool) -> None:
 
 @click.command()
 @click.argument("destination", type=click.Path(dir_okay=False, path_type=Path))
-@database
+@database_file
 def backup(destination: Path, db: str | None, *, as_json: bool) -> None:
     """Copy the database to DESTINATION while it is in use, and check the copy."""
     from optillm_memory.store import backup as copies

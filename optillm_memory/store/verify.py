@@ -10,17 +10,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from sqlite_utils import Database
 
+from optillm_memory.errors import NotFound
 from optillm_memory.learn import fold
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.recall.ann import Base
 from optillm_memory.records import Scope
+from optillm_memory.settings import is_url, shown
 from optillm_memory.store import rows
 from optillm_memory.store.backup import backup
 from optillm_memory.store.base import Store
 from optillm_memory.store.connection import Connection, Readers
-from optillm_memory.store.erase import WAIT_S
+from optillm_memory.store.copying import copy
+from optillm_memory.store.erase import BATCH, WAIT_S
 from optillm_memory.store.index_files import IndexFiles, folder_of
+from optillm_memory.store.migrations import migrations, newer_than_us
+from optillm_memory.store.postgres_connection import SCHEMA, PostgresReaders
+from optillm_memory.store.postgres_schema import _MIGRATIONS
 from optillm_memory.store.sqlite import SqliteStore
 from optillm_memory.store.vectors import SEARCHED, coverage_of
 
@@ -43,51 +50,140 @@ class Check:
         return {"name": self.name, "level": self.level, "message": self.message}
 
 
-def verify(path: Path, *, deep: bool = False, normal: Callable[[str], str] = normal_answer) -> Iterator[Check]:
-    """Yield a check of everything that must hold in a database file, while others use it.
+def verify(place: Path | str, *, deep: bool = False, normal: Callable[[str], str] = normal_answer) -> Iterator[Check]:
+    """Yield a check of everything that must hold in a database file or on a server, while others use it.
 
     `deep` compares all words of the index of words, and what is derived with a fold of a copy of the log.
+    Raises StoreError where it cannot be read.
     """
-    with contextlib.closing(Readers(path, 1)) as readers, readers.borrow() as db:
-        whole = _integrity(db)
-        yield whole
-        if whole.level == "fail":
-            return
-        db.execute("BEGIN")  # one state for all that follows
+    looked_at = _looked_at(place)
+    with looked_at.reading() as db:
+        for check in looked_at.first(db):
+            yield check
+            if check.level == "fail":  # whatever else would be found means nothing
+                return
+        db.execute(looked_at.begin)  # one state for all that follows
         yield _counts(db)
-        for table, (condition, mend) in ORPHANS.items():
-            yield _orphans(db, table, condition, mend)
+        for table, (condition, how) in ORPHANS.items():
+            yield _orphans(db, table, condition, how)
         yield from _derived_rows(db)
-        yield _words(db, None if deep else _WORDS_READ)
-        yield from _vectors(db)
-        yield from _indexes(db, path)
+        yield _words(db, looked_at, None if deep else _WORDS_READ)
+        yield from _vectors(db, looked_at)
+        yield from looked_at.indexes(db)
         db.execute("COMMIT")
     if deep:
-        yield _fold(path, normal)
+        yield _fold(looked_at, normal)
 
 
-def mend(store: Store, path: Path) -> dict[str, int]:
+def mend(store: Store, place: Path | str) -> dict[str, int]:
     """Delete rows that belong to nothing, and vectors of a wrong length; return how many there were by table."""
-    with contextlib.closing(Readers(path, 1)) as readers, readers.borrow() as db:
-        usual = _lengths(db)
+    looked_at = _looked_at(place)
+    with looked_at.reading() as db:
+        unlike = _unlike(db, looked_at)
+    conditions = {table: [condition] for table, (condition, how) in ORPHANS.items() if how == _MEND}
+    batches = (unlike[start : start + BATCH] for start in range(0, len(unlike), BATCH))
+    conditions["vectors"] = [f"id IN ({', '.join(map(str, batch))})" for batch in batches]
     gone = {
-        table: store.write(lambda tx, table=table: tx.drop_rows(table, ORPHANS[table][0])).result(WAIT_S)  # type: ignore[misc]
-        for table, (_, how) in ORPHANS.items()
-        if how == _MEND
+        table: sum(
+            store.write(lambda tx, table=table, which=which: tx.drop_rows(table, which)).result(WAIT_S)  # type: ignore[misc]
+            for which in several
+        )
+        for table, several in conditions.items()
     }
-    gone["vectors"] = sum(
-        store.write(lambda tx, of=of: tx.drop_vectors_unlike(*of)).result(WAIT_S)  # type: ignore[misc]
-        for of in usual.items()
-    )
     return {table: count for table, count in gone.items() if count}
 
 
-def _integrity(db: Connection) -> Check:
-    found = [str(row[0]) for row in db.execute("PRAGMA integrity_check(5)").fetchall()]
-    if found == ["ok"]:
-        return Check("integrity", "ok", "SQLite finds the file whole")
-    said = "; ".join(found)[:300]
-    return Check("integrity", "fail", f"{said}; stop optillm and take the last backup, or export what can be read")
+class _File:
+    """What is looked at where the database is a file."""
+
+    begin = "BEGIN"
+    length = "length(vector)"  # in bytes
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.room: Path | None = path.parent  # for a copy
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Any]:
+        with contextlib.closing(Readers(self._path, 1)) as readers, readers.borrow() as db:
+            yield db
+
+    def first(self, db: Any) -> Iterator[Check]:
+        found = [str(row[0]) for row in db.execute("PRAGMA integrity_check(5)").fetchall()]
+        if found == ["ok"]:
+            yield Check("integrity", "ok", "SQLite finds the file whole")
+        else:
+            said = "; ".join(found)[:300]
+            how = "stop optillm and take the last backup, or export what can be read"
+            yield Check("integrity", "fail", f"{said}; {how}")
+        tables = Database(db)
+        yield _schema(newer_than_us(tables), [m.name for m in migrations.pending(tables)])
+
+    def rows(self, db: Any, sql: str) -> Iterator[Any]:
+        yield from db.execute(sql)
+
+    def indexes(self, db: Any) -> Iterator[Check]:
+        yield from _index_files(db, self._path)
+
+    def copied(self, folder: Path) -> Path:
+        return backup(self._path, folder / "copy.db")
+
+
+class _Server(_File):
+    """What is looked at on PostgreSQL: its pages are the business of `pg_amcheck`."""
+
+    begin = "BEGIN ISOLATION LEVEL REPEATABLE READ"
+    length = "4 * vector_dims(vector)"
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self.room = None
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Any]:
+        with contextlib.closing(PostgresReaders(self._url, 1)) as readers, readers.borrow() as db:
+            db.execute("SET statement_timeout = 0")
+            if not db.execute("SELECT to_regclass(?) IS NOT NULL", (f"{SCHEMA}.migrations",)).fetchone()[0]:
+                raise NotFound(f"there is no memory on {shown(self._url)}; optillm makes it when it serves")
+            yield db
+
+    def first(self, db: Any) -> Iterator[Check]:
+        done = {str(row[0]) for row in db.execute("SELECT name FROM migrations").fetchall()}
+        yield _schema(sorted(done - set(_MIGRATIONS)), sorted(set(_MIGRATIONS) - done))
+
+    def rows(self, db: Any, sql: str) -> Iterator[Any]:
+        yield from db.stream(sql)
+
+    def indexes(self, db: Any) -> Iterator[Check]:
+        found = db.execute(_SERVER_INDEXES, (SCHEMA,)).fetchall()
+        building = db.execute(_BUILDING).fetchone()[0]
+        for name, method, valid in found:
+            if not valid and method == "hnsw":
+                level: Level = "warn" if building else "fail"
+                how = "it is being built" if building else "the first request that recalls has it built again"
+                yield Check("index", level, f"{name} is not valid, so recall goes by words; {how}")
+            elif not valid:
+                yield Check("index", "fail", f"{name} is not valid; run in psql: REINDEX INDEX {SCHEMA}.{name}")
+        of_vectors = sum(method == "hnsw" for _, method, _ in found)
+        yield Check("index", "ok", f"{len(found)} indexes looked at, {of_vectors} of them of vectors")
+
+    def copied(self, folder: Path) -> Path:
+        copy(self._url, str(folder / "copy.db"))
+        return folder / "copy.db"
+
+
+def _looked_at(place: Path | str) -> _File:
+    return _Server(str(place)) if is_url(str(place)) else _File(Path(place))
+
+
+def _schema(newer: Sequence[str], pending: Sequence[str]) -> Check:
+    if newer:
+        said = f"a newer optillm-memory wrote it (it knows {newer[-1]}), which this one can neither check nor mend"
+        return Check("schema", "fail", f"{said}; upgrade the package")
+    if pending:
+        said = f"an earlier optillm-memory wrote it, and {pending[0]} is still to be done"
+        return Check("schema", "fail", f"{said}; whatever opens it does that, run: optillm-memory stats")
+    return Check("schema", "ok", "it is this release's")
 
 
 def _counts(db: Connection) -> Check:
@@ -108,12 +204,11 @@ def _derived_rows(db: Connection) -> Iterator[Check]:
         yield Check(name, "fail", f"{count} {wrong}; {REBUILD}") if count else Check(name, "ok", "as it must be")
 
 
-def _words(db: Connection, limit: int | None) -> Check:
+def _words(db: Connection, looked_at: _File, limit: int | None) -> Check:
     missing, extra = (int(db.execute(sql).fetchone()[0]) for sql in (_WORDLESS, _WORDS_OF_OTHERS))
     cut = "" if limit is None else f" ORDER BY number DESC LIMIT {limit}"
-    found = db.execute(f"{_WORDS} {cut}")
     compared = wrong = 0
-    for scope_id, task, words in found:
+    for scope_id, task, words in looked_at.rows(db, f"{_WORDS} {cut}"):
         compared += 1
         wrong += words != rows.scoped_words(scope_id, task)
     if missing or extra or wrong:
@@ -125,19 +220,23 @@ def _words(db: Connection, limit: int | None) -> Check:
     return Check("words", "ok", f"every verified memory is found by its words ({compared} compared)")
 
 
-def _lengths(db: Connection) -> dict[str, int]:
+def _lengths(db: Connection, looked_at: _File) -> dict[str, int]:
     """Return how long the vectors of each encoder are: as most of them."""
-    found = db.execute("SELECT fingerprint, length(vector) FROM vectors GROUP BY 1, 2 ORDER BY count(*)").fetchall()
+    found = db.execute(
+        f"SELECT fingerprint, {looked_at.length} FROM vectors GROUP BY 1, 2 ORDER BY count(*)"
+    ).fetchall()
     return {str(fingerprint): int(length) for fingerprint, length in found}  # the most frequent comes last
 
 
-def _vectors(db: Connection) -> Iterator[Check]:
-    usual = _lengths(db)
-    wrong = sum(
-        int(db.execute("SELECT count(*) FROM vectors WHERE fingerprint = ? AND length(vector) <> ?", of).fetchone()[0])
-        for of in usual.items()
-    )
-    if wrong:
+def _unlike(db: Connection, looked_at: _File) -> list[int]:
+    """Return the number of each vector that is not as long as the others of its encoder."""
+    sql = f"SELECT id FROM vectors WHERE fingerprint = ? AND {looked_at.length} <> ?"
+    return [int(row[0]) for of in _lengths(db, looked_at).items() for row in db.execute(sql, of).fetchall()]
+
+
+def _vectors(db: Connection, looked_at: _File) -> Iterator[Check]:
+    usual = _lengths(db, looked_at)
+    if wrong := len(_unlike(db, looked_at)):
         yield Check("vectors", "fail", f"{wrong} vectors are not as long as the others of their encoder; {_MEND}")
     else:
         yield Check("vectors", "ok", ", ".join(f"{length // 4} numbers by {name}" for name, length in usual.items()))
@@ -155,7 +254,7 @@ def _shares(total: int, embedded: dict[str, int]) -> str:
     return f"of {total} memories embedded: {shown}"
 
 
-def _indexes(db: Connection, path: Path) -> Iterator[Check]:
+def _index_files(db: Connection, path: Path) -> Iterator[Check]:
     files = IndexFiles(folder_of(path))
     generation = int(db.execute("SELECT value FROM meta WHERE key = 'generation'").fetchone()[0])
     fingerprints = [row[0] for row in db.execute("SELECT DISTINCT fingerprint FROM vectors").fetchall()]
@@ -212,13 +311,14 @@ def _index_difference(db: Connection, base: Base, scope_id: int) -> str:
     return ""
 
 
-def _fold(path: Path, normal: Callable[[str], str]) -> Check:
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-verify-", dir=path.parent) as folder:
-        copy = backup(path, Path(folder) / "copy.db")
-        with contextlib.closing(SqliteStore(copy, normal=normal)) as store:
-            before = store.derived()
-            traces = store.write(fold.rebuild).result()
-            different = _different(before, store.derived())
+def _fold(looked_at: _File, normal: Callable[[str], str]) -> Check:
+    with (
+        tempfile.TemporaryDirectory(prefix=".memory-verify-", dir=looked_at.room) as folder,
+        contextlib.closing(SqliteStore(looked_at.copied(Path(folder)), normal=normal)) as store,
+    ):
+        before = store.derived()
+        traces = store.write(fold.rebuild).result()
+        different = _different(before, store.derived())
     if different:
         return Check("fold", "fail", f"{different} derived rows differ from a fold of the log; {REBUILD}")
     return Check("fold", "ok", f"a fold of {traces} traces yields the {len(before)} derived rows that are there")
@@ -277,8 +377,17 @@ _DERIVED = {
         "memories are newer than the store's revision",
     ),
 }
-_WORDLESS = f"SELECT count(*) FROM memories WHERE {SEARCHED} AND number NOT IN (SELECT rowid FROM memories_fts)"
+# EXCEPT and not NOT IN: for that PostgreSQL reads one table anew for each row of the other where they are large.
+_WORDLESS = f"""
+    SELECT count(*) FROM (
+        SELECT number FROM memories WHERE {SEARCHED} EXCEPT SELECT rowid FROM memories_fts) AS missing"""
 _WORDS_OF_OTHERS = f"""
-    SELECT count(*) FROM memories_fts WHERE rowid NOT IN (SELECT number FROM memories WHERE {SEARCHED})"""
+    SELECT count(*) FROM (
+        SELECT rowid FROM memories_fts EXCEPT SELECT number FROM memories WHERE {SEARCHED}) AS extra"""
 _WORDS = f"""
     SELECT scope_id, task, words FROM memories JOIN memories_fts ON memories_fts.rowid = number WHERE {SEARCHED}"""
+_SERVER_INDEXES = """
+    SELECT pg_class.relname, amname, indisvalid FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
+    JOIN pg_am ON pg_am.oid = relam JOIN pg_namespace ON pg_namespace.oid = relnamespace
+    WHERE nspname = ? ORDER BY pg_class.relname"""
+_BUILDING = "SELECT count(*) FROM pg_stat_progress_create_index WHERE datname = current_database()"
