@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from postgres import Server
 
+from optillm_memory.bench import store_host
 from optillm_memory.bench.records import LARGE, SMALL, Records
 from optillm_memory.bench.server import refuse_used
 from optillm_memory.bench.store import ENCODER_S, _apart, _ingest, run
@@ -24,6 +25,7 @@ KEYS = {
     "scope_recall_at_10",
     *(f"{scope}recall_p{share}_ms" for scope in ("", "scope_") for share in (50, 95, 99)),
 }  # fmt: skip
+HOST_KEYS = {"host_startup_s", "host_rss_mb", "host_rss_over_plain_mb"}
 
 
 def test_records_are_the_same_for_a_seed() -> None:
@@ -51,15 +53,23 @@ def test_records_lie_like_a_sentence_encoders() -> None:
     assert len({record.task for record in records}) == 4_000
 
 
-def test_a_file_has_all_figures(tmp_path: Path) -> None:
-    """The command writes every figure for its size; at a small one the search finds what an exact one does."""
+@pytest.mark.host
+def test_a_file_has_all_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command writes every figure for its size; at a small one the search finds what an exact one does.
+
+    What is the host's is measured with a real one, that answers with what it finds in the file.
+    """
+    monkeypatch.setattr(store_host, "STARTS", 1)
     out = tmp_path / "figures.json"
     result = CliRunner().invoke(main, ["bench", "store", "--sizes", "600", "--store", "sqlite", "--json", str(out)])
     assert result.exit_code == 0, result.output
     figures = json.loads(out.read_text())
-    assert set(figures["600"]) == KEYS
+    assert set(figures["600"]) == KEYS | HOST_KEYS
     assert figures["600"]["recall_at_10"] == figures["600"]["scope_recall_at_10"] == 1.0
-    assert all(value > 0 for name, value in figures["600"].items() if name != "rss_mb")
+    assert all(figures["600"][name] > 0 for name in KEYS - {"rss_mb"})
+    assert abs(figures["600"]["host_startup_s"]) < 20
+    assert abs(figures["600"]["host_rss_mb"]) < 200
+    assert 0 < figures["600"]["host_rss_over_plain_mb"] < 400
     assert figures["settings"]["writes_per_s"] == 50.0
     assert figures["settings"]["encoder_ms"] == ENCODER_S * 1000
 

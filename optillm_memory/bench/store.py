@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import resource
+import os
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from optillm_memory.bench.records import FINGERPRINT, LARGE, SMALL, Record, Records, scope_of, trace_of
 from optillm_memory.bench.report import quantile
 from optillm_memory.bench.server import emptied
+from optillm_memory.bench.store_host import KEPT, TENANT, measure, rss_mb
 from optillm_memory.errors import StoreError, StoreUnavailable
 from optillm_memory.learn import fold
 from optillm_memory.learn.outcomes import normal_answer
@@ -49,6 +51,7 @@ def run(
     A record is a trace with the feedback that makes it a verified exemplar, and its vector, ready-made. Each phase has
     a process of its own. Recall is what a request does beside encoding: words, vectors, ranking, reading, less the
     4 ms in which an encoder works meanwhile; one thread of the same process writes `writes_per_s` records a second.
+    `startup_s` and `rss_mb` are of recall alone in such a process, `host_…` those of a real optillm on the file.
     A server is left as it was found. Raises StoreError where it has a memory already, or goes away.
     """
     figures: dict[str, dict[str, float]] = {}
@@ -66,6 +69,8 @@ def run(
             ):
                 say(f"{size} records: {name}")
                 found |= _apart(phase, db, size, seed)
+            if not place:
+                found |= measure(Path(db), Records(size, seed), say)
             figures[str(size)] = {name: round(value, 4) for name, value in found.items()}
     return figures
 
@@ -122,7 +127,7 @@ def _put(store: Store, operations: Sequence[Operation]) -> None:
 
 def _made(record: Record, prefix: str = "bench") -> Sequence[Operation]:
     """Return what a request and its feedback have written, with the vector at hand."""
-    made = trace_of(record, prefix)
+    made = replace(trace_of(record, prefix), scope=KEPT[record.scope])
     vector = [(key_hash(made.task), record.vector.tobytes())]
     said = Feedback(f"{prefix}-{record.number}", "success", True, "code", made.trace_id, None, None, made.created_at)
 
@@ -132,7 +137,7 @@ def _made(record: Record, prefix: str = "bench") -> Sequence[Operation]:
         fold.trace_arrived(tx, made)
 
     def judged(tx: Transaction) -> None:
-        fold.feedback_arrived(tx, "bench", None, said, received_at=made.created_at)
+        fold.feedback_arrived(tx, TENANT, None, said, received_at=made.created_at)
 
     return arrives, judged
 
@@ -159,7 +164,7 @@ def _recall(db: str, size: int, seed: int, *, per_s: float) -> dict[str, float]:
     records = Records(size, seed)
     queries = records.queries(QUERIES + WARM)
     exact = {scope: _exact(records, scope, [vector for _, vector in queries[:QUERIES]]) for scope in (LARGE, SMALL)}
-    before = _rss_mb()
+    before = rss_mb(os.getpid())
     figures: dict[str, float] = {}
     started = time.perf_counter()
     with _opened(db) as store, _recaller(store) as recaller:
@@ -180,7 +185,7 @@ def _recall(db: str, size: int, seed: int, *, per_s: float) -> dict[str, float]:
                 times = [_asked(recaller, scope, *query) for query in queries[:QUERIES]]
                 for share in (50, 95, 99):
                     figures[f"{name}recall_p{share}_ms"] = quantile(times, share / 100)
-        figures["rss_mb"] = _rss_mb() - before
+        figures["rss_mb"] = rss_mb(os.getpid()) - before
     return figures
 
 
@@ -204,12 +209,13 @@ def _hits(recaller: Recaller, scope: Scope, text: str, vector: np.ndarray[Any, A
 
 
 def _recalled(recaller: Recaller, scope: Scope, text: str, vector: Callable[[], Any]) -> list[Any]:
-    return recaller.recall(scope, text, vector, fingerprint=FINGERPRINT, episode_id="asking", limit=NEAREST)
+    return recaller.recall(KEPT[scope], text, vector, fingerprint=FINGERPRINT, episode_id="asking", limit=NEAREST)
 
 
 def _near(store: Store, recaller: Recaller, scope: Scope, vector: np.ndarray[Any, Any]) -> list[int]:
+    kept = KEPT[scope]
     found = recaller.near(
-        scope, vector, store.revision(scope), fingerprint=FINGERPRINT, unrelated=UNRELATED, count=NEAREST
+        kept, vector, store.revision(kept), fingerprint=FINGERPRINT, unrelated=UNRELATED, count=NEAREST
     )
     return [number for number, _, _ in found]
 
@@ -233,7 +239,7 @@ def _exact(records: Records, scope: Scope, vectors: Sequence[np.ndarray[Any, Any
 def _share_found(store: Store, scope: Scope, found: Iterable[list[int]], exact: Iterable[set[int]]) -> float:
     right = wanted = 0
     for numbers, expected in zip(found, exact, strict=True):
-        tasks = {memory.task for memory in store.memories(scope, numbers).values()}
+        tasks = {memory.task for memory in store.memories(KEPT[scope], numbers).values()}
         right += len({int(task.rsplit(" ", 1)[1]) for task in tasks} & expected)
         wanted += len(expected)
     return right / wanted
@@ -289,9 +295,3 @@ def _index_bytes(db: str) -> int:
     if is_url(db):
         return 0  # it is in the database
     return sum(file.stat().st_size for file in Path(f"{db}.index").glob("*") if file.is_file())
-
-
-def _rss_mb() -> float:
-    with contextlib.suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -45,7 +45,9 @@ _MOST_ON_A_SERVER = 100_000
 @click.command(
     epilog='The JSON has the figures for a size N under "N" for SQLite, under "N_postgres" for PostgreSQL. Recall is '
     "what a request waits for besides its encoder, which is taken to need 4 ms (`encoder_ms` in the JSON's settings), "
-    "working while words are looked up. On PostgreSQL sizes above 100,000 are left out unless it is asked for alone.",
+    "working while words are looked up. startup_s and rss_mb are recall's alone; host_startup_s is the time to the "
+    "first answer with memory beyond that of an optillm without, host_rss_mb what a real one holds beyond one with an "
+    "empty file (SQLite only). On PostgreSQL sizes above 100,000 are left out unless it is asked for alone.",
 )
 @click.option("--sizes", default="1000,10000,100000,1000000", show_default=True, help="Records in the store.")
 @click.option("--store", "kind", type=click.Choice(["sqlite", "postgres", "both"]), default="both", show_default=True,

@@ -1,0 +1,139 @@
+"""What a filled memory costs the host itself: how long until a real optillm answers with it, how large that is."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+
+from optillm_memory.bench.process import HostProcess, child_environment
+from optillm_memory.bench.records import LARGE, SMALL, Records
+from optillm_memory.bench.served import keep
+from optillm_memory.bench.upstream import RecordingUpstream
+from optillm_memory.errors import HostError
+from optillm_memory.host.incoming import tenant_of_key
+from optillm_memory.records import Scope
+
+STARTS, REQUESTS = 5, 100
+_PATIENCE_S, _REST_S, _POLL_S = 60.0, 1.0, 0.02
+_KEY, _UNHEARD = "sk-bench", "unheardofanywhere"
+# The records lie where a caller with a key finds them.
+TENANT = tenant_of_key(_KEY)
+KEPT: Mapping[Scope, Scope] = {scope: replace(scope, tenant=TENANT) for scope in (LARGE, SMALL)}
+
+
+def measure(db: Path, records: Records, say: Callable[[str], None]) -> dict[str, float]:
+    """Return what the host needs more with a filled file: seconds until it answers with memory, megabytes.
+
+    `host_startup_s` is from the start of the process to the first answer that memory was injected for, found by its
+    vector, less the same to the first answer of stock optillm without the plugin: medians of starts in turn.
+    `host_rss_mb` is what the process holds after some requests, less what one with an empty file does after the same;
+    `host_rss_over_plain_mb` is less stock optillm, and so has the code of memory, too. The encoder has its vectors
+    ready-made: no cost of its own is in these.
+
+    Raises HostError where memory is not heard of.
+    """
+    asked = list(itertools.islice((record for record in records if record.scope == LARGE), REQUESTS))
+    # The first has no word that a record has: whoever finds something for it has opened the vectors.
+    texts = [_UNHEARD, *(record.task for record in asked[1:])]
+    vectors = db.with_name("asked.npz")
+    keep(vectors, texts, [record.vector for record in asked])
+    seconds: dict[str, list[float]] = {"filled": [], "plain": []}
+    with RecordingUpstream(lambda _: "an answer") as upstream:
+        ways: dict[str, tuple[HostProcess, str]] = {
+            "filled": (_with_memory(upstream.base_url, db, vectors), "inject"),
+            "plain": (HostProcess.plain(upstream.base_url, db=db.with_name("none.db"), cwd=_folder(db)), ""),
+            "empty": (_with_memory(upstream.base_url, db.with_name("empty.db"), vectors), "plain"),
+        }
+        held: dict[str, float] = {}
+        for number in range(STARTS):
+            say(f"{records.size} records: host {number + 1} of {STARTS}")
+            for name in sorted(seconds, reverse=bool(number % 2)):
+                with _answering(*ways[name], texts[0]) as took:
+                    seconds[name].append(took)
+                    if number == STARTS - 1:
+                        held[name] = _held_after(*ways[name], texts)
+        say(f"{records.size} records: host, empty")
+        with _answering(*ways["empty"], texts[0]):
+            held["empty"] = _held_after(*ways["empty"], texts)
+    return {
+        "host_startup_s": statistics.median(seconds["filled"]) - statistics.median(seconds["plain"]),
+        "host_rss_mb": held["filled"] - held["empty"],
+        "host_rss_over_plain_mb": held["filled"] - held["plain"],
+    }
+
+
+def _with_memory(upstream: str, db: Path, vectors: Path) -> HostProcess:
+    port = HostProcess.free_port()
+    command = [sys.executable, "-m", "optillm_memory.bench.served", str(vectors)]
+    return HostProcess(
+        argv=[*command, "--base-url", upstream, "--port", str(port)],
+        env=child_environment(os.environ, db, {"OPTILLM_AGENT_MEMORY_HOLDOUT": "0"}),
+        cwd=_folder(db),
+        port=port,
+        log=db.with_name(f"optillm-{port}.log"),
+    )
+
+
+def _folder(db: Path) -> Path:
+    """Return a folder without plugins to be found."""
+    folder = db.with_name("cwd")
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def _answering(process: HostProcess, action: str, text: str) -> Iterator[float]:
+    """Run a host; give how long it took from its start to the first answer with this action of memory."""
+    started = time.perf_counter()
+    with process:
+        while (found := _action(process, text, memory=bool(action))) != action:
+            if time.perf_counter() - started > _PATIENCE_S:
+                raise HostError(
+                    f"the host answers with memory's action {found!r}, not {action!r}: {process.logs()[-500:]}"
+                )
+            time.sleep(_POLL_S)
+        yield time.perf_counter() - started
+
+
+def _action(process: HostProcess, text: str, *, memory: bool) -> str:
+    """Return what memory did for a request; nothing without memory."""
+    response = httpx.post(
+        f"{process.base_url}/chat/completions",
+        json={
+            "model": "agent_memory-model" if memory else "none-model",
+            "messages": [{"role": "user", "content": text}],
+        },
+        headers={"Authorization": f"Bearer {_KEY}"},
+        timeout=_PATIENCE_S,
+        trust_env=False,
+    )
+    if response.is_error:
+        raise HostError(f"the host answers {response.status_code}: {response.text[:500]}")
+    return str(response.headers.get("X-Agent-Memory-Action", ""))
+
+
+def _held_after(process: HostProcess, action: str, texts: Sequence[str]) -> float:
+    """Return the megabytes that a host has in memory after requests, and a moment for what is done behind them."""
+    for text in texts:
+        _action(process, text, memory=bool(action))
+    time.sleep(_REST_S)
+    assert process.pid is not None
+    return rss_mb(process.pid)
+
+
+def rss_mb(pid: int) -> float:
+    """Return the megabytes that a process has in memory, files that it maps included."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    found = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, check=True)
+    return int(found.stdout) / 1024
