@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 from builders import SCOPE, ask, body, hashing_memory, lexical_memory, response, teach, tell
 from faults import asides, known, served, told
+from hosting import until
 
-from optillm_memory import Memory, Turn
+from optillm_memory import Memory, StoreError, StoreUnavailable, Turn
 from optillm_memory.decide.calibration import WRONG
 from optillm_memory.store.audit import integrity
 from optillm_memory.store.connection import open_writer, sqlite3
@@ -150,6 +152,50 @@ def test_a_file_that_is_cut_with_all_in_its_wal(path: Path, size: int, tmp_path:
         else:
             words = b"".join(p.read_bytes() for p in killed.glob("*.corrupt-*"))
             assert all(turn.trace_id.encode() in words for turn in turns)
+
+
+def test_a_file_is_not_opened_again_beside_those_who_still_read_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A WAL and its index were deleted while somebody reads by them: nothing is acknowledged that others do not see."""
+    monkeypatch.setattr("optillm_memory.store.connection._AWAY_S", 0.2)
+    monkeypatch.setattr("optillm_memory.store.connection._REOPENED_S", 0.01)
+    with lexical_memory(path.parent) as memory:
+        first = teach(memory, "a task", "done")
+        waiting = served(memory, "a task that feedback waits for")
+        memory.settle()
+        with memory.store._readers.borrow() as db:
+            db.execute("SELECT count(*) FROM traces").fetchone()
+            for suffix in ("-wal", "-shm"):
+                path.with_name(path.name + suffix).unlink()
+            with pytest.raises(StoreUnavailable, match="still read"):
+                told(memory, waiting)
+            served(memory, "a task of meanwhile")
+        assert told(memory, waiting, within_s=10) == "applied"
+        memory.settle()
+        assert known(memory, first, waiting)
+        assert outside(path, SEEN) == "3"
+
+
+def test_a_file_that_can_only_be_read_from_anew_is_opened_again_without_a_write(path: Path) -> None:
+    """Where its journals were deleted and nobody writes, those who read have the file opened again."""
+    with lexical_memory(path.parent) as memory:
+        teach(memory, "a task", "done")
+        memory.store._readers.close()
+        for suffix in ("-wal", "-shm"):
+            path.with_name(path.name + suffix).unlink()
+
+        def read() -> bool:
+            with contextlib.suppress(StoreError):
+                return bool(memory.recall("a task"))
+            return False
+
+        assert until(read)
+        assert until(path.with_name(path.name + "-wal").exists)
+
+
+SEEN = """
+from sqlite_utils.utils import sqlite3
+print(sqlite3.connect(path).execute("SELECT count(*) FROM traces").fetchone()[0], end="")
+"""
 
 
 @pytest.mark.parametrize("suffixes", [("-wal",), ("-shm",), ("-wal", "-shm")])

@@ -293,6 +293,19 @@ def test_the_learner_takes_no_batch_that_another_overtook() -> None:
     assert learner.policy.beliefs()[SMALL.name]["told"] == pytest.approx(20, abs=0.2)
 
 
+def test_many_rows_that_come_later_are_folded_into_what_is_there() -> None:
+    """Another process may bring thousands at once: what was learned before still counts."""
+    learner = Learner((LARGE, SMALL), Terms())
+    learner.take(learner.since, 1, rows_of(learner, 40))
+    learner.take(learner.since, 2, rows_of(learner, 3000, first=40))
+    learner.wait(30)
+    assert learner.policy.count == 3040
+    whole = Learner((LARGE, SMALL), Terms())
+    whole.take(whole.since, 2, rows_of(whole, 3040))
+    whole.wait(30)
+    assert learner.policy.beliefs() == whole.policy.beliefs()
+
+
 def test_many_rows_are_folded_behind() -> None:
     """A log of thousands of choices does not hold a request up, and is there soon after."""
     learner = Learner((LARGE, SMALL), Terms())

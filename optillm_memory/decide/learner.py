@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
@@ -89,8 +90,9 @@ class Learner:
             return dict(self._examples)
 
     def _fold_behind(self, rows: Iterable[Row]) -> None:
-        # The policy is not looked at while it grows: until it is there, a copy without any row answers.
+        # The policy is not looked at while it grows: a copy does, and the one that there is answers meanwhile.
         grown = Learner(self.policy.arms, self.policy.terms)
+        grown.policy, grown._index, grown._examples = copy.deepcopy((self.policy, self._index, self._examples))
         grown._fold(rows)
         with self._lock:
             self.policy, self._index, self._examples = grown.policy, grown._index, grown._examples

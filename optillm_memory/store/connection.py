@@ -10,6 +10,7 @@ import os
 import queue
 import secrets
 import sqlite3 as stdlib_sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
@@ -30,6 +31,8 @@ DatabaseError: type[Exception] = sqlite3.DatabaseError
 OperationalError: type[Exception] = sqlite3.OperationalError
 IntegrityError: type[Exception] = sqlite3.IntegrityError
 BUSY_TIMEOUT_S = 10.0
+_AWAY_S, _REOPENED_S = 5.0, 0.1  # how long who opens a file again waits for those who read, and they for that
+_TELL_S = 0.2
 _CHECKED_BYTES = 64 << 20  # a check reads the whole file: a larger one would delay the start
 _WAL_KEPT_BYTES = 64 << 20  # of a WAL that had to grow, so much is kept for the next time
 _JOURNALS = ("-shm", "-wal", "-journal")
@@ -252,26 +255,36 @@ class Readers:
         """Open connections as they are needed; keep at most `size` of them."""
         self._path = path
         self.on_corruption: Callable[[], None] = lambda: None  # tells who mends that the file is broken
+        self.on_change: Callable[[], None] = lambda: None  # that it is not what it was, or cannot be read
+        self._seen: Identity = ()
+        self._tell_at = 0.0
         self._idle: queue.LifoQueue[tuple[Connection, Identity]] = queue.LifoQueue(size)
+        self._open_ones, self._shut = 0, False
+        self._changed = threading.Condition()
 
     @contextlib.contextmanager
     def borrow(self) -> Iterator[Connection]:
         """Lend a connection; one that failed is closed, not lent again. Raises StoreError for a broken file."""
         present = identity(self._path)
+        if present != self._seen and self._told():
+            self._seen = present
         connection = self._idle_connection(present) or self._open()
         try:
             yield connection
         except BaseException as error:
-            connection.close()
+            self._close(connection)
             if is_corruption(error):
                 self.on_corruption()
             if isinstance(error, DatabaseError):
+                self._told()
                 raise StoreError(f"cannot read {self._path}: {error}") from error
             raise
         try:
             self._idle.put_nowait((connection, present))
         except queue.Full:
-            connection.close()
+            self._close(connection)
+        if self._shut:
+            self.close()
 
     def _idle_connection(self, present: Identity) -> Connection | None:
         while True:
@@ -284,24 +297,69 @@ class Readers:
                 now in (None, then) for then, now in zip(opened[1:], present[1:], strict=True)
             ):
                 return connection
-            connection.close()  # the file was replaced since
+            self._close(connection)  # the file was replaced since
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """Have all connections closed, and none opened meanwhile. Raises OperationalError where one is read from.
+
+        All connections of a process to a file share what SQLite knows of its WAL. While one of them is open, what is
+        opened beside it goes by the index of a WAL that may be gone, and two processes write over each other.
+        """
+        with self._changed:
+            self._shut = True
+        try:
+            self.close()
+            with self._changed:
+                if not self._changed.wait_for(lambda: self._open_ones == 0, _AWAY_S):
+                    raise OperationalError(f"{self._open_ones} connections still read from what {self._path} was")
+            yield
+        finally:
+            with self._changed:
+                self._shut = False
+                self._changed.notify_all()
+
+    def _close(self, connection: Connection) -> None:
+        connection.close()
+        with self._changed:
+            self._open_ones -= 1
+            self._changed.notify_all()
 
     def _open(self) -> Connection:
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._shut, _REOPENED_S):
+                raise StoreError(f"cannot read {self._path}: it is being opened again")
+            self._open_ones += 1
+        connection: Connection | None = None
         try:
             connection = connect(self._path, read_only=True)
             connection.execute("PRAGMA query_only=ON")
             connection.execute("PRAGMA busy_timeout=200")
         except DatabaseError as error:
+            if connection is not None:
+                connection.close()
+            with self._changed:
+                self._open_ones -= 1
+                self._changed.notify_all()
             if is_corruption(error):
                 self.on_corruption()
+            self._told()
             raise StoreError(f"cannot read {self._path}: {error}") from error
         return connection
+
+    def _told(self) -> bool:
+        """Tell who writes to look at the file, now and then: where nothing can be read, perhaps nothing is written."""
+        if (now := time.monotonic()) < self._tell_at:
+            return False
+        self._tell_at = now + _TELL_S
+        self.on_change()
+        return True
 
     def close(self) -> None:
         """Close what is idle."""
         while True:
             try:
-                self._idle.get_nowait()[0].close()
+                self._close(self._idle.get_nowait()[0])
             except queue.Empty:
                 return
 

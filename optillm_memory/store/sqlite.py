@@ -32,8 +32,8 @@ class SqliteStore(Store):
         self.path = path
         readers = Readers(path)
         within = partial(Transaction, normal=normal)
-        writer = SqliteWriter(path, queue_size=queue_size, within=within, let_go=readers.close)
-        readers.on_corruption = writer.distrust
+        writer = SqliteWriter(path, queue_size=queue_size, within=within, alone=readers.away)
+        readers.on_corruption, readers.on_change = writer.distrust, writer.look
         super().__init__(writer, readers)
 
     @property

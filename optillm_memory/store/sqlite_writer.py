@@ -6,14 +6,16 @@ import logging
 import secrets
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from optillm_memory.errors import StoreUnavailable
 from optillm_memory.store.connection import (
     Connection,
     DatabaseError,
     Identity,
+    OperationalError,
     checkpoint,
     identity,
     is_corruption,
@@ -37,15 +39,15 @@ class SqliteWriter(Writer):
         *,
         queue_size: int,
         within: Callable[[Connection], Any] = lambda connection: connection,
-        let_go: Callable[[], None] = lambda: None,
+        alone: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Open the file, making it where it is missing; `within` makes what operations are given.
 
-        `let_go` closes what other connections there are: it is called before the file is opened again.
+        `alone` keeps all other connections of this process away while the file is opened.
         """
         self.path = path
         self._identity: Identity = identity(path)
-        self._let_go = let_go
+        self._alone = alone
         self._vouched = False  # the file was checked throughout, and nothing was written since
         self._suspect = threading.Event()
         self._since_checkpoint = 0
@@ -55,6 +57,11 @@ class SqliteWriter(Writer):
     def distrust(self) -> None:
         """Check the file before the next commit: a reader found it broken, which our own cached pages may hide."""
         self._suspect.set()
+
+    def look(self) -> None:
+        """See soon whether the file is still what it was, as before every commit."""
+        with suppress(StoreUnavailable):  # who has enough to do looks anyway
+            self.submit(lambda _: None)
 
     def close(self) -> None:
         """Write what is queued, then close; nothing is taken after this."""
@@ -67,8 +74,11 @@ class SqliteWriter(Writer):
     def _open(self) -> Connection:
         thorough = self._suspect.is_set()
         # They share the WAL's index with what is opened here: one of another file, or one that is only read.
-        self._let_go()
-        connection = open_writer(self.path, thorough=thorough)
+        try:
+            with self._alone():
+                connection = open_writer(self.path, thorough=thorough)
+        except OperationalError as error:
+            raise StoreUnavailable(str(error)) from error
         present = identity(self.path)
         if self._identity[0] not in (None, present[0]):
             _renew(connection)
