@@ -159,6 +159,24 @@ def test_one_that_stops_in_the_middle_of_a_commit_gives_up_its_turn(url: str, mo
         hung.write(lambda tx: tx.probe()).result(10)
 
 
+def test_who_opens_waits_for_nobody_that_stands_in_a_commit(url: str) -> None:
+    """Where the schema is there already, a proxy or a command starts and reads at once."""
+    opened_at(url).close()
+    read: list[int] = []
+
+    def start() -> None:
+        with closing(opened_at(url)) as store:
+            read.append(store.stats()["traces"])
+
+    with closing(PostgresConnection(url)) as standing:
+        standing.execute("BEGIN IMMEDIATE")
+        starting = threading.Thread(target=start, daemon=True)
+        starting.start()
+        starting.join(5)
+        standing.execute("ROLLBACK")
+    assert read == [0]
+
+
 def test_a_long_statement_is_not_taken_for_an_idle_one(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes its time in the server, or in many statements, is not ended."""
     monkeypatch.setattr(postgres, "_IDLE_S", 1)

@@ -11,8 +11,8 @@ from urllib.parse import quote
 from optillm_memory.errors import HostError, StoreError
 from optillm_memory.settings import shown
 from optillm_memory.store.connection import DatabaseError
-from optillm_memory.store.postgres_connection import SCHEMA, PostgresConnection, driver
-from optillm_memory.store.postgres_schema import drop
+from optillm_memory.store.postgres_connection import SCHEMA, driver
+from optillm_memory.store.postgres_schema import drop, is_there
 
 
 @contextlib.contextmanager
@@ -40,8 +40,8 @@ def refuse_used(url: str) -> None:
 
     An empty one is refused too: it may be there for a reason, and whatever is there goes when the bench is done.
     """
-    with _told_of(url), contextlib.closing(PostgresConnection(url)) as connection:
-        used = connection.execute("SELECT to_regnamespace(?) IS NOT NULL", (SCHEMA,)).fetchone()[0]
+    with _told_of(url):
+        used = is_there(url)
     if used:
         raise StoreError(
             f"{shown(url)} has a schema {SCHEMA} already, and the bench deletes what it fills: name an empty database"

@@ -49,7 +49,7 @@ class Limits:
 
     inline: int = 1_000  # changes that a request takes in by itself; more come behind it
     large: int = 32_768  # rows in memory, beyond which they are put in a file
-    share: float = 1 / 16  # of a file's rows, that may have changed before it is written anew
+    share: float = 1 / 32  # of a file's rows, that may have changed before it is written anew
     most: int = 131_072  # rows taken into memory before the next file, where all of a scope has to be read
 
 

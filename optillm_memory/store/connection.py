@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from sqlite_utils import Database
-
 from optillm_memory.errors import StoreError, StoreTooNew, StoreUnavailable
-from optillm_memory.store.migrations import migrations, newer_than_us
 
-# sqlite-utils picks pysqlite3 where it is installed: one library for the whole process.
-sqlite3: Any = importlib.import_module("sqlite_utils.utils").sqlite3
+try:  # as sqlite-utils does, which takes half a second to load and is needed only where there is something to migrate
+    sqlite3: Any = importlib.import_module("pysqlite3")
+except ImportError:
+    sqlite3 = stdlib_sqlite3
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +29,7 @@ Connection: TypeAlias = stdlib_sqlite3.Connection  # the type; the object may be
 DatabaseError: type[Exception] = sqlite3.DatabaseError
 OperationalError: type[Exception] = sqlite3.OperationalError
 IntegrityError: type[Exception] = sqlite3.IntegrityError
+LATEST = "m007_contributions_by_number"  # the last of the numbered migrations
 BUSY_TIMEOUT_S = 10.0
 _AWAY_S, _REOPENED_S = 5.0, 0.1  # how long who opens a file again waits for those who read, and they for that
 _TELL_S = 0.2
@@ -81,7 +81,8 @@ def _open_writer(path: Path, *, thorough: bool = False) -> Connection:
     _make(path)
     connection = connect(path)
     try:
-        _refuse_newer(connection, path)
+        if not (current := _is_current(connection)):
+            _refuse_newer(connection, path)
         # In a WAL the same as FULL; a rollback journal whose removal is not synced would undo what was acknowledged.
         connection.execute("PRAGMA synchronous=EXTRA")
         connection.execute("PRAGMA cache_size=-65536")  # KiB: what is found by a hash lies anywhere in a large file
@@ -92,7 +93,8 @@ def _open_writer(path: Path, *, thorough: bool = False) -> Connection:
         connection.execute(f"PRAGMA journal_size_limit={_WAL_KEPT_BYTES}")
         if thorough or path.stat().st_size <= _CHECKED_BYTES:
             _check(connection, thorough=thorough)
-        _migrate(connection)
+        if not current:
+            _migrate(connection)
     except BaseException:
         connection.close()
         raise
@@ -157,7 +159,19 @@ def _check(connection: Connection, *, thorough: bool) -> None:
         raise sqlite3.DatabaseError(f"database disk image is malformed: {found}")
 
 
+def _is_current(connection: Connection) -> bool:
+    """Whether a file has had just the migrations that this release knows."""
+    if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = '_sqlite_migrations'").fetchone():
+        return False
+    done = connection.execute("SELECT name FROM _sqlite_migrations WHERE migration_set = 'optillm_memory'").fetchall()
+    return len(done) == int(LATEST[1:4]) and (LATEST,) in done
+
+
 def _refuse_newer(connection: Connection, path: Path) -> None:
+    from sqlite_utils import Database  # noqa: PLC0415
+
+    from optillm_memory.store.migrations import newer_than_us  # noqa: PLC0415
+
     if newer := newer_than_us(Database(connection)):
         raise StoreTooNew(
             f"{path} was written by a newer optillm-memory (it knows {newer[-1]}); upgrade the package, "
@@ -166,6 +180,10 @@ def _refuse_newer(connection: Connection, path: Path) -> None:
 
 
 def _migrate(connection: Connection) -> None:
+    from sqlite_utils import Database  # noqa: PLC0415
+
+    from optillm_memory.store.migrations import migrations  # noqa: PLC0415
+
     db = Database(connection)
     if migrations.pending(db):
         connection.execute("BEGIN IMMEDIATE")  # two processes may open a new file at once: one migrates

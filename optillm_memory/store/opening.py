@@ -7,12 +7,13 @@ from pathlib import Path
 
 from optillm_memory.settings import is_url
 from optillm_memory.store.base import Store
-from optillm_memory.store.postgres import PostgresStore
 from optillm_memory.store.sqlite import SqliteStore
 
 
 def open_store(db: str, *, queue_size: int, normal: Callable[[str], str]) -> Store:
     """Open the store that a `postgresql://` URL or a path names. Raises StoreTooNew and StoreUnavailable."""
     if is_url(db):
+        from optillm_memory.store.postgres import PostgresStore  # noqa: PLC0415 - a file needs nothing of it
+
         return PostgresStore(db, queue_size=queue_size, normal=normal)
     return SqliteStore(Path(db).expanduser(), queue_size=queue_size, normal=normal)

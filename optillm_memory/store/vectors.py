@@ -31,13 +31,6 @@ class VectorTables:
         self._db.executemany("DELETE FROM vectors WHERE key_hash = ? AND fingerprint = ?", found)
         return len(found)
 
-    def drop_vectors_unlike(self, fingerprint: str, length: int) -> int:
-        """Delete an encoder's vectors that are not of this length; return how many. They are made again."""
-        done = self._db.execute(
-            "DELETE FROM vectors WHERE fingerprint = ? AND length(vector) <> ?", (fingerprint, length)
-        )
-        return int(done.rowcount)
-
 
 class VectorReads:
     """The part of the store that counts vectors."""
