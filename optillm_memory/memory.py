@@ -64,12 +64,12 @@ class Memory:
         self._recaller = Recaller(self.store, self.store.index_files())
         self._recent = Recent()
         self._salt: bytes | None = None
-        self._recorder = Recorder(self.settings, self.encoder, self._located, lambda: self._upkeep.caught_up)
+        self._upkeep = Upkeep(self.store, self.encoder, limits_of(self.settings))
+        self._recorder = Recorder(self.settings, self.encoder, self._located, self._upkeep.note)
         self._adviser = Adviser(self.store, self.settings, clock)
         self._reuser = Reuser(self.store, self._recaller, self.encoder, normal, self.settings.reuse_audit)
         self._router = Router(self.store, self.settings, lambda: self.encoder.fingerprint)
         self._shadow = Shadow(self._considered, self._propose)
-        self._upkeep = Upkeep(self.store, self.encoder, limits_of(self.settings))
 
     @classmethod
     def open(cls, path: str | Path, **settings: Any) -> Memory:

@@ -32,17 +32,16 @@ class Recorder:
         settings: Settings,
         encoder: EncoderService,
         locate: Callable[[Turn], Turn],
-        caught_up: Callable[[], bool] = lambda: True,
+        brought: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`locate` finds the episode of a turn that memory was not consulted for.
 
-        `caught_up` says whether every memory has its vector. While some have none, upkeep alone fills them in: it has
-        them searched, too, where a vector that comes with a request would go unnoticed.
+        `brought` is told the key of each vector that comes with a request.
         """
         self._settings = settings
         self._encoder = encoder
         self._locate = locate
-        self._caught_up = caught_up
+        self._brought = brought
 
     def record(
         self,
@@ -91,9 +90,11 @@ class Recorder:
         fresh = turn.fresh if response is not None else ()
         if tx.add_trace(trace, prefixes=prefixes, placements=fresh, injected=turn.injected, withheld=turn.withheld):
             tx.add_calls(trace.trace_id, [self._call(call) for call in turn.calls])
-            vector = self._encoder.cached(conversations.key_of(conversation.task)) if self._caught_up() else None
+            vector = self._encoder.cached(conversations.key_of(conversation.task))
             if vector is not None:
-                tx.put_vectors([(key_hash(trace.task), vector.tobytes())], self._encoder.fingerprint)
+                key = key_hash(trace.task)
+                tx.put_vectors([(key, vector.tobytes())], self._encoder.fingerprint)
+                self._brought(key)
             scope_id = tx.scope_id(trace.scope)
             known = tx.observed_steps(scope_id, trace.episode_id)
             steps = [self._step(s) for s in _steps(conversation, choices, prefixes) if s.step_id not in known]

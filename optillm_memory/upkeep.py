@@ -33,7 +33,8 @@ class Upkeep:
         self._limits = limits
         self._closing = threading.Event()
         self._missing = threading.Event()
-        self.caught_up = False  # every memory has its vector, but for what was learned this moment
+        self._caught_up = False  # every memory has its vector, but for what was learned this moment
+        self._brought: set[str] = set()  # keys of vectors that came with requests before that
         self._threads = [
             threading.Thread(target=work, name=f"agent-memory-{name}", daemon=True)
             for name, work in (("upkeep", self._fill), ("retention", self._keep))
@@ -44,6 +45,11 @@ class Upkeep:
     def wake(self) -> None:
         """Look for memories without a vector."""
         self._missing.set()
+
+    def note(self, key: str) -> None:
+        """Note that a vector came with a request: those that search do not know that a memory has got one."""
+        if not self._caught_up:
+            self._brought.add(key)
 
     def close(self) -> None:
         """Stop the threads."""
@@ -60,16 +66,19 @@ class Upkeep:
         while not self._closing.is_set() and self._encoder.state == "ready":
             try:
                 if (current := self._store.revision().generation) != generation:  # a rebuild numbers them anew
-                    done, generation, self.caught_up = 0, current, False
+                    done, generation, self._caught_up = 0, current, False
                 if time.monotonic() >= anew_at:
                     done, anew_at = 0, time.monotonic() + _ANEW_S
                 rows, upto = self._store.without_vectors(self._encoder.fingerprint, done, _ROWS)
                 if rows:
                     _embed(self._store, self._encoder, rows)
+                if brought := self._store.numbers_of(self._brought.copy(), done, upto):
+                    self._store.write(lambda tx, numbers=brought: tx.touch(numbers)).result()  # type: ignore[misc]
                 if upto > done:
                     done = upto
                     continue
-                self.caught_up = True
+                self._caught_up = True
+                self._brought.clear()
             except Exception:
                 logger.exception("agent_memory: vectors could not be filled in; trying again")
                 self._closing.wait(1.0)

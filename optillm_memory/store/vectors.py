@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from optillm_memory.store.connection import Connection, Readers, marks
@@ -41,6 +41,14 @@ class VectorReads:
         """Return how many memories are searched by meaning, and how many of them have a vector of each encoder."""
         with self._readers.borrow() as db:
             return coverage_of(db)
+
+    def numbers_of(self, keys: Collection[str], after: int, upto: int) -> list[int]:
+        """Return which numbers after one and up to another are of memories with these key hashes."""
+        if not keys:
+            return []
+        with self._readers.borrow() as db:
+            sql = "SELECT number, key_hash FROM memories WHERE number > ? AND number <= ?"
+            return [int(number) for number, key in db.execute(sql, (after, upto)) if key in keys]
 
     def unused_vectors(self) -> tuple[list[str], int]:
         """Return the key hashes whose vectors no trace and no memory uses, and the number of the last trace."""
