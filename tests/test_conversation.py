@@ -325,12 +325,15 @@ SECRETS = {
     "private-key": f"-----BEGIN RSA PRIVATE KEY-----\n{KEY_BODY}\n-----END RSA PRIVATE KEY-----",
     "api-key": "sk-proj-abcdefghijklmnop0123",
     "api-key 2": "sk_live_abcdefghij0123456789",
+    **{f"api-key {start}": start + "abcdefghijklmnop0123" for start in ("pk-", "rk-", "rk_test_")},
     "token": "ghp_" + "a1B2" * 9,
+    **{f"token {start}": start + "a1B2" * 9 for start in ("gho_", "ghu_", "ghs_", "ghr_", "github_pat_")},
     "token gitlab": "glpat-abcdefghij0123456789",
     "token slack": "xoxb-1234567890-abcdefghij",
     "token hf": "hf_" + "aB3" * 11,
     "token google": "AIza" + "Sy_-0" * 7,
     "access-key": "AKIAIOSFODNN7EXAMPLE",
+    "access-key for a while": "ASIAIOSFODNN7EXAMPLE",
     "jwt": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U",
 }
 
@@ -345,6 +348,7 @@ def test_each_kind_of_secret_is_replaced(kind: str) -> None:
 def test_secrets_that_need_their_surroundings_are_replaced() -> None:
     """A bearer token and a password in a URL go; the address stays."""
     assert redact("Authorization: Bearer abcdefghij.klmnopqrst_uv==") == "Authorization: Bearer [REDACTED:token]"
+    assert redact("bearer abcdefghij.klmnopqrst_uv==") == "bearer [REDACTED:token]"
     assert redact("postgres://bob:hunter2@db/x") == "postgres://[REDACTED:password]@db/x"
     assert redact("git clone https://example.org/a:b and pick a risk-free task") == (
         "git clone https://example.org/a:b and pick a risk-free task"

@@ -14,6 +14,7 @@ from optillm_memory.conversation.text import text_of, without_blocks
 from optillm_memory.records import Message, Step
 
 _DIGITS = re.compile(r"\d+")
+as_json = json.JSONEncoder(sort_keys=True, default=str).encode  # one for all: to make one takes as long as to use it
 _UNIQUE = 16  # characters from which on a call's id is taken for random
 
 
@@ -123,14 +124,14 @@ def _canonical(message: Mapping[str, Any]) -> bytes:
     content = message.get("content")
     text = content.strip() if isinstance(content, str) else content
     parts = [message.get("role"), text or None, calls_of(message, 0), message.get("tool_call_id")]
-    return json.dumps(parts, sort_keys=True, default=str).encode("ascii") + b"\n"
+    return as_json(parts).encode("ascii") + b"\n"
 
 
 def _frame(system: Sequence[str], tools: Any, response_format: Any) -> str:
     # Digits are masked: a date in the system prompt must not make a new frame every day.
     names = sorted(_tool_name(t) for t in tools) if isinstance(tools, list) else []
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
-    text = json.dumps([_DIGITS.sub("0", "\n".join(system)), names, kind], default=str)
+    text = as_json([_DIGITS.sub("0", "\n".join(system)), names, kind])
     return hashlib.blake2b(text.encode("ascii"), digest_size=8).hexdigest()
 
 

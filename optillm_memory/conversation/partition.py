@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from optillm_memory.conversation.parse import Conversation
+from optillm_memory.conversation.parse import Conversation, as_json
 
 # What does not shape the answer: our own field, the transport, bookkeeping; the messages are looked at one by one.
 _NO_MATTER = {
@@ -35,5 +34,5 @@ def partition_of(body: Mapping[str, Any], conversation: Conversation) -> tuple[s
         return "", "unsupported_option"
     settings = {key: value for key, value in body.items() if key not in _NO_MATTER and value is not None}
     history = conversation.prefixes[-2] if len(messages) > 1 else ""
-    text = json.dumps([settings, history], sort_keys=True, default=str)
+    text = as_json([settings, history])
     return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=12).hexdigest(), ""

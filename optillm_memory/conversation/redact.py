@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import re
 
-# Anchored on a literal prefix and a bounded or single character class, so that none can run away.
-_SECRETS: tuple[tuple[str, re.Pattern[str]], ...] = (
+# Anchored on a literal prefix and a bounded or single character class, so that none can run away. With each pattern
+# come the marks of which it holds one: a text without them, as nearly all are, is not searched for it at all.
+_SECRETS: tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...] = (
     (
         "private-key",
+        ("-----BEGIN ",),
         re.compile(
             r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY(?: BLOCK)?-----(?:\s{0,4}[A-Z][A-Za-z-]{1,20}: [^\n]{0,200}\n){0,5}"
             r"[A-Za-z0-9+/=\s\\]{0,20000}(?:-----END [A-Z ]{0,30}PRIVATE KEY(?: BLOCK)?-----)?"
         ),
     ),
-    ("api-key", re.compile(r"\b(?:sk|pk|rk)-[A-Za-z0-9_-]{16,400}")),
-    ("api-key", re.compile(r"\b(?:sk|rk)_(?:live|test)_[A-Za-z0-9]{10,200}")),
+    ("api-key", ("sk-", "pk-", "rk-"), re.compile(r"\b(?:sk|pk|rk)-[A-Za-z0-9_-]{16,400}")),
+    ("api-key", ("sk_", "rk_"), re.compile(r"\b(?:sk|rk)_(?:live|test)_[A-Za-z0-9]{10,200}")),
     (
         "token",
+        ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-"),
         re.compile(r"\bgh[pousr]_[A-Za-z0-9]{20,400}|\bgithub_pat_[A-Za-z0-9_]{20,400}|\bglpat-[A-Za-z0-9_-]{16,200}"),
     ),
-    ("token", re.compile(r"\bxox[abeoprs]-[A-Za-z0-9-]{10,400}|\bhf_[A-Za-z0-9]{20,200}|\bAIza[A-Za-z0-9_-]{30,60}")),
-    ("access-key", re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b")),
-    ("jwt", re.compile(r"\beyJ[A-Za-z0-9_-]{10,1000}\.[A-Za-z0-9_-]{10,8000}\.[A-Za-z0-9_-]{10,4000}")),
-    ("token", re.compile(r"(?<=[Bb]earer )[A-Za-z0-9._~+/-]{20,4000}=*")),
-    ("password", re.compile(r"(?<=://)[^\s:/@]{1,100}:[^\s/@]{1,200}(?=@)")),
+    (
+        "token",
+        ("xox", "hf_", "AIza"),
+        re.compile(r"\bxox[abeoprs]-[A-Za-z0-9-]{10,400}|\bhf_[A-Za-z0-9]{20,200}|\bAIza[A-Za-z0-9_-]{30,60}"),
+    ),
+    ("access-key", ("AKIA", "ASIA"), re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b")),
+    ("jwt", ("eyJ",), re.compile(r"\beyJ[A-Za-z0-9_-]{10,1000}\.[A-Za-z0-9_-]{10,8000}\.[A-Za-z0-9_-]{10,4000}")),
+    ("token", ("earer ",), re.compile(r"(?<=[Bb]earer )[A-Za-z0-9._~+/-]{20,4000}=*")),
+    ("password", ("://",), re.compile(r"(?<=://)[^\s:/@]{1,100}:[^\s/@]{1,200}(?=@)")),
 )
 _LONGEST = 22_000  # characters of the longest secret
 _NOTE = 48  # characters of the note about what was left out
@@ -31,8 +38,11 @@ _NOTE = 48  # characters of the note about what was left out
 
 def redact(text: str) -> str:
     """Return the text with API keys, tokens, private keys and passwords in URLs replaced by `[REDACTED:kind]`."""
-    for kind, pattern in _SECRETS:
-        text = pattern.sub(f"[REDACTED:{kind}]", text)
+    for kind, marks, pattern in _SECRETS:
+        for mark in marks:
+            if mark in text:
+                text = pattern.sub(f"[REDACTED:{kind}]", text)
+                break
     return text
 
 
