@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 FIDELITY = 0.9999  # the least cosine to the original's vector that is taken as the same model
 # Beside a server one thread serves a short text best: waking a second takes as long as it saves, and takes it from
 # others. From so many tokens on two are quicker by a third.
-_LONG, _THREADS = 28, 2
+_LONG, _THREADS = 20, 2
 
 
 class OnnxEncoder:
@@ -120,7 +120,7 @@ def _fused(exported: bytes, config: Any) -> bytes:
         from onnxruntime.transformers.optimizer import optimize_model  # noqa: PLC0415
 
         options = FusionOptions("bert")
-        options.use_multi_head_attention = True
+        options.use_multi_head_attention = False
         fused = optimize_model(
             onnx.load_from_string(exported), model_type="bert", num_heads=int(config.num_attention_heads),
             hidden_size=int(config.hidden_size), optimization_options=options, opt_level=0,
