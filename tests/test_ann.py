@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -494,12 +495,15 @@ def test_a_restart_reads_only_what_changed_since(bench: Bench, tmp_path: Path) -
     again.corpora.close()
 
 
-def test_a_file_that_was_there_has_the_table_read_ahead_once(bench: Bench, tmp_path: Path) -> None:
-    """A memory that wakes up large reads once in order what requests read here and there; a small one does not."""
+def test_the_table_of_a_large_memory_is_read_ahead_once(bench: Bench, tmp_path: Path) -> None:
+    """A memory that wakes up large, with its file or without, reads once in order what is read here and there."""
+    bench.source.put(numbered(clustered(100, WHOLE)))
+    bench.settle()
+    assert bench.source.pieces_read == 0  # it is small
     bench.source.put(numbered(clustered(800, WHOLE)))
     bench.settle()
     bench.corpora.close()
-    assert bench.source.pieces_read == 0
+    assert bench.source.pieces_read == 3
     again = Bench(tmp_path / "index", bench.source)
     for _ in range(2):
         again.settle()
@@ -507,7 +511,7 @@ def test_a_file_that_was_there_has_the_table_read_ahead_once(bench: Bench, tmp_p
         while again.corpora.busy and time.monotonic() < deadline:
             time.sleep(0.005)
     assert again.base() is not None
-    assert bench.source.pieces_read == 3
+    assert bench.source.pieces_read == 6
     again.corpora.close()
 
 
@@ -775,6 +779,30 @@ def test_a_request_does_not_wait_for_a_load_or_a_build(tmp_path: Path) -> None:
     held.set()
     waits.join()
     assert len(bench.settle()) == 110
+    bench.corpora.close()
+
+
+def test_memory_is_bounded_while_a_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a large scope is asked for meanwhile, no more of it is taken in than what may be in memory."""
+    held, begun = threading.Event(), threading.Event()
+    write = build.write
+
+    def slowly(*given: Any, **named: Any) -> Header:
+        begun.set()
+        assert held.wait(20)
+        return write(*given, **named)
+
+    monkeypatch.setattr(build, "write", slowly)
+    bench = Bench(tmp_path / "index")
+    bench.source.put(numbered(clustered(3_000, WHOLE)))
+    while not begun.wait(0.005):
+        bench.index()
+    for _ in range(100):
+        assert len(bench.index().delta) <= SMALL.most + SMALL.inline
+        time.sleep(0.002)
+    held.set()
+    bench.check(clustered(30, WHOLE, seed=2))
+    assert len(bench.settle()) == 3_000
     bench.corpora.close()
 
 

@@ -27,16 +27,18 @@ from numpy.typing import NDArray
 from optillm_memory.recall import codes
 from optillm_memory.recall.codes import Codes
 from optillm_memory.recall.index import FULL_OF_WANTED, NOTHING, OUT, Leading, Near, Wanted, highest, spread_of
+from optillm_memory.recall.lists import Parts
 from optillm_memory.records import Scope
 
-FORMAT = 3
+FORMAT = 4
 _MAGIC = b"AMVECTOR"
 _HEAD = 4096
 _ALIGN = 64
 # A file's own rows are easier to find than requests: they were there when the lists were made. So more is asked of
 # them, and what lies between two rows, near to nothing, has to be found as well.
 _OF_OWN, _MARGIN, _OF_STRANGE = 0.985, 1.1, 0.93
-_JUDGED, _NEAREST = 384, 10
+_JUDGED, _JUDGED_AT_ONCE, _NEAREST = 384, 4, 10
+_COMPARED = 1_280  # rows that are looked at exactly for the nearest ten of all
 _FEWEST, _FEWEST_FULL = 4_096, 500  # rows that a search looks at in any case, and those of them in full
 LEAD, WIDE = 48, 128  # directions that a row is looked at in before it is looked at in full, and a list
 TOGETHER = 4  # rows whose parts are brought from memory as one, with those of the next list where it begins
@@ -125,11 +127,8 @@ class Places(NamedTuple):
     """Where each array begins in the file; the last is the file's size."""
 
     starts: int
+    centroids: int
     centroid_scale: int
-    centroid_high: int
-    centroid_low: int
-    wide: int
-    wide_scale: int
     directions: int
     numbers: int
     by_number: int
@@ -145,8 +144,7 @@ class Places(NamedTuple):
         """Lay out a file of so many rows."""
         lead, wide = min(LEAD, dimension), min(WIDE, dimension)
         sizes = (
-            8 * (lists + 1), 4 * lists, lists * dimension, lists * dimension, lists * wide, 4 * lists,
-            4 * dimension * wide, 8 * count, 8 * count, 4 * count, 4 * count,
+            8 * (lists + 1), lists * wide, 4 * lists, 4 * dimension * wide, 8 * count, 8 * count, 4 * count, 4 * count,
             -(-count // TOGETHER) * TOGETHER * lead, count * dimension, count * dimension,
         )  # fmt: skip
         places = [_HEAD]
@@ -179,19 +177,13 @@ class Base:
             return array(kind, place, *shape).copy()
 
         self.starts: NDArray[np.int64] = read(np.int64, at.starts, lists + 1)
-        self.centroids = Codes(
-            array(np.int8, at.centroid_high, lists, dimension),
-            array(np.int8, at.centroid_low, lists, dimension),
-            array(np.float32, at.centroid_scale, lists),
-        )
         lead, wide = min(LEAD, dimension), min(WIDE, dimension)
+        self.centroids = Parts(read(np.int8, at.centroids, lists, wide), read(np.float32, at.centroid_scale, lists))
         self.codes = Codes(
             array(np.int8, at.high, count, dimension),
             array(np.int8, at.low, count, dimension),
             read(np.float32, at.scale, count),
         )
-        self._wide: codes.Bytes = read(np.int8, at.wide, lists, wide)
-        self._wide_scale: NDArray[np.float32] = read(np.float32, at.wide_scale, lists)
         self.directions: NDArray[np.float32] = read(np.float32, at.directions, dimension, wide)
         self._leads: codes.Bytes = read(np.int8, at.lead, -(-count // TOGETHER), TOGETHER * lead)
         self.numbers: NDArray[np.int64] = read(np.int64, at.numbers, count)
@@ -239,7 +231,7 @@ class Base:
         return highest(self._nearness(towards), count)
 
     def _nearness(self, towards: NDArray[np.float32]) -> NDArray[np.float32]:
-        return codes.scores(self._wide, self._wide_scale, codes.encode(towards[None]).high[0])
+        return codes.scores(self.centroids.high, self.centroids.scale, codes.encode(towards[None]).high[0])
 
     def _groups_in(self, lists: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the groups of rows that some lists lie in, in their order in the file."""
@@ -275,39 +267,60 @@ class Base:
         random = np.random.default_rng(1)
         rows, others = (random.permutation(len(self))[:_JUDGED] for _ in range(2))
         vectors = self.codes.vectors(rows)
-        own, strange = [], []
-        for at, row in enumerate(rows.tolist()):
-            own.append(self._needed(vectors[at], row))
-            rest()
-        for query in (vectors + self.codes.vectors(others))[: _JUDGED // 3]:
-            strange.append(self._needed(query / max(float(np.linalg.norm(query)), 1e-9)))
-            rest()
+        own = self._needed(vectors, rows, rest)
+        blends = (vectors + self.codes.vectors(others))[: _JUDGED // 3]
+        strange = self._needed(blends / np.maximum(np.linalg.norm(blends, axis=1, keepdims=True), 1e-9), None, rest)
         lists, full = (
             max(_MARGIN * _covering(mine, _OF_OWN), _covering(others_, _OF_STRANGE))
-            for mine, others_ in zip(np.hstack(own), np.hstack(strange), strict=True)
+            for mine, others_ in zip(own, strange, strict=True)
         )
         fewest = math.ceil(_FEWEST * self.header.lists / len(self))
         probes = min(math.ceil(max(lists, fewest)), self.header.lists)
         middle, spread = spread_of(vectors) if len(rows) > 1 else (0.0, 0.0)
         self.let_go()
-        recall = float(np.mean(np.hstack(own)[0] <= probes))
+        recall = float(np.mean(own[0] <= probes))
         full = min(math.ceil(max(full, _FEWEST_FULL)), len(self))
         return replace(self.header, probes=probes, full=full, recall=recall, middle=middle, spread=spread)
 
-    def _needed(self, query: NDArray[np.float32], itself: int | None = None) -> NDArray[np.int64]:
-        """Return how many lists have to be looked into, and how many rows in full, for each of the nearest ten."""
-        wanted = Wanted.of(query, _NEAREST + 1)
-        rough = codes.scores(self.codes.high, self.codes.scale, wanted.high)
-        if itself is not None:
-            rough[itself] = OUT
-        found = wanted.shortlist(rough)
-        nearest = found[np.argsort(-self.codes.cosines(found, query))[:_NEAREST]]
+    def _needed(
+        self, queries: NDArray[np.float32], themselves: NDArray[np.int64] | None, rest: Rest
+    ) -> NDArray[np.int64]:
+        """Return how many lists have to be looked into, and how many rows in full, for each of the queries' nearest.
+
+        `themselves` are the rows that the queries are, which do not count.
+        """
+        found = []
+        leads = self._leads.reshape(-1, self._leads.shape[1] // TOGETHER)
+        for start in range(0, len(queries), _JUDGED_AT_ONCE):
+            some = queries[start : start + _JUDGED_AT_ONCE]
+            rough = codes.table(self.codes.high, codes.encode(some).high)
+            towards = some @ self.directions
+            before = codes.table(leads, codes.encode(towards[:, : leads.shape[1]]).high)
+            for at, query in enumerate(some):
+                scores = np.asarray(rough[at] * self.codes.scale, dtype=np.float32)
+                if themselves is not None:
+                    scores[themselves[start + at]] = OUT
+                found.append(self._ranks(query, scores, towards[at], before[at]))
+                rest()
+        return np.hstack(found) if found else np.zeros((2, 0), dtype=np.int64)
+
+    def _ranks(
+        self,
+        query: NDArray[np.float32],
+        rough: NDArray[np.float32],
+        towards: NDArray[np.float32],
+        leads: NDArray[np.int32],
+    ) -> NDArray[np.int64]:
+        """Return at which place the lists of a query's nearest come, and the rows themselves by their leads."""
+        near = highest(rough, min(_COMPARED, len(rough)))
+        near = near[rough[near] > OUT]
+        nearest = near[np.argsort(-self.codes.cosines(near, query))[:_NEAREST]]
         rank = np.empty(self.header.lists, dtype=np.int64)
-        towards = query @ self.directions
         rank[np.argsort(-self._nearness(towards))] = np.arange(1, self.header.lists + 1)
-        lead = self._products(self._leads, towards)
-        before = [np.count_nonzero(lead > lead[row]) for row in nearest.tolist()]
-        return np.array([rank[self.list_of(nearest)], np.array(before) + 1])
+        theirs = leads[nearest]
+        before = np.sort(leads[leads > theirs.min(initial=127 * 127 * LEAD)])
+        further = len(before) - np.searchsorted(before, theirs, side="right") + 1
+        return np.array([rank[self.list_of(nearest)], further])
 
     def is_cut_off(self) -> bool:
         """Whether somebody has cut the file off since: to read what is not there any more would end the process."""

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from optillm_memory.recall import codes, lists
+from optillm_memory.recall import lists
 from optillm_memory.recall.ann import LEAD, WIDE, Base, Draft, Header, Places, Rest, checksum
-from optillm_memory.recall.codes import Codes
+from optillm_memory.recall.codes import Codes, Vectors
+from optillm_memory.recall.lists import Parts
 
 _BLOCK = 4_096  # rows put into lists at once
 _COPIED = 16_384  # rows copied at once
@@ -50,7 +51,25 @@ class Rows:
         return both(self.base.numbers, self.numbers), found
 
 
-def _labels(rows: Rows, centroids: Codes, known: bool, rest: Rest) -> NDArray[np.int32]:
+def _parts(rows: Rows, chosen: NDArray[np.int64], directions: Vectors, rest: Rest) -> Parts:
+    """Return some rows as they lie along directions."""
+    high = np.empty((len(chosen), directions.shape[1]), dtype=np.int8)
+    scale = np.empty(len(chosen), dtype=np.float32)
+    for start in range(0, len(chosen), _BLOCK):
+        some = slice(start, start + _BLOCK)
+        high[some], scale[some] = Parts.of(_along(rows, chosen[some], directions))
+        rest()
+    return Parts(high, scale)
+
+
+def _along(rows: Rows, chosen: NDArray[np.int64], directions: Vectors) -> Vectors:
+    found = rows.gather(chosen)[1].vectors(slice(None)) @ directions
+    if rows.base is not None:
+        rows.base.let_go()
+    return np.asarray(found, dtype=np.float32)
+
+
+def _labels(rows: Rows, centroids: Parts, directions: Vectors, known: bool, rest: Rest) -> NDArray[np.int32]:
     """Return the list of each row; `known`: those of the base stay where they are."""
     labels = np.empty(rows.count, dtype=np.int32)
     first = 0
@@ -59,10 +78,10 @@ def _labels(rows: Rows, centroids: Codes, known: bool, rest: Rest) -> NDArray[np
         labels[:first] = rows.base.list_of(rows.kept)
     if first == rows.count:
         return labels
-    assigner = lists.Assigner(centroids, rest)
+    assigner = lists.Assigner(centroids.vectors(slice(None)), rest)
     for start in range(first, rows.count, _BLOCK):
-        block = rows.gather(np.arange(start, min(start + _BLOCK, rows.count)))[1]
-        labels[start : start + _BLOCK] = assigner.nearest(block.vectors(slice(None)))
+        some = np.arange(start, min(start + _BLOCK, rows.count))
+        labels[some] = assigner.nearest(_along(rows, some, directions))
         rest()
     return labels
 
@@ -81,10 +100,11 @@ def write(draft: Draft, rows: Rows, header: Header, rest: Rest, *, anew: bool = 
     if base is not None and sorted_before:
         made_for, centroids, directions = base.header.trained, base.centroids, base.directions
     else:
-        sample = rows.gather(lists.sampled(count))[1]
-        made_for, centroids = count, codes.encode(lists.made(sample, lists.count_for(count), rest))
-        directions = lists.directions(sample, WIDE, LEAD, rest)
-    labels = _labels(rows, centroids, sorted_before, rest)
+        directions = lists.directions(rows.gather(lists.measured(count))[1], WIDE, LEAD, rest)
+        sample = _parts(rows, lists.sampled(count), directions, rest)
+        made_for, centroids = count, Parts.of(lists.made(sample, lists.count_for(count), rest))
+        del sample
+    labels = _labels(rows, centroids, directions, sorted_before, rest)
     order = np.argsort(labels, kind="stable")
     number_of_lists = len(centroids.scale)
     starts = np.searchsorted(labels[order], np.arange(number_of_lists + 1)).astype(np.int64)
@@ -107,10 +127,8 @@ def write(draft: Draft, rows: Rows, header: Header, rest: Rest, *, anew: bool = 
             base.let_go()
         rest()
     by_number = np.argsort(numbers)
-    wide = codes.encode(centroids.vectors(slice(None)) @ directions)
     for place, values in (
-        (at.starts, starts), (at.centroid_scale, centroids.scale), (at.centroid_high, centroids.high),
-        (at.centroid_low, centroids.low), (at.wide, wide.high), (at.wide_scale, wide.scale),
+        (at.starts, starts), (at.centroids, centroids.high), (at.centroid_scale, centroids.scale),
         (at.directions, directions), (at.numbers, numbers), (at.by_number, numbers[by_number]),
         (at.row_of, by_number.astype(np.int32)), (at.scale, scale),
     ):  # fmt: skip

@@ -81,6 +81,13 @@ def products(rows: Bytes, query: Bytes) -> NDArray[Any]:
     return found
 
 
+def table(rows: Bytes, queries: Bytes) -> NDArray[Any]:
+    """Return for each query its product with each row; all are reckoned at once, for the rows are what takes time."""
+    if (kernels := _kernels()) is None or not len(rows):
+        return np.stack([products(rows, query) for query in queries])
+    return np.ascontiguousarray(np.asarray(kernels.dots_packed(rows, kernels.dots_pack(queries, "int8"))).T)
+
+
 def _multiplied(kernels: Any, rows: Bytes, query: Bytes) -> NDArray[Any]:
     dimension, whole = len(query), len(rows) - len(rows) % _ABREAST
     if dimension > _SHORT or not whole or not rows.flags.c_contiguous:

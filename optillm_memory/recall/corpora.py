@@ -241,14 +241,18 @@ class Corpora:
 
     def _load_all(self, corpus: _Corpus) -> None:
         """Take in all that is left, in pieces; where it becomes too much for memory a file is written first."""
+        waits = False
         try:
             index, complete = corpus.index, False
             while not complete:
                 index = corpus.index
                 if not isinstance(index, ScopeIndex):
                     return
+                if len(index) >= self._limits.large:
+                    self._ahead(self._loader)
                 if len(index.delta) >= self._limits.most and self._build_behind(corpus):
-                    return  # it goes on when the file is written
+                    waits = True  # it goes on when the file is written, and until then no request takes in more
+                    return
                 since = index.since
                 changes = self._source.changes(corpus.asked.scope, since, corpus.asked.fingerprint, self._limits.inline)
                 batch = Batch.of(changes, since, index.dimension)
@@ -260,7 +264,7 @@ class Corpora:
             if isinstance(index, ScopeIndex) and index.is_due(self._limits):
                 self._build_behind(corpus)
         finally:
-            corpus.loading = False
+            corpus.loading = waits
 
     def _build_behind(self, corpus: _Corpus) -> bool:
         """Have the scope's file written, unless that could not be done a moment ago."""
@@ -280,7 +284,6 @@ class Corpora:
             corpus.building = False
             if not written:
                 corpus.not_before = time.monotonic() + _AGAIN_S
-        if written and not corpus.loading:
             corpus.loading = True
             self._loader.do(lambda: self._load_all(corpus))
 
@@ -355,11 +358,14 @@ class Corpora:
             self._swap(corpus, index, ScopeIndex(asked.dimension, asked.unrelated, index.origin))
             return
         self._have_stay(base)
-        # A large memory that was asleep: its first requests would wait for the disk, page by page.
+        self._ahead(self._builder)
+
+    def _ahead(self, behind: Behind) -> None:
+        """Read a large memory that was asleep: who reads it here and there would wait for the disk, page by page."""
         if not self._read_ahead:
             self._read_ahead = True
             for _ in self._source.read_ahead():
-                self._builder.rest()
+                behind.rest()
 
     def _have_stay(self, base: Base) -> None:
         assert self._files is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -16,6 +17,8 @@ from optillm_memory.recall.codes import Codes
 from optillm_memory.recall.index import SAMPLE, VectorIndex, Wanted, floor_of, merged, spread_of
 
 _CALIBRATED_FROM = 8
+_MANY = 8_192  # rows in memory from which on they are searched while the file is
+_beside = ThreadPoolExecutor(1, thread_name_prefix="agent-memory-search")
 
 
 class Version(NamedTuple):
@@ -167,9 +170,14 @@ class ScopeIndex:
     def search(self, query: NDArray[np.float32], count: int) -> list[tuple[int, float]]:
         """Return (number, cosine) of the nearest rows, best first."""
         wanted = Wanted.of(query, count)
-        found = self.delta.search(wanted)
-        if self.base is not None:
-            found = merged([found, self.base.search(wanted, self._gone, len(self.base) - self._gone_count)], count)
+        if self.base is None:
+            found = self.delta.search(wanted)
+        else:
+            changed = _beside.submit(self.delta.search, wanted) if len(self.delta) >= _MANY else None
+            filed = self.base.search(wanted, self._gone, len(self.base) - self._gone_count)
+            # Where the other thread has not come to it, it is as quickly done here.
+            rest = self.delta.search(wanted) if changed is None or changed.cancel() else changed.result()
+            found = merged([filed, rest], count)
         return list(zip(found.numbers.tolist(), found.cosines.tolist(), strict=True))
 
     def cosines(self, query: NDArray[np.float32], numbers: Sequence[int]) -> dict[int, float]:

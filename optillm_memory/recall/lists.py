@@ -1,24 +1,42 @@
-"""What an inverted file is laid out by: centroids by k-means in two levels, who is nearest to which, directions."""
+"""What an inverted file is laid out by: directions, centroids by k-means in two levels, who is nearest to which."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from optillm_memory.recall.codes import Bytes, Codes, Vectors, encode
 
-_PER_ROOT, _ROWS = 16, 32  # lists = 16 * sqrt(rows), or one for 32 rows where that is more
-_TRAINED_ON, _SAMPLE = 16, 262_144  # rows of each list that it is made from; of all at most
+_PER_ROOT, _ROWS = 16, 48  # lists = 16 * sqrt(rows), or one for 48 rows where that is more
+_TRAINED_ON, _MEASURED_ON = 1_048_576, 65_536  # rows that lists are made from, and directions, at most
 _ROUNDS, _REFINED = 6, 3
-_GROUPS_SEEN = 8  # groups of centroids that are compared with a row
+_GROUPS_SEEN = 32  # groups of centroids that are compared with a row
 _ASSIGNED = 4_096  # rows whose centroids are looked for at once
 _BLOCK = 256  # rows compared with some centroids at once: a few milliseconds of work
 _MEASURED, _WITHIN = 4_096, 0.9999  # rows, and the share of their parts that fit into a byte
 Rest = Callable[[], None]
 Numbers = NDArray[np.int64]
+
+
+class Parts(NamedTuple):
+    """Rows as they lie along some directions, to one byte for each: near enough to sort them into lists."""
+
+    high: Bytes
+    scale: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, vectors: Vectors) -> Parts:
+        """Return rows to one byte for each of their parts."""
+        found = encode(vectors)
+        return cls(found.high, found.scale)
+
+    def vectors(self, rows: slice | Numbers) -> Vectors:
+        """Return some rows."""
+        return np.asarray(self.high[rows] * (256 * self.scale[rows])[:, None], dtype=np.float32)
 
 
 def count_for(rows: int) -> int:
@@ -27,12 +45,17 @@ def count_for(rows: int) -> int:
     return max(1, min(rows, max(round(_PER_ROOT * math.sqrt(rows)), rows // _ROWS)))
 
 
-def sampled(rows: int) -> Numbers:
-    """Return which of so many rows the lists are made from, in no order; the same each time."""
-    return np.random.default_rng(0).permutation(rows)[: min(_TRAINED_ON * count_for(rows), _SAMPLE)]
+def sampled(rows: int, most: int = _TRAINED_ON) -> Numbers:
+    """Return which of so many rows the lists are made from, in their order; the same each time."""
+    return np.arange(rows) if rows <= most else np.sort(np.random.default_rng(0).permutation(rows)[:most])
 
 
-def made(sample: Codes, count: int, rest: Rest) -> Vectors:
+def measured(rows: int) -> Numbers:
+    """Return which of so many rows the directions are made from."""
+    return sampled(rows, _MEASURED_ON)
+
+
+def made(sample: Parts, count: int, rest: Rest) -> Vectors:
     """Return about so many centroids: spherical k-means into a few groups, and in each group into its share."""
     random = np.random.default_rng(0)
     everyone = np.arange(len(sample.scale))
@@ -71,9 +94,9 @@ def leading(rows: Codes, towards: Vectors) -> Bytes:
     return np.asarray(np.clip(np.rint(rows.vectors(slice(None)) @ towards), -127, 127), dtype=np.int8)
 
 
-def _means(sample: Codes, members: Numbers, count: int, random: np.random.Generator, rest: Rest) -> Vectors:
+def _means(sample: Parts, members: Numbers, count: int, random: np.random.Generator, rest: Rest) -> Vectors:
     """Return up to so many unit vectors that lie in the middle of the members around them."""
-    centroids = sample.vectors(members[random.permutation(len(members))[:count]])
+    centroids = _unit(sample.vectors(members[random.permutation(len(members))[:count]]))
     if len(members) <= count:
         return centroids
     for _ in range(_ROUNDS):
@@ -81,11 +104,11 @@ def _means(sample: Codes, members: Numbers, count: int, random: np.random.Genera
     return centroids
 
 
-def _refined(sample: Codes, centroids: Vectors, random: np.random.Generator, rest: Rest) -> Vectors:
+def _refined(sample: Parts, centroids: Vectors, random: np.random.Generator, rest: Rest) -> Vectors:
     """Let centroids settle across the borders of the groups that they were made in."""
     everyone = np.arange(len(sample.scale))
     for _ in range(_REFINED):
-        assigner = Assigner(encode(centroids), rest)
+        assigner = Assigner(centroids, rest)
         blocks = range(0, len(everyone), _ASSIGNED)
         labels = [assigner.nearest(sample.vectors(slice(start, start + _ASSIGNED))) for start in blocks]
         _move(centroids, sample, everyone, np.concatenate(labels), random, rest)
@@ -93,22 +116,29 @@ def _refined(sample: Codes, centroids: Vectors, random: np.random.Generator, res
 
 
 def _move(
-    centroids: Vectors, sample: Codes, members: Numbers, labels: NDArray[np.int32], random: np.random.Generator,
+    centroids: Vectors, sample: Parts, members: Numbers, labels: NDArray[np.int32], random: np.random.Generator,
     rest: Rest,
 ) -> None:  # fmt: skip
     """Put each centroid into the middle of the members that are nearest to it."""
     order = np.argsort(labels, kind="stable")
-    edges = np.searchsorted(labels[order], np.arange(len(centroids) + 1))
-    for number in range(len(centroids)):
-        around = order[edges[number] : edges[number + 1]]
-        if len(around) == 0:  # a centroid that nothing is near to starts again somewhere else
-            around = random.integers(len(members), size=1)
-        middle = sample.vectors(members[around]).sum(axis=0)
-        centroids[number] = middle / max(float(np.linalg.norm(middle)), 1e-9)
+    sums = np.zeros_like(centroids)
+    for start in range(0, len(order), _ASSIGNED):
+        some = order[start : start + _ASSIGNED]
+        whose = labels[some]
+        first = np.flatnonzero(np.diff(whose, prepend=-1))  # where the next one's members begin
+        sums[whose[first]] += np.add.reduceat(sample.vectors(members[some]), first, axis=0)
         rest()
+    lonely = np.flatnonzero(np.bincount(labels, minlength=len(centroids)) == 0)
+    # A centroid that nothing is near to starts again somewhere else.
+    sums[lonely] = sample.vectors(members[random.integers(len(members), size=len(lonely))])
+    centroids[:] = _unit(sums)
 
 
-def _nearest(sample: Codes, members: Numbers, centroids: Vectors, rest: Rest) -> NDArray[np.int32]:
+def _unit(vectors: Vectors) -> Vectors:
+    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-9)))
+
+
+def _nearest(sample: Parts, members: Numbers, centroids: Vectors, rest: Rest) -> NDArray[np.int32]:
     labels = np.empty(len(members), dtype=np.int32)
     for start in range(0, len(members), _BLOCK):
         block = sample.vectors(members[start : start + _BLOCK])
@@ -120,25 +150,27 @@ def _nearest(sample: Codes, members: Numbers, centroids: Vectors, rest: Rest) ->
 class Assigner:
     """Finds the centroid nearest to a row among those of the nearest groups: nearly always the nearest of all."""
 
-    def __init__(self, centroids: Codes, rest: Rest) -> None:
+    def __init__(self, centroids: Vectors, rest: Rest) -> None:
         """Put the centroids into groups."""
         self._rest = rest
-        everyone = np.arange(len(centroids.scale))
+        sample = Parts.of(centroids)
+        everyone = np.arange(len(centroids))
         random = np.random.default_rng(0)
-        self._heads = _means(centroids, everyone, round(math.sqrt(len(everyone))), random, rest)
-        group_of = _nearest(centroids, everyone, self._heads, rest)
+        self._heads = _means(sample, everyone, round(math.sqrt(len(everyone))), random, rest)
+        group_of = _nearest(sample, everyone, self._heads, rest)
         self._members = [np.flatnonzero(group_of == group).astype(np.int32) for group in range(len(self._heads))]
-        self._centroids = [centroids.vectors(members) for members in self._members]
+        self._centroids = [centroids[members] for members in self._members]
 
     def nearest(self, vectors: Vectors) -> NDArray[np.int32]:
         """Return the number of the centroid that each vector belongs to."""
         near = vectors @ self._heads.T
         seen = min(_GROUPS_SEEN, len(self._heads))
-        chosen = np.argpartition(-near, seen - 1, axis=1)[:, :seen]
+        chosen = np.zeros(near.shape, dtype=np.bool_)
+        np.put_along_axis(chosen, np.argpartition(-near, seen - 1, axis=1)[:, :seen], values=True, axis=1)
         best = np.full(len(vectors), -np.inf, dtype=np.float32)
         labels = np.zeros(len(vectors), dtype=np.int32)
         for group, (members, centroids) in enumerate(zip(self._members, self._centroids, strict=True)):
-            rows = np.flatnonzero((chosen == group).any(axis=1))
+            rows = np.flatnonzero(chosen[:, group])
             if len(rows) == 0 or len(members) == 0:
                 continue
             cosines = vectors[rows] @ centroids.T
