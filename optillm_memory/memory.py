@@ -305,8 +305,6 @@ class Memory:
             self.store.episode_of(turn.scope, known, conversation.telling_steps()) if known else None
         )
         episode_id = turn.options.episode_id or found or turn.episode_id
-        if found is None and episode_id == turn.episode_id:
-            return turn
         return replace(turn, episode_id=episode_id, continues=found is not None)
 
     def _decided(self, turn: Turn, conversation: Conversation, *, text_only: bool) -> Turn:
