@@ -21,7 +21,7 @@ from vectors import FINGERPRINT, TableSource, Vectors, clustered, unit
 
 from optillm_memory import MemoryRecord, Scope
 from optillm_memory.conversation.options import Options
-from optillm_memory.recall import ann, build, codes
+from optillm_memory.recall import ann, build, codes, corpus
 from optillm_memory.recall import index as index_module
 from optillm_memory.recall.ann import Base, Draft, Header
 from optillm_memory.recall.corpora import Asked, Corpora
@@ -63,6 +63,8 @@ def test_products_are_exact_for_any_number_of_rows(dimension: int, count: int) -
     query = random.integers(-127, 128, size=dimension, dtype=np.int8)
     for some in (rows, rows[::2]):
         np.testing.assert_array_equal(codes.products(some, query), some.astype(np.int64) @ query.astype(np.int64))
+    several = random.integers(-127, 128, size=(3, dimension), dtype=np.int8)
+    np.testing.assert_array_equal(codes.table(rows, several), several.astype(np.int64) @ rows.astype(np.int64).T)
 
 
 @hypothesis_settings(max_examples=50, deadline=None)
@@ -804,6 +806,26 @@ def test_memory_is_bounded_while_a_file_is_written(tmp_path: Path, monkeypatch: 
     bench.check(clustered(30, WHOLE, seed=2))
     assert len(bench.settle()) == 3_000
     bench.corpora.close()
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_rows_in_memory_are_found_whoever_searches_them(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, *, free: bool
+) -> None:
+    """Another thread searches them while the file is searched; where it is busy, it is not waited for."""
+    monkeypatch.setattr(corpus, "_MANY", 1)
+    bench.source.put(numbered(clustered(1_000, WHOLE)))
+    bench.settle()
+    bench.source.put(numbered(clustered(40, WHOLE, seed=9), 5_000))
+    assert len(bench.settle().delta) >= 40
+    held = threading.Event()
+    if not free:
+        corpus._beside.submit(held.wait, 20)
+    try:
+        bench.check(clustered(40, WHOLE, seed=9), least=0.97)
+        assert not held.is_set()
+    finally:
+        held.set()
 
 
 def test_a_slow_disk_does_not_hold_a_request(tmp_path: Path) -> None:

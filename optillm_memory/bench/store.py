@@ -164,6 +164,7 @@ def _recall(db: str, size: int, seed: int, *, per_s: float) -> dict[str, float]:
     records = Records(size, seed)
     queries = records.queries(QUERIES + WARM)
     exact = {scope: _exact(records, scope, [vector for _, vector in queries[:QUERIES]]) for scope in (LARGE, SMALL)}
+    os.sync()  # gigabytes were just written: while the disk is at them, whoever reads waits
     before = rss_mb(os.getpid())
     figures: dict[str, float] = {}
     started = time.perf_counter()
