@@ -89,16 +89,19 @@ class Recorder:
         )
         fresh = turn.fresh if response is not None else ()
         if tx.add_trace(trace, prefixes=prefixes, placements=fresh, injected=turn.injected, withheld=turn.withheld):
-            tx.add_calls(trace.trace_id, [self._call(call) for call in turn.calls])
+            if turn.calls:
+                tx.add_calls(trace.trace_id, [self._call(call) for call in turn.calls])
             vector = self._encoder.cached(conversations.key_of(conversation.task))
             if vector is not None:
                 key = key_hash(trace.task)
                 tx.put_vectors([(key, vector.tobytes())], self._encoder.fingerprint)
                 self._brought(key)
             scope_id = tx.scope_id(trace.scope)
-            known = tx.observed_steps(scope_id, trace.episode_id)
-            steps = [self._step(s) for s in _steps(conversation, choices, prefixes) if s.step_id not in known]
-            observed = tx.add_steps(scope_id, trace.episode_id, trace.trace_id, steps)
+            observed: Sequence[Step] = ()
+            if steps := _steps(conversation, choices, prefixes):
+                known = tx.observed_steps(scope_id, trace.episode_id)
+                fresh_steps = [self._step(s) for s in steps if s.step_id not in known]
+                observed = tx.add_steps(scope_id, trace.episode_id, trace.trace_id, fresh_steps)
             if turn.proposal is not None and turn.decision is not None:
                 tx.add_proposal(trace, scope_id, turn.proposal, turn.decision)
             if turn.choice is not None:
