@@ -46,14 +46,26 @@ class Log(Protocol):
     def feedback_targets(self, tenant: str, scope_id: int | None, feedback: Feedback) -> list[str]:
         """Return the traces that a feedback, or what it retracts, speaks of."""
 
-    def put_learned(self, trace: Trace, learned: Learned) -> None:
-        """Replace what this trace taught before, and bring every memory it touches up to date."""
+    def put_learned(self, trace: Trace, learned: Learned, *, untouched: bool = False) -> None:
+        """Replace what this trace taught before, and bring every memory it touches up to date.
+
+        Of an `untouched` one nothing was taught before, and nothing was injected.
+        """
 
     def put_label(self, trace: Trace, learned: Learned) -> None:
         """Bring up to date whether what memory would have answered to this trace was right."""
 
     def concerned(self, scope: Scope, episode_id: str) -> tuple[bool, bool]:
         """Return whether an episode says anything of memories, or did, and whether an arm was chosen for it."""
+
+    def keep_untouched(self, trace: Trace) -> bool:
+        """Return whether nothing but a trace itself is written of it and of its episode; keep that for this commit."""
+
+    def untouched(self, trace_id: str, received_at: float) -> Trace | None:
+        """Return a trace that was kept as untouched, and still is, where feedback of such an age may speak of it.
+
+        It is asked for once: then it is spoken of.
+        """
 
     def weigh(self, scope: Scope, episode_id: str) -> None:
         """Bring up to date what an episode says of its memories' uplift, and whether they are retired."""
@@ -189,6 +201,8 @@ def inferred(scope: Scope, episode_id: str, attempt: Attempt, now: float) -> Fee
 
 def trace_arrived(log: Log, trace: Trace) -> None:
     """Fold a trace that was just written: feedback may have been waiting for it or for its episode."""
+    if log.keep_untouched(trace):
+        return
     own, of_episode = log.feedback_on(trace)
     if of_episode:
         relearn(log, log.episode_traces(trace.scope, trace.episode_id))
@@ -216,8 +230,15 @@ def feedback_arrived(
     """
     if feedback.value is None and not tenant:
         tenant = log.tenant_of_feedback(feedback.feedback_id) or tenant
+    trace = log.untouched(feedback.trace_id, received_at) if feedback.trace_id and not feedback.episode_id else None
     scope_id = _episode_scope(log, tenant, scope, feedback.episode_id) if feedback.episode_id else None
     settled = log.add_feedback(tenant, scope_id, feedback, received_at)
+    if trace is not None and settled is None and tenant in ("", trace.scope.tenant):
+        # The usual case, and what the log would be asked for is known: this alone is said of the trace.
+        log.put_learned(trace, learn(trace, [feedback], (), closing=None), untouched=True)
+        if feedback.metric == "demonstration":
+            relearn_steps(log, trace.scope, trace.episode_id)
+        return FeedbackReceipt(feedback.feedback_id, "applied")
     targets = log.feedback_targets(tenant, scope_id, feedback)
     if settled != "duplicate":
         for scope_of, episode_id in relearn(log, targets):

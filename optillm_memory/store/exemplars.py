@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from optillm_memory.learn import exemplars
 from optillm_memory.learn.exemplars import Learned
@@ -32,14 +33,17 @@ class ExemplarTables:
 
     _db: Connection
 
-    def put_learned(self, trace: Trace, learned: Learned) -> None:
-        """Replace what this trace taught before, and bring every memory it touches up to date."""
-        before = self._db.execute(rows.TAUGHT, (trace.trace_id,)).fetchall()
+    def put_learned(self, trace: Trace, learned: Learned, *, untouched: bool = False) -> None:
+        """Replace what this trace taught before, and bring every memory it touches up to date.
+
+        Of an `untouched` one nothing was taught before, and nothing was injected.
+        """
+        before = [] if untouched else self._db.execute(rows.TAUGHT, (trace.trace_id,)).fetchall()
         if before:
             self._db.execute("DELETE FROM contributions WHERE trace_id = ?", (trace.trace_id,))
         touched: dict[str, int] = {memory_id: int(number) for memory_id, number in before}
         by_memory: dict[str, list[_Said]] = {}
-        for said in self._what_it_says(trace, learned):
+        for said in self._what_it_says(trace, learned, untouched=untouched):
             by_memory.setdefault(said.memory_id, []).append(said)
         if not (touched or by_memory):
             return
@@ -62,7 +66,7 @@ class ExemplarTables:
         for memory_id, number in sorted(touched.items()):
             self._refresh(number, memory_id, revision)
 
-    def _what_it_says(self, trace: Trace, learned: Learned) -> list[_Said]:
+    def _what_it_says(self, trace: Trace, learned: Learned, *, untouched: bool) -> list[_Said]:
         """Keep a trace's outcome; return what the trace says of which memories."""
         result = learned.outcome
         said = [_Said(e.memory_id, "evidence", e.success, e.verified, e.answer) for e in learned.evidence]
@@ -74,6 +78,8 @@ class ExemplarTables:
             "verdict = excluded.verdict, verified = excluded.verified",
             (trace.trace_id, result.verdict, int(result.verified)),
         )
+        if untouched:
+            return said
         used = self._db.execute(
             "SELECT memory_id FROM injections WHERE trace_id = ? AND kind = 'exemplar' AND NOT withheld",
             (trace.trace_id,),
@@ -111,20 +117,18 @@ class ExemplarTables:
 
     def _put_fresh(self, trace: Trace, items: Sequence[_Said], revision: int, *, exposed: bool) -> int:
         """Make the row of a memory that nothing was said of before this trace; return its number."""
-        number, memory_id = self._new_number(), items[0].memory_id
+        memory_id = items[0].memory_id
         evidence = [said for said in items if said.role == "evidence"]
         scope_id, right = self.scope_id(trace.scope), sum(said.verified and said.success for said in evidence)
         answer = next((said.answer for said in evidence if said.success), None)
         if answer is None:
-            self._db.execute(rows.INSERT_MEMORY, (number, memory_id, scope_id, "unfounded", *("",) * 4, *(0,) * 6))
-            return number
+            return self._insert((memory_id, scope_id, "unfounded", *("",) * 4, *(0,) * 6))
         wrong = sum(said.verified and not said.success for said in evidence)
         used = [said.success for said in items if said.role == "use" and said.verified]
         state = self._status(memory_id, right, wrong, 1, exposed=exposed)
-        self._db.execute(
-            rows.INSERT_MEMORY,
+        number = self._insert(
             (
-                number, memory_id, scope_id, state, trace.task, answer, trace.frame, rows.key_hash(trace.task), right,
+                memory_id, scope_id, state, trace.task, answer, trace.frame, rows.key_hash(trace.task), right,
                 wrong, sum(used), len(used) - sum(used), trace.created_at, revision,
             ),
         )  # fmt: skip
@@ -146,9 +150,10 @@ class ExemplarTables:
         number, exposed = self._db.execute(rows.KNOWN, (memory_id, memory_id)).fetchone()
         return number, bool(exposed)
 
-    def _new_number(self) -> int:
-        """Return the number of the memory that is inserted next."""
-        return int(self._db.execute("SELECT coalesce(max(number), 0) + 1 FROM memories").fetchone()[0])
+    def _insert(self, values: tuple[Any, ...]) -> int:
+        """Make the row of a memory; return its number."""
+        # RETURNING would have SQLite make a table for it: eight times the time of the row itself.
+        return int(self._db.execute(rows.INSERT_MEMORY, values).lastrowid or 0)
 
     def scope_id(self, scope: Scope) -> int:
         """Return the scope's number."""

@@ -44,8 +44,8 @@ _IDLE_S = 120
 class PostgresTransaction(Transaction):
     """The operations of one commit on the writing connection."""
 
-    def _new_number(self) -> int:
-        return int(self._db.execute("SELECT nextval(pg_get_serial_sequence('memories', 'number'))").fetchone()[0])
+    def _insert(self, values: tuple[Any, ...]) -> int:
+        return int(self._db.execute(f"{rows.INSERT_MEMORY} RETURNING number", values).fetchone()[0])
 
     def _as_stored(self, vector: bytes) -> str:
         return vector_text(vector)

@@ -27,8 +27,12 @@ class ProposalTables:
     def _next(self, counter: str) -> int:
         raise NotImplementedError
 
+    def _spoken_of(self, trace_id: str) -> None:
+        raise NotImplementedError
+
     def add_proposal(self, trace: Trace, scope_id: int, proposal: Proposal, decision: Decision) -> None:
         """Append what memory would have answered to a trace, and what the gate decided."""
+        self._spoken_of(trace.trace_id)
         parts = {"agreement": proposal.agreement, "similarity": proposal.similarity, "margin": proposal.margin}
         self._db.execute(
             "INSERT INTO proposals VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",

@@ -46,9 +46,9 @@ _MEMORY_VALUES = (
     "used_successes = ?, used_failures = ?, created_at = ?, revision = ?"
 )
 INSERT_MEMORY = (
-    "INSERT INTO memories(number, memory_id, kind, scope_id, status, task, answer, frame, key_hash, successes, "
+    "INSERT INTO memories(memory_id, kind, scope_id, status, task, answer, frame, key_hash, successes, "
     "failures, used_successes, used_failures, created_at, revision) "
-    "VALUES (?, ?, 'exemplar', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "VALUES (?, 'exemplar', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 UPDATE_MEMORY = f"UPDATE memories SET {_MEMORY_VALUES} WHERE number = ?"
 WITHDRAW = (

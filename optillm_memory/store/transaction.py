@@ -28,6 +28,13 @@ _SAID = f"""
     SELECT 1, {rows.FEEDBACK_COLUMNS} FROM feedback WHERE {rows.STANDING} AND trace_id = ? UNION ALL
     SELECT 0, {rows.FEEDBACK_COLUMNS} FROM feedback WHERE {rows.STANDING}
     AND (scope_id = ? OR scope_id IS NULL) AND episode_id = ?"""
+# Whether anything is written of a trace and of its episode, but for what `add_trace` writes of a plain one.
+_TOUCHED = """
+    SELECT (SELECT count(*) FROM traces WHERE scope_id = ? AND episode_id = ?) > 1
+        OR EXISTS (SELECT 1 FROM injections WHERE trace_id = ?) OR EXISTS (SELECT 1 FROM proposals WHERE trace_id = ?)
+        OR EXISTS (SELECT 1 FROM decisions WHERE trace_id = ?) OR EXISTS (SELECT 1 FROM feedback WHERE trace_id = ?)
+        OR EXISTS (SELECT 1 FROM feedback WHERE episode_id = ?)
+        OR EXISTS (SELECT 1 FROM steps WHERE scope_id = ? AND episode_id = ?)"""
 # The traces of an episode that a tenant may speak of; the empty tenant is the operator at the machine.
 _OF_EPISODE = """
     SELECT trace_id FROM traces JOIN scopes ON scopes.id = scope_id
@@ -47,6 +54,7 @@ class Transaction(
         self._scope_ids: dict[Scope, int] = {}
         self._latest: tuple[Scope, int] | None = None
         self._recent: dict[str, Trace] = {}
+        self._untouched: dict[tuple[Scope, str], str] = {}  # episodes with one trace, of which nothing is said
         self._revision = self._sharing = 0
 
     # -- the log -----------------------------------------------------------------------------------
@@ -79,6 +87,7 @@ class Transaction(
         if not inserted:
             return False
         self._remember(trace)
+        self._untouched.pop((trace.scope, trace.episode_id), None)
         self._db.executemany(
             "INSERT INTO prefixes(scope_id, hash, episode_id, trace_id) VALUES (?, ?, ?, ?) "
             "ON CONFLICT (scope_id, hash) DO UPDATE SET episode_id = excluded.episode_id, trace_id = excluded.trace_id",
@@ -117,6 +126,10 @@ class Transaction(
         Raises InvalidField where the id was used before for something else.
         """
         retracts = feedback.value is None
+        if feedback.trace_id and not retracts:
+            self._spoken_of(feedback.trace_id)
+        else:  # of whatever
+            self._untouched.clear()
         before = self._db.execute(
             "SELECT retracts, trace_id, episode_id, metric, value, source FROM feedback "
             "WHERE tenant = ? AND feedback_id = ?",
@@ -195,6 +208,30 @@ class Transaction(
             del self._recent[next(iter(self._recent))]
         self._recent[trace.trace_id] = trace
         return trace
+
+    def keep_untouched(self, trace: Trace) -> bool:
+        """Return whether nothing but a trace itself is written of it and of its episode; keep that for this commit."""
+        of_episode = (self.scope_id(trace.scope), trace.episode_id)
+        asked = (*of_episode, *(trace.trace_id,) * 4, trace.episode_id, *of_episode)
+        touched = self._db.execute(_TOUCHED, asked).fetchone()[0]
+        if not touched:
+            self._untouched[trace.scope, trace.episode_id] = trace.trace_id
+        return not touched
+
+    def untouched(self, trace_id: str, received_at: float) -> Trace | None:
+        """Return a trace that was kept as untouched, and still is, where feedback of such an age may speak of it.
+
+        It is asked for once: then it is spoken of.
+        """
+        trace = self._recent.get(trace_id)
+        if trace is None or self._untouched.pop((trace.scope, trace.episode_id), None) != trace_id:
+            return None
+        return trace if received_at >= trace.created_at - PENDING_S else None
+
+    def _spoken_of(self, trace_id: str) -> None:
+        """Take note that something is written of a trace: it is not untouched."""
+        if (trace := self._recent.get(trace_id)) is not None:
+            self._untouched.pop((trace.scope, trace.episode_id), None)
 
     def feedback_on(self, trace: Trace) -> tuple[list[Feedback], list[Feedback]]:
         """Return feedback on the trace and on its episode; what waited longer than 7 days for it has expired."""
@@ -304,6 +341,7 @@ class Transaction(
 
     def clear_derived(self) -> list[str]:
         """Empty what is derived from the log; return all trace ids in order, to be folded again."""
+        self._untouched.clear()
         for table in (
             "memories",
             "memories_fts",
