@@ -13,20 +13,22 @@ from typing import Any, ClassVar, Protocol
 from uuid import uuid4
 
 from optillm_memory.bench.peer_parts import Known, Upstream
-from optillm_memory.bench.records import DIMENSION
+from optillm_memory.bench.records import DIMENSION, Operation, Record, operations
 from optillm_memory.conversation.parse import key_of
 from optillm_memory.memory import Memory
-from optillm_memory.records import Feedback, FeedbackReceipt
+from optillm_memory.records import Feedback, Scope
 from optillm_memory.settings import Settings
 
 TOP = 10
+_SCOPE = Scope("local")
 PATIENCE_S = 30.0  # for the questions or the adds of a slow one
 
 
 class Peer(Protocol):
     """A memory as its users have it; what `add` returned from counts as kept.
 
-    One that takes records in without waiting for the disk has `prepare`, `accept` and `settle` besides.
+    One that takes records in without waiting for the disk has `prepare`, `accept` and `settle` besides, and where whole
+    requests are more than records, `prepare_requests` and `request`.
     """
 
     def add(self, text: str) -> None:
@@ -50,7 +52,9 @@ class Ours:
         settings = Settings(db=str(folder / "memory.db"), holdout=0.0, queue_size=20_000)
         self._memory = Memory(settings, encoder=lambda: known)
         self._memory.encoder.wait(60)
-        self._receipts: deque[Callable[[float], list[FeedbackReceipt]]] = deque()
+        self._known, self._prepared = known, 0
+        self._at_hand: dict[str, tuple[Operation, Operation]] = {}
+        self._waited_for: deque[Callable[[float], Any]] = deque()
 
     def add(self, text: str) -> None:
         """Finish a request, and wait until its feedback is on disk and learned."""
@@ -64,19 +68,31 @@ class Ours:
             time.sleep(0.005)
 
     def prepare(self, texts: Sequence[str]) -> None:
+        """Have all that is written of texts at hand, with their vectors: encoding and parsing are not the store's."""
+        known, first = self._known, self._prepared
+        self._prepared += len(texts)
+        for number, text in enumerate(texts, first):
+            record = Record(number, _SCOPE, text, known.vector(text))
+            self._at_hand[text] = operations(record, _SCOPE, prefix="peers", fingerprint=known.fingerprint)
+
+    def accept(self, text: str) -> None:
+        """Hand what is written of a text, the trace and the feedback on it, to the writer; neither is waited for."""
+        arrives, judged = self._at_hand.pop(text)
+        self._memory.store.post(arrives)
+        self._waited_for.append(self._memory.store.write(judged).result)
+
+    def prepare_requests(self, texts: Sequence[str]) -> None:
         """Have the vectors of texts at hand: others look them up where they stand, ours asks another thread."""
         self._memory.encoder.encode([key_of(text) for text in texts])
 
-    def accept(self, text: str) -> None:
+    def request(self, text: str) -> None:
         """Finish a request and hand in its feedback; neither is waited for."""
-        self._receipts.append(self._memory.submit_feedback([self._finished(text)]))
+        self._waited_for.append(self._memory.submit_feedback([self._finished(text)]))
 
     def settle(self) -> None:
-        """Wait until all that was accepted is on disk and learned. Raises RuntimeError where it is not."""
-        while self._receipts:
-            receipts = self._receipts.popleft()(PATIENCE_S)
-            if any(receipt.status != "applied" for receipt in receipts):
-                raise RuntimeError(f"feedback was not applied: {receipts}")
+        """Wait until all that was accepted is on disk and learned. Raises what kept it from being so."""
+        while self._waited_for:
+            self._waited_for.popleft()(PATIENCE_S)
 
     def _finished(self, text: str) -> Feedback:
         if self._memory.encoder.cached(key := key_of(text)) is None:

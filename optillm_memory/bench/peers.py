@@ -38,9 +38,10 @@ def run(
     Every peer has a folder and an encoder that knows all vectors beforehand, so that encoding costs it nothing; its
     phases run in processes of their own, so that what one finds is what another left on disk. `add_per_s` is one
     caller who waits for each: ours returns when it is on disk, others when they see fit. `ingest_per_s` is one caller,
-    too, one record after another, who waits for no more than others have done when they return: ours accepts each, and
-    the clock stops when all are on disk. `fill_per_s` is the quickest way in. A phase that fails or takes too long
-    leaves its figures out, and says so.
+    too, one record after another, with nothing left to compute beforehand: ours takes each, as in `bench store`, a
+    trace with the feedback on it, and the clock stops when all are on disk and learned. `requests_per_s`, which only
+    ours has, is the same with whole requests, answers and feedback, which are parsed and redacted in that time.
+    `fill_per_s` is the quickest way in. A phase that fails or takes too long leaves its figures out, and says so.
     """
     figures: dict[str, dict[str, Figures]] = {}
     for size in sizes:
@@ -72,8 +73,8 @@ def versions_of(name: str) -> dict[str, str] | None:
 
 _COLUMNS = {
     "ask ms p50": "ask_p50_ms", "p95": "ask_p95_ms", "finds its own": "finds", "fill/s": "fill_per_s",
-    "add/s": "add_per_s", "ingest/s": "ingest_per_s", "LLM calls an add": "upstream_calls_per_add",
-    "an ask": "upstream_calls_per_ask", "first answer s": "first_answer_s", "kept of 80 at once": "kept_of_80_at_once",
+    "add/s": "add_per_s", "ingest/s": "ingest_per_s", "requests/s": "requests_per_s",
+    "LLM calls an add": "upstream_calls_per_add", "an ask": "upstream_calls_per_ask", "first answer s": "first_answer_s", "kept of 80 at once": "kept_of_80_at_once",
     "restart": "kept_after_restart", "kill": "kept_after_kill",
 }  # fmt: skip
 
@@ -123,9 +124,9 @@ class _Bench:
         self.records = Records(size, seed)
         self._fresh = Records(ADDS + AT_ONCE + KILLED + _WARM, seed + 1)
         self.ingested = min(INGESTED, 4 * size)
-        self._further = Records(self.ingested + _WARM, seed + 2)
+        self._further = Records(2 * self.ingested + _WARM, seed + 2)
         started = time.perf_counter()
-        self.peer: Peer = PEERS[name][0](folder, self.known, self.upstream, size + self.ingested)
+        self.peer: Peer = PEERS[name][0](folder, self.known, self.upstream, size + 2 * self.ingested)
         self.open_s = time.perf_counter() - started
 
     def learned(self, records: Iterable[Any]) -> list[str]:
@@ -209,21 +210,31 @@ def _add(bench: _Bench) -> Figures:
 
 
 def _ingest(bench: _Bench) -> Figures:
-    texts = bench.further()
-    for text in texts[bench.ingested :]:
-        bench.peer.add(text)
-    accept, settle = getattr(bench.peer, "accept", bench.peer.add), getattr(bench.peer, "settle", lambda: None)
-    getattr(bench.peer, "prepare", lambda _: None)(texts := texts[: bench.ingested])
+    peer, texts = bench.peer, bench.further()
+    for text in texts[2 * bench.ingested :]:
+        peer.add(text)
+    done, seconds = _taken_in(bench, texts[: bench.ingested], "accept", "prepare")
+    figures = {"ingest_per_s": done / seconds, "ingested": float(done)}
+    if hasattr(peer, "request"):
+        done, seconds = _taken_in(bench, texts[bench.ingested : 2 * bench.ingested], "request", "prepare_requests")
+        figures["requests_per_s"] = done / seconds
+    peer.close()
+    return figures
+
+
+def _taken_in(bench: _Bench, texts: Sequence[str], accept: str, prepare: str) -> tuple[int, float]:
+    """Return how many texts one caller had taken in, one after another, and in which time."""
+    peer = bench.peer
+    accept_one, settle = getattr(peer, accept, peer.add), getattr(peer, "settle", lambda: None)
+    getattr(peer, prepare, lambda _: None)(texts)
     started = time.perf_counter()
     done = 0
     for done, text in enumerate(texts, 1):
-        accept(text)
+        accept_one(text)
         if time.perf_counter() - started > PATIENCE_S and done >= KILLED:
             break
     settle()
-    seconds = time.perf_counter() - started
-    bench.peer.close()
-    return {"ingest_per_s": done / seconds, "ingested": float(done)}
+    return done, time.perf_counter() - started
 
 
 def _kill(bench: _Bench) -> Figures:

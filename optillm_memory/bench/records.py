@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from optillm_memory.records import Scope, Trace
+from optillm_memory.learn import fold
+from optillm_memory.records import Feedback, Scope, Trace
+from optillm_memory.store.rows import key_hash
+from optillm_memory.store.transaction import Transaction
 
 LARGE, SMALL = Scope("bench"), Scope("bench", "small")
 FINGERPRINT = "bench-384"
@@ -21,6 +24,7 @@ _BLOCK = 4_096
 _SMALL_EVERY = 100
 
 Vectors = NDArray[np.float32]
+Operation = Callable[[Transaction], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,25 @@ def trace_of(record: Record, prefix: str = "bench") -> Trace:
         answer=f"answer {record.number % 1000}", finish_reason="stop", error=None, skipped="[]", prompt_tokens=20,
         completion_tokens=5, latency_ms=1.0, recall_ms=1.0, tags={}, extra_calls=0, partition="partition",
     )  # fmt: skip
+
+
+def operations(
+    record: Record, scope: Scope, *, prefix: str = "bench", fingerprint: str = FINGERPRINT
+) -> tuple[Operation, Operation]:
+    """Return what a request, and the feedback on it that makes it an exemplar, write: its vector is ready-made."""
+    made = replace(trace_of(record, prefix), scope=scope)
+    vector = [(key_hash(made.task), record.vector.tobytes())]
+    said = Feedback(f"{prefix}-{record.number}", "success", True, "code", made.trace_id, None, None, made.created_at)
+
+    def arrives(tx: Transaction) -> None:
+        tx.put_vectors(vector, fingerprint)
+        tx.add_trace(made, prefixes=[f"{prefix}-{record.number}"])
+        fold.trace_arrived(tx, made)
+
+    def judged(tx: Transaction) -> None:
+        fold.feedback_arrived(tx, scope.tenant, None, said, received_at=made.created_at)
+
+    return arrives, judged
 
 
 def _unit(vectors: NDArray[np.floating]) -> Vectors:

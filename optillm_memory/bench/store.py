@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,28 +18,24 @@ from typing import Any
 
 import numpy as np
 
-from optillm_memory.bench.records import FINGERPRINT, LARGE, SMALL, Record, Records, scope_of, trace_of
+from optillm_memory.bench.records import FINGERPRINT, LARGE, SMALL, Operation, Record, Records, operations, scope_of
 from optillm_memory.bench.report import quantile
 from optillm_memory.bench.server import emptied
-from optillm_memory.bench.store_host import KEPT, TENANT, measure, rss_mb
+from optillm_memory.bench.store_host import KEPT, measure, rss_mb
 from optillm_memory.errors import StoreError, StoreUnavailable
-from optillm_memory.learn import fold
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.recall.index import UNRELATED
 from optillm_memory.recall.recaller import Recaller
-from optillm_memory.records import Feedback, Scope
+from optillm_memory.records import Scope
 from optillm_memory.settings import is_url
 from optillm_memory.store.base import Store
 from optillm_memory.store.opening import open_store
-from optillm_memory.store.rows import key_hash
-from optillm_memory.store.transaction import Transaction
 
 NEAREST, QUERIES, WARM = 10, 400, 20
 ENCODER_S = 0.004  # an encoder's time for a short text on a quick machine
 _CLIENTS, _SHARED = 8, 0.1  # clients at once, and the share of the records that they bring
 _AT_ONCE = 8_192
 _INDEX_S = 3_600.0
-Operation = Callable[[Transaction], None]
 
 
 def run(
@@ -109,37 +104,24 @@ def _timed(store: Store, work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
+def _made(record: Record, prefix: str = "bench") -> tuple[Operation, Operation]:
+    return operations(record, KEPT[record.scope], prefix=prefix)
+
+
 def _put_all(store: Store, made: Iterable[Sequence[Operation]]) -> None:
-    for operations in made:
-        _put(store, operations)
+    for record in made:
+        _put(store, record)
 
 
-def _put(store: Store, operations: Sequence[Operation]) -> None:
+def _put(store: Store, record: Sequence[Operation]) -> None:
     """Bring one record; wait while the writer has enough to do."""
-    for operation in operations:
+    for operation in record:
         while True:
             try:
                 store.write(operation)
                 break
             except StoreUnavailable:
                 time.sleep(0.002)
-
-
-def _made(record: Record, prefix: str = "bench") -> Sequence[Operation]:
-    """Return what a request and its feedback have written, with the vector at hand."""
-    made = replace(trace_of(record, prefix), scope=KEPT[record.scope])
-    vector = [(key_hash(made.task), record.vector.tobytes())]
-    said = Feedback(f"{prefix}-{record.number}", "success", True, "code", made.trace_id, None, None, made.created_at)
-
-    def arrives(tx: Transaction) -> None:
-        tx.put_vectors(vector, FINGERPRINT)
-        tx.add_trace(made, prefixes=[f"{prefix}-{record.number}"])
-        fold.trace_arrived(tx, made)
-
-    def judged(tx: Transaction) -> None:
-        fold.feedback_arrived(tx, TENANT, None, said, received_at=made.created_at)
-
-    return arrives, judged
 
 
 # -- finding again ---------------------------------------------------------------------------------

@@ -116,7 +116,8 @@ PEER_PACKAGES = "chromadb mem0ai faiss-cpu qdrant-client langgraph langgraph-che
 @click.command(
     epilog=f"Nothing is installed for you. To have the others:\n\n\b\n  pip install {PEER_PACKAGES}\n\n"
     "add/s is one caller who waits for each, ours until it is on disk; ingest/s one who does not, and ours has all of "
-    "them on disk at the end. The others have but one way: their adds return when they see fit.",
+    "them on disk at the end: ready-made traces with their feedback; requests/s the same with whole requests, parsed "
+    "in that time. The others have but one way: their adds return when they see fit.",
 )
 @click.option("--sizes", default="10000,100000", show_default=True, help="Records in each, with commas.")
 @click.option("--peer", "chosen", multiple=True, help="Which, several times [default: all that are installed].")
