@@ -74,7 +74,8 @@ def versions_of(name: str) -> dict[str, str] | None:
 _COLUMNS = {
     "ask ms p50": "ask_p50_ms", "p95": "ask_p95_ms", "finds its own": "finds", "fill/s": "fill_per_s",
     "add/s": "add_per_s", "ingest/s": "ingest_per_s", "requests/s": "requests_per_s",
-    "LLM calls an add": "upstream_calls_per_add", "an ask": "upstream_calls_per_ask", "first answer s": "first_answer_s", "kept of 80 at once": "kept_of_80_at_once",
+    "LLM calls an add": "upstream_calls_per_add", "an ask": "upstream_calls_per_ask",
+    "first answer s": "first_answer_s", "kept of 80 at once": "kept_of_80_at_once",
     "restart": "kept_after_restart", "kill": "kept_after_kill",
 }  # fmt: skip
 
