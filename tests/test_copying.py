@@ -136,13 +136,36 @@ def test_a_source_that_is_only_read_is_copied(file: str, tmp_path: Path, monkeyp
             raise StoreUnavailable(f"cannot write {path}: it is read-only")
         return open_writer(path)
 
-    monkeypatch.setattr("optillm_memory.store.sqlite_writer.open_writer", refused)
+    monkeypatch.setattr("optillm_memory.store.copying.open_writer", refused)
     assert copy(file, str(tmp_path / "copy.db"))["traces"] >= 6
     with contextlib.closing(connect(Path(file))) as db:
         db.execute("DELETE FROM _sqlite_migrations WHERE id = (SELECT max(id) FROM _sqlite_migrations)")
     with pytest.raises(StoreError, match=r"the source .* read-only"):
         copy(file, str(tmp_path / "other.db"))
     assert not list(tmp_path.glob("other*"))
+
+
+@pytest.mark.parametrize("broken", ["header", "pages", "end"])
+def test_a_source_that_is_broken_is_refused_and_left_alone(file: str, tmp_path: Path, broken: str) -> None:
+    """Whatever is wrong with a file, it is named, nothing takes its place, and the copy is as empty as before."""
+    source, target = Path(file), tmp_path / "copy.db"
+    held = bytearray(source.read_bytes())
+    assert len(held) > 100_000
+    if broken == "header":
+        held[:100] = b"x" * 100
+    elif broken == "pages":
+        for start in range(4_096 * 3, len(held), 4_096):
+            held[start : start + 64] = b"\xff" * 64
+    else:
+        del held[len(held) // 2 :]
+    source.write_bytes(held)
+    with pytest.raises(StoreError, match=r"memory\.db"):
+        copy(file, str(target))
+    assert source.read_bytes() == held
+    assert not list(tmp_path.glob("*corrupt*"))
+    if target.exists():
+        with opened(str(target)) as store:
+            assert store.stats()["traces"] == 0
 
 
 def test_interrupted_it_leaves_the_target_empty(file: str, postgres: Server) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 from sqlite_utils import Database
 
-from optillm_memory.errors import NotFound, StoreError
+from optillm_memory.errors import NotFound, StoreError, StoreUnavailable
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.settings import is_url, refuse_unknown_scheme, shown
-from optillm_memory.store.connection import DatabaseError, connect
+from optillm_memory.store.connection import DatabaseError, connect, open_writer
 from optillm_memory.store.migrations import migrations
 from optillm_memory.store.opening import open_store
 from optillm_memory.store.postgres_connection import PostgresConnection, vector_text
@@ -50,11 +50,23 @@ def copy(source: str, target: str, progress: Progress = lambda *_: None) -> dict
 
 
 def _bring_up(source: str) -> None:
-    """See that the source has this release's schema, as the target will. Raises StoreError."""
-    with contextlib.closing(open_store(source, queue_size=1, normal=normal_answer)) as store:
-        fault = store.fault
-    if fault and (is_url(source) or not _is_current(Path(source).expanduser())):
+    """See that the source has this release's schema, as the target will; never mend it. Raises StoreError."""
+    if is_url(source):
+        with contextlib.closing(open_store(source, queue_size=1, normal=normal_answer)) as store:
+            fault = store.fault
+    else:
+        fault = _fault_of(Path(source).expanduser())
+    if fault:
         raise StoreError(f"the source {_place(source)} cannot be copied: {fault}")
+
+
+def _fault_of(path: Path) -> str:
+    try:
+        # A store would set a broken file aside, and start a fresh one: an empty copy, and no word of it.
+        open_writer(path, mend=False).close()
+    except StoreUnavailable as error:
+        return "" if _is_current(path) else str(error)
+    return ""
 
 
 def _is_current(path: Path) -> bool:
