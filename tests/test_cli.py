@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from postgres import Server
 
 from optillm_memory.cli import main
+from optillm_memory.store.postgres_schema import is_there
 
 ON_WHAT_IS_THERE = {
     "stats": (), "traces": (), "show": ("t1",), "why": ("t1",), "memories": (), "uplift": (), "policy": (),
@@ -28,6 +30,19 @@ def test_a_mistyped_name_makes_no_database(command: str, tmp_path: Path, monkeyp
         assert done.stderr.startswith("Error: there is no database typo.db")
         assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_without_a_memory_is_given_none(postgres: Server) -> None:
+    """The name of another database is told with exit code 1, and no table of ours is made in it."""
+    url = postgres.fresh()
+    for name, given in ON_WHAT_IS_THERE.items():
+        done = CliRunner().invoke(main, [name, *given, "--db", url])
+        assert done.exit_code == 1
+        assert done.stderr.startswith("Error: ")
+        assert ("there is no memory on postgresql://" in done.stderr) == (name != "backup"), done.stderr
+    assert not is_there(url)
+    assert CliRunner().invoke(main, ["feedback", "t1", "--success", "--db", url]).exit_code == 0
+    assert CliRunner().invoke(main, ["stats", "--db", url]).exit_code == 0
 
 
 def test_every_command_on_a_database_is_asked() -> None:

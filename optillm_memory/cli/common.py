@@ -17,6 +17,7 @@ from optillm_memory.errors import NotFound
 from optillm_memory.memory import Memory
 from optillm_memory.records import Scope
 from optillm_memory.settings import Settings, is_url
+from optillm_memory.store.connection import DatabaseError
 
 _TELL_EVERY_S = 2.0
 
@@ -60,9 +61,21 @@ def opened(db: str | None, *, encoder: str | None = "none", make: bool = False) 
 
 
 def refuse_missing(settings: Settings) -> None:
-    """Raise NotFound where there is no database file."""
-    if not is_url(settings.db) and not settings.path.is_file():
-        raise NotFound(f"there is no database {settings.place}; optillm makes it when it serves, --db names another")
+    """Raise NotFound where there is no database file, or no memory on the server."""
+    if not _is_there(settings):
+        what = "no memory on" if is_url(settings.db) else "no database"
+        raise NotFound(f"there is {what} {settings.place}; optillm makes it when it serves, --db names another")
+
+
+def _is_there(settings: Settings) -> bool:
+    if not is_url(settings.db):
+        return settings.path.is_file()
+    from optillm_memory.store.postgres_schema import is_there
+
+    try:
+        return is_there(settings.db)
+    except DatabaseError:
+        return True  # what is wrong with it is told by whoever opens it
 
 
 def settings_for(db: str | None, *, encoder: str | None = None) -> Settings:
