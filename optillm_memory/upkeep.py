@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _ROWS = 64  # memories embedded in one commit
 _GATHER_S = 0.02  # what was learned meanwhile is looked at together, and does not slow down who learns it
+_REST = 9.0  # times as long as it looked at what is there already
 _LOOK_S = 60.0  # between two looks at what is to go, and at what other processes learned
 _ANEW_S = 3_600.0  # after which everything is looked through again: what was no memory yet may be one now
 Missing = Sequence[tuple[int, str, str]]
@@ -59,33 +60,51 @@ class Upkeep:
             thread.join(10)
 
     def _fill(self) -> None:
-        """Encode the memories that have no vector yet: those of the time before the encoder was there."""
+        """Encode the memories that have no vector: those learned just now at once, those of before bit by bit.
+
+        To look through a million takes seconds of a core, and reads much of the file while a host starts: that rests
+        in between.
+        """
         while not self._closing.is_set() and not self._encoder.settled.wait(0.2):
             pass
-        done, generation, anew_at = 0, -1, 0.0
+        generation = -1
+        latest = looked = before = 0
+        anew_at = next_at = 0.0
         while not self._closing.is_set() and self._encoder.state == "ready":
             try:
                 if (current := self._store.revision().generation) != generation:  # a rebuild numbers them anew
-                    done, generation, self._caught_up = 0, current, False
+                    generation, anew_at, self._caught_up = current, 0.0, False
+                    latest = self._store.last_number()
                 if time.monotonic() >= anew_at:
-                    done, anew_at = 0, time.monotonic() + _ANEW_S
-                rows, upto = self._store.without_vectors(self._encoder.fingerprint, done, _ROWS)
-                if rows:
-                    _embed(self._store, self._encoder, rows)
-                if brought := self._store.numbers_of(self._brought.copy(), done, upto):
-                    self._store.write(lambda tx, numbers=brought: tx.touch(numbers)).result()  # type: ignore[misc]
-                if upto > done:
-                    done = upto
+                    looked, before, anew_at = 0, latest, time.monotonic() + _ANEW_S
+                upto, _ = self._look(latest)
+                if upto > latest:
+                    latest = upto
                     continue
-                self._caught_up = True
-                self._brought.clear()
+                if looked < before and (started := time.monotonic()) >= next_at:
+                    looked, found = self._look(looked)
+                    if found:
+                        continue
+                    next_at = time.monotonic() + _REST * (time.monotonic() - started)
+                if looked >= before:
+                    self._caught_up = True
+                    self._brought.clear()
             except Exception:
                 logger.exception("agent_memory: vectors could not be filled in; trying again")
                 self._closing.wait(1.0)
                 continue
-            self._missing.wait(_LOOK_S)
+            self._missing.wait(_LOOK_S if looked >= before else max(0.0, next_at - time.monotonic()))
             self._closing.wait(_GATHER_S)
             self._missing.clear()
+
+    def _look(self, after: int) -> tuple[int, bool]:
+        """Encode what has no vector in a stretch of the numbers; return how far it went, and whether there was any."""
+        rows, upto = self._store.without_vectors(self._encoder.fingerprint, after, _ROWS)
+        if rows:
+            _embed(self._store, self._encoder, rows)
+        if brought := self._store.numbers_of(self._brought.copy(), after, upto):
+            self._store.write(lambda tx: tx.touch(brought)).result()
+        return upto, bool(rows)
 
     def _keep(self) -> None:
         """Take out what requests under way copied of what was forgotten, and what is beyond the limits."""

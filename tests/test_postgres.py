@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -92,9 +93,9 @@ def test_a_newer_schema_is_refused(url: str) -> None:
         opened_at(url)
 
 
-def test_an_earlier_schema_comes_up_to_date(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A database of the first release keeps what was said of its memories, also of what was never right."""
-    with monkeypatch.context() as patch:
+def of_the_first_release(url: str, patching: pytest.MonkeyPatch) -> list[Any]:
+    """Make a database as the first release left it, with something in it; return the state that is derived."""
+    with patching.context() as patch:
         patch.setattr(postgres_schema, "_MIGRATIONS", dict(list(postgres_schema._MIGRATIONS.items())[:1]))
         with closing(PostgresConnection(url)) as old:
             postgres_schema.migrate(old, url)
@@ -116,6 +117,12 @@ def test_an_earlier_schema_comes_up_to_date(url: str, monkeypatch: pytest.Monkey
         with db.cursor() as cursor:
             cursor.executemany("INSERT INTO contributions VALUES (%s, %s, %s, %s, %s, %s)", said)
         db.execute("DELETE FROM migrations WHERE name <> 'p001_tables'")
+    return before
+
+
+def test_an_earlier_schema_comes_up_to_date(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database of the first release keeps what was said of its memories, also of what was never right."""
+    before = of_the_first_release(url, monkeypatch)
     again = opened_at(url)
     try:
         assert comparable(again) == before == rebuilt(again)
@@ -125,6 +132,56 @@ def test_an_earlier_schema_comes_up_to_date(url: str, monkeypatch: pytest.Monkey
         assert (memory.successes, memory.failures) == (1, 1)
     finally:
         again.close()
+
+
+def killed_while_it_migrates(url: str, after: int) -> None:
+    """Bring a database up, and be killed before the statement that comes after so many."""
+    execute, done = PostgresConnection.execute, itertools.count()
+
+    def until(connection: PostgresConnection, sql: str, values: Any = ()) -> Any:
+        if next(done) == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return execute(connection, sql, values)
+
+    PostgresConnection.execute = until  # type: ignore[method-assign, assignment]
+    with closing(PostgresConnection(url)) as connection:
+        postgres_schema.migrate(connection, url)
+
+
+def migrates(url: str, after: int) -> bool:
+    """Return whether a process brought the database up before it was to be killed."""
+    process = FORK.Process(target=killed_while_it_migrates, args=(url, after))
+    process.start()
+    process.join(60)
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode == 0
+
+
+def test_one_killed_while_it_migrates_leaves_what_was_there(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at any statement of a migration, the database is that of before, and the next one brings it up."""
+    before = of_the_first_release(url, monkeypatch)
+    killed = 0
+    while not migrates(url, killed):
+        killed += 1
+        with psycopg.connect(url, options="-c search_path=agent_memory,public") as db:
+            assert db.execute("SELECT name FROM migrations").fetchall() == [("p001_tables",)]
+            assert db.execute("SELECT count(memory_id) FROM contributions").fetchone() == (2,)
+    assert killed > 8
+    again = opened_at(url)
+    try:
+        assert comparable(again) == before == rebuilt(again)
+    finally:
+        again.close()
+
+
+@pytest.mark.parametrize("after", [3, 20, 40])
+def test_one_killed_while_it_makes_the_tables_leaves_none(url: str, after: int) -> None:
+    """Of a database that was never whole nothing is there."""
+    assert not migrates(url, after)
+    assert not postgres_schema.is_there(url)
+    with memory_at(url) as memory:
+        assert ask(memory, "now it is", "yes").trace_id
+        assert memory.store.stats()["traces"] == 1
 
 
 def test_several_processes_may_open_a_new_database_at_once(url: str) -> None:

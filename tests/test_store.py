@@ -243,7 +243,7 @@ def test_every_read_for_recall_takes_a_scope() -> None:
         "write", "post", "flush", "close",  # writing
         "salt", "stats", "tenants",  # numbers and names, no texts
         "derived", "without_vectors", "coverage", "unused_vectors",  # upkeep: rebuild's comparison, and the encoder's
-        "numbers_of",
+        "numbers_of", "last_number",
         "chosen", "chosen_counts", "chosen_scopes", "episodes_before", "held", "has_copies",  # forgetting: no texts
         "forgets_unfinished", "forgotten", "unforgotten", "give_back", "set_aside",
         "index_files", "size_bytes", "read_ahead",

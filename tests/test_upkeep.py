@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import ask, hashing_memory, lexical_memory, teach
+from builders import ask, body, hashing_memory, lexical_memory, response, teach, tell
 from hosting import until
 
 from optillm_memory.errors import StoreError
@@ -55,3 +55,36 @@ def test_upkeep_goes_on_after_a_fault_and_sees_what_others_learn(
             teach(another, task, "done")
             assert until(lambda task=task: bool(found := memory.recall(task)) and found[0].cosine is not None)  # type: ignore[misc]
         assert not failures
+
+
+def test_what_is_learned_does_not_wait_until_all_is_looked_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While upkeep rests from looking through what was there, a new memory gets its vector; afterwards all have one."""
+    monkeypatch.setattr("optillm_memory.store.base._STRETCH", 2)
+    with hashing_memory(tmp_path) as memory:  # with vectors: there is nothing to do but to look
+        for number in range(6):
+            teach(memory, f"restart server number {number}", "done")
+    with lexical_memory(tmp_path) as memory:
+        for number in range(2):
+            teach(memory, f"stop daemon number {number}", "done")
+    monkeypatch.setattr("optillm_memory.upkeep._REST", 1e6)
+    looks: list[int] = []
+    look = SqliteStore.without_vectors
+
+    def noted(store: SqliteStore, fingerprint: str, after: int, limit: int) -> Any:
+        looks.append(after)
+        return look(store, fingerprint, after, limit)
+
+    monkeypatch.setattr(SqliteStore, "without_vectors", noted)
+    with hashing_memory(tmp_path) as memory:
+        assert until(lambda: 0 in looks)  # and rests then, for hours
+        written = memory.new_turn(body("count the words of a file"))  # nobody has its vector
+        memory.finish(written, response("wc -w"))
+        tell(memory, written)
+        assert until(lambda: memory.stats()["memories_without_vector"] == 2)
+        assert [m.cosine for m in memory.recall("stop daemon number 1")][:1] == [None]
+    assert 2 not in looks
+    monkeypatch.setattr("optillm_memory.upkeep._REST", 0.0)
+    with hashing_memory(tmp_path) as memory:
+        assert until(lambda: memory.stats()["memories_without_vector"] == 0)

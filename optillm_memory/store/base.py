@@ -307,14 +307,18 @@ class Store(EpisodeReads, WordReads, ProposalReads, DecisionReads, FixReads, For
             ).fetchall()
         return [*memories, *outcomes, *fixes, *labels, *rewards]
 
+    def last_number(self) -> int:
+        """Return the number of the memory that was made last, 0 where there is none."""
+        with self._readers.borrow() as db:
+            return int(db.execute("SELECT coalesce(max(number), 0) FROM memories").fetchone()[0])
+
     def without_vectors(self, fingerprint: str, after: int, limit: int) -> tuple[list[tuple[int, str, str]], int]:
         """Return (number, key, key hash) of memories that this encoder has not seen: upkeep, not recall.
 
         Looks through a stretch of the numbers after the given one; returns how far it came, too.
         """
+        upto = max(min(after + _STRETCH, self.last_number()), after)
         with self._readers.borrow() as db:
-            last = db.execute("SELECT coalesce(max(number), 0) FROM memories").fetchone()[0]
-            upto = max(min(after + _STRETCH, int(last)), after)
             found = db.execute(
                 "SELECT number, task, key_hash FROM memories WHERE number > ? AND number <= ? AND kind = 'exemplar' "
                 "AND key_hash <> '' AND NOT EXISTS "
@@ -340,4 +344,5 @@ class Store(EpisodeReads, WordReads, ProposalReads, DecisionReads, FixReads, For
         return shown
 
 
-_STRETCH = 20_000  # numbers looked through in one statement, so that no reader holds on to an old state for long
+# Numbers looked through in one statement: some milliseconds, and no reader holds on to an old state for long.
+_STRETCH = 2_000
