@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any, TypeVar
 
-from openai.resources.chat.completions import Completions
-
 from optillm_memory.conversation.text import text_of
 from optillm_memory.host.failopen import FailOpen
 from optillm_memory.store.calls import ModelCall
@@ -131,6 +129,9 @@ def sent_lean(completions: Any, asked: dict[str, Any]) -> dict[str, Any]:
     The walk is for values that are not JSON; it costs 3 ms for 11 messages and 150 ms for 400. `extra_body` is merged
     over the body as it is. Who looks on at the package's own function (for telemetry) gets the arguments as they were.
     """
+    # Not before: it takes a third of a second, and the client that is there has loaded it.
+    from openai.resources.chat.completions import Completions  # noqa: PLC0415
+
     if not isinstance(completions, Completions) or not _is_openais_own(completions.create):
         return asked
     extra = asked.get("extra_body") or {}
