@@ -12,7 +12,7 @@ from optillm_memory.cli import main
 
 
 def test_figures_are_all_there_and_vectors_the_same(tmp_path: Path) -> None:
-    """Each length has both times and their ratio; through ONNX Runtime the vectors are the reference's."""
+    """Each length has both times and their ratio; through OpenVINO the vectors are the reference's."""
     out = tmp_path / "figures.json"
     result = CliRunner().invoke(main, ["bench", "encoder", "--repeats", "2", "--json", str(out)])
     assert result.exit_code == 0, result.output
@@ -20,6 +20,6 @@ def test_figures_are_all_there_and_vectors_the_same(tmp_path: Path) -> None:
     for length in LENGTHS:
         assert set(figures[str(length)]) == {"encoder_p50_ms", "reference_p50_ms", "ratio"}
         assert all(value > 0 for value in figures[str(length)].values())
-    assert figures["encoder"] == "OnnxEncoder"
+    assert figures["encoder"] == "OpenVinoEncoder"
     assert figures["min_cosine"] >= 0.9999
     assert figures["ratio_under_64"] > 0

@@ -192,7 +192,7 @@ def test_one_place_fails_open() -> None:
                     broad.add(name_of(path))
     rooms = {name for name in broad if name.split("/")[0] not in ("cli", "bench")}
     handed_on = {
-        "host/doctor.py", "host/hooks.py", "upkeep.py", "pytest_plugin.py", "recall/onnx.py", "recall/service.py",
+        "host/doctor.py", "host/hooks.py", "upkeep.py", "pytest_plugin.py", "recall/openvino.py", "recall/service.py",
         "recall/behind.py", "store/writer.py", "reusing.py", "learn/forms.py",
     }  # fmt: skip
     assert rooms <= {"host/failopen.py", *handed_on}

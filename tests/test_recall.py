@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
 import sys
 import threading
 import time
@@ -18,13 +20,14 @@ from numpy.typing import NDArray
 from optillm_memory import EncoderUnavailable, Memory
 from optillm_memory.conversation.options import Options
 from optillm_memory.recall.encoder import (
+    REFERENCE,
     Encoder,
     HashingEncoder,
     SentenceTransformerEncoder,
     encoder_source,
     load_encoder,
 )
-from optillm_memory.recall.onnx import FIDELITY, OnnxEncoder, accelerated
+from optillm_memory.recall.openvino import FIDELITY, OpenVinoEncoder, accelerated
 from optillm_memory.recall.rank import DROP_OFF, FOLLOWER_SLACK, coverage, fuse, rank, words
 from optillm_memory.recall.service import BATCH, EncoderService
 
@@ -42,12 +45,12 @@ def sentence_transformer() -> Encoder:
     return SentenceTransformerEncoder(source)
 
 
-def through_onnx() -> Encoder:
-    """Give the same encoder through ONNX Runtime."""
+def through_openvino() -> Encoder:
+    """Give the same encoder through OpenVINO."""
     original = sentence_transformer()
     assert isinstance(original, SentenceTransformerEncoder)
     faster = accelerated(original)
-    assert isinstance(faster, OnnxEncoder)
+    assert isinstance(faster, OpenVinoEncoder)
     return faster
 
 
@@ -56,7 +59,7 @@ def through_onnx() -> Encoder:
     params=[
         HashingEncoder,
         pytest.param(sentence_transformer, marks=pytest.mark.model),
-        pytest.param(through_onnx, marks=pytest.mark.model),
+        pytest.param(through_openvino, marks=pytest.mark.model),
     ],
 )
 def encoder(request: pytest.FixtureRequest) -> Encoder:
@@ -69,24 +72,78 @@ TEXTS = ["restart the web server", "bake a cake", "Straße, 東京, 🦜", "a\x0
 
 
 @pytest.mark.model
-def test_onnx_gives_the_same_vectors() -> None:
-    """Through ONNX Runtime texts of every kind and length keep the direction that PyTorch gives them."""
+def test_openvino_gives_the_same_vectors() -> None:
+    """Through OpenVINO texts of every kind and length, one or many, keep the direction that PyTorch gives them."""
     original = sentence_transformer()
     assert isinstance(original, SentenceTransformerEncoder)
-    cosines = np.vecdot(accelerated(original).encode(TEXTS), original.encode(TEXTS))
-    assert cosines.min() >= FIDELITY
-    assert isinstance(load_encoder("auto"), OnnxEncoder)
+    faster = load_encoder("auto")
+    assert isinstance(faster, OpenVinoEncoder)
+    texts = TEXTS + ["word " * count for count in range(1, 300, 7)] + list(REFERENCE)
+    wanted = original.encode(texts)
+    assert np.vecdot(faster.encode(texts), wanted).min() >= FIDELITY
+    assert np.vecdot(np.vstack([faster.encode([text]) for text in texts]), wanted).min() >= FIDELITY
 
 
 @pytest.mark.model
-def test_an_encoder_that_cannot_be_exported_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where ONNX is missing, or its vectors differ, the original encodes."""
+def test_openvino_serves_several_threads_at_once() -> None:
+    """What one thread asks for never mixes with another's."""
     original = sentence_transformer()
     assert isinstance(original, SentenceTransformerEncoder)
-    monkeypatch.setattr(OnnxEncoder, "encode", lambda _self, texts: np.eye(len(texts), 384, dtype=np.float32))
+    faster = accelerated(original)
+    wanted = {text: faster.encode([text])[0] for text in REFERENCE}
+    with ThreadPoolExecutor(8) as pool:
+        asked = [text for _ in range(8) for text in REFERENCE]
+        for text, vectors in zip(asked, pool.map(lambda text: faster.encode([text]), asked), strict=True):
+            np.testing.assert_array_equal(vectors[0], wanted[text])
+
+
+@pytest.mark.model
+def test_an_encoder_that_cannot_be_converted_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where OpenVINO is missing, or its vectors differ, the original encodes."""
+    original = sentence_transformer()
+    assert isinstance(original, SentenceTransformerEncoder)
+    monkeypatch.setattr(OpenVinoEncoder, "encode", lambda _self, texts: np.eye(len(texts), 384, dtype=np.float32))
     assert accelerated(original) is original
-    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     assert accelerated(original) is original
+
+
+@pytest.mark.model
+def test_a_processor_whose_short_cut_fails_calculates_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the quickest precision cannot be compiled, or strays too far, the model's own is taken."""
+    original = sentence_transformer()
+    assert isinstance(original, SentenceTransformerEncoder)
+    build, modes = OpenVinoEncoder.__init__, []
+
+    def built(encoder: OpenVinoEncoder, model: SentenceTransformerEncoder, mode: str) -> None:
+        modes.append(mode)
+        if mode == "PERFORMANCE":
+            raise RuntimeError("no such instruction")
+        build(encoder, model, mode)
+
+    monkeypatch.setattr(OpenVinoEncoder, "__init__", built)
+    faster = accelerated(original)
+    assert isinstance(faster, OpenVinoEncoder)
+    assert modes == ["PERFORMANCE", "ACCURACY"]
+    assert np.vecdot(faster.encode(TEXTS), original.encode(TEXTS)).min() >= 0.99999
+
+
+@pytest.mark.model
+def test_openvino_reports_to_nobody() -> None:
+    """OpenVINO's package tells its makers of each import and conversion: of ours it does not, and nothing connects."""
+    assert importlib.util.find_spec("openvino_telemetry")  # else this would prove nothing
+    code = """
+import importlib.util
+import subprocess
+import sys
+asked = []
+sys.addaudithook(lambda event, args: asked.append(event) if event in ("socket.connect", "socket.getaddrinfo") else 0)
+from optillm_memory.recall.encoder import load_encoder
+print(type(load_encoder("auto")).__name__, "openvino_telemetry" in sys.modules, asked)
+import openvino_telemetry  # whoever wants it finds it
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "OpenVinoEncoder False []"
 
 
 def test_encoder_gives_unit_float32_rows(encoder: Encoder) -> None:

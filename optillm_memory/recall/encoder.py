@@ -118,7 +118,7 @@ def load_encoder(setting: str) -> Encoder | None:
         return None
     if setting == "hashing":
         return HashingEncoder()
-    from optillm_memory.recall.onnx import accelerated  # noqa: PLC0415 - it builds on this module
+    from optillm_memory.recall.openvino import accelerated  # noqa: PLC0415 - it builds on this module
 
     return accelerated(SentenceTransformerEncoder(encoder_source(setting)))
 
