@@ -24,7 +24,7 @@ from optillm_memory import Memory, Settings, StoreError, StoreTooNew
 from optillm_memory.learn import fold
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.settings import shown
-from optillm_memory.store import postgres_schema
+from optillm_memory.store import postgres, postgres_schema, rows
 from optillm_memory.store.base import Store
 from optillm_memory.store.opening import open_store
 from optillm_memory.store.postgres_connection import PostgresConnection
@@ -215,6 +215,31 @@ def test_the_nearest_of_a_scope_are_found_in_the_database(store: Store) -> None:
     assert [tasks[n] for n, _ in found] == [f"task {i}" for i in expected]
     assert [c for _, c in found] == pytest.approx(cosines[expected], abs=2e-3)
     assert [c.vector for c in store.changes(SCOPE, 0, "f", 1000)] == [v.tobytes() for v in vectors]
+    assert isinstance(store, postgres.PostgresStore)
+    with closing(opened_at(store.url)) as newcomer:  # who comes later does not wait for what is there
+        assert newcomer.nearest(SCOPE, "f", vectors[7], 5) == found
+
+
+def test_words_are_looked_up_in_their_index_from_the_start(url: str) -> None:
+    """Of a table that the server knows nothing about yet, too, a rare word is found without reading all of it."""
+    with closing(opened_at(url)) as store, psycopg.connect(url, options="-c search_path=agent_memory") as db:
+        number = store.write(lambda tx: tx.scope_id(SCOPE)).result(10)
+        filler = [rows.scoped(number, f"filler{n}") for n in range(20)]
+        db.execute("ALTER TABLE memories_fts SET (autovacuum_enabled = off)")
+        with db.cursor() as cursor:
+            cursor.executemany(
+                "INSERT INTO memories_fts(rowid, words) VALUES (%s, %s)",
+                [(n, " ".join([rows.scoped(number, f"word{n}"), *filler])) for n in range(5_000)],
+            )
+        db.commit()
+        asked = (rows.scoped(number, "word7"), 64)
+        plan = db.execute(f"EXPLAIN SELECT {postgres._POSTINGS.replace('?', '%s')}", asked).fetchall()
+        assert "memories_terms" in str(plan)
+        assert isinstance(store, postgres.PostgresStore)
+        with closing(PostgresConnection(url, read_only=True)) as reader:
+            found = store._postings(reader, number, ["word7", "filler3", "nowhere"], 64)
+    assert (found["word7"], found["nowhere"]) == ([7], [])
+    assert len(set(found["filler3"])) == 64
 
 
 def test_what_one_proxy_learns_another_recalls_within_a_second(url: str) -> None:

@@ -24,6 +24,7 @@ from optillm_memory.bench.server import emptied
 from optillm_memory.bench.store_host import KEPT, measure, rss_mb
 from optillm_memory.errors import StoreError, StoreUnavailable
 from optillm_memory.learn.outcomes import normal_answer
+from optillm_memory.recall.corpus import Limits
 from optillm_memory.recall.index import UNRELATED
 from optillm_memory.recall.recaller import Recaller
 from optillm_memory.records import Scope
@@ -135,7 +136,9 @@ def _index(db: str, size: int, seed: int) -> dict[str, float]:
         quiet = 0
         while quiet < 5:  # looked at a few times: one piece of work behind may ask for another
             _near(store, recaller, LARGE, query)
-            quiet = 0 if recaller.busy else quiet + 1
+            # A server makes its own index, and gives nothing until it is there.
+            making = size > Limits().large and store.nearest(KEPT[LARGE], FINGERPRINT, query, 1) == []
+            quiet = 0 if recaller.busy or making else quiet + 1
             time.sleep(0.05)
             if time.perf_counter() - started > _INDEX_S:
                 raise StoreError("the index was not made within an hour")

@@ -121,8 +121,7 @@ class PostgresStore(Store):
         text = vector_text(query.astype(np.float32).tobytes())
         with self._readers.borrow() as db:
             scope_id = rows.known_scope(db, scope)
-            db.execute(f"SET hnsw.ef_search = {max(_SEARCHED, 2 * count)}")
-            db.execute("SET hnsw.iterative_scan = relaxed_order")
+            db.execute(_SETTINGS, (str(max(_SEARCHED, 2 * count)),))
             found = db.execute(sql, (text, scope_id, text, count)).fetchall()
         best = sorted(((int(number), 1.0 - float(distance)) for number, distance in found), key=lambda pair: -pair[1])
         return best[:count]
@@ -173,9 +172,11 @@ class PostgresStore(Store):
             return [f"the tables could not be written anew, so deleted rows may be left in them: {error}"]
 
     def _postings(self, db: Any, scope_id: int, words: Sequence[str], depth: int) -> Mapping[str, list[int]]:
-        terms = [rows.scoped(scope_id, word) for word in words]
-        found = dict(db.execute(_POSTINGS, (depth, terms)).fetchall())
-        return {word: list(found.get(term) or ()) for word, term in zip(words, terms, strict=True)}
+        # Each word has its own part of the statement, planned for that word: a rare one is looked up in the index,
+        # which gives all or nothing; of one that is everywhere the first rows of the table soon have enough.
+        each = ", ".join([_POSTINGS] * len(words))
+        values = [value for word in words for value in (rows.scoped(scope_id, word), depth)]
+        return dict(zip(words, db.execute(f"SELECT {each}", values, planned_anew=True).fetchone(), strict=True))
 
     def _holding_all(self, db: Any, scope_id: int, words: Sequence[str], depth: int, latest: int) -> list[int]:
         terms = [rows.scoped(scope_id, word) for word in words]
@@ -186,11 +187,18 @@ class PostgresStore(Store):
         with self._lock:
             if fingerprint in self._indexed:
                 return True
-            if time.monotonic() >= self._look_at.get(fingerprint, 0.0):
+            if time.monotonic() < self._look_at.get(fingerprint, 0.0):
+                return False
+        with self._readers.borrow() as db:
+            there = _is_valid(db, _index_name(fingerprint))
+        with self._lock:
+            if there:
+                self._indexed.add(fingerprint)
+            elif self._look_at.get(fingerprint) != math.inf:
                 self._look_at[fingerprint] = math.inf  # a thread is at it
                 args = (fingerprint, dimension)
                 threading.Thread(target=self._build_index, args=args, name="agent-memory-hnsw", daemon=True).start()
-        return False
+        return there
 
     def _build_index(self, fingerprint: str, dimension: int) -> None:
         there = False
@@ -208,7 +216,7 @@ class PostgresStore(Store):
 
 def _indexed(connection: PostgresConnection, fingerprint: str, dimension: int) -> bool:
     """Whether the vectors of an encoder have their index now; builds it, unless another proxy is at it."""
-    name = "vectors_" + hashlib.blake2b(fingerprint.encode(), digest_size=8).hexdigest()
+    name = _index_name(fingerprint)
     if _is_valid(connection, name):
         return True
     if not _may_build(connection):
@@ -223,12 +231,16 @@ def _indexed(connection: PostgresConnection, fingerprint: str, dimension: int) -
     return True
 
 
+def _index_name(fingerprint: str) -> str:
+    return "vectors_" + hashlib.blake2b(fingerprint.encode(), digest_size=8).hexdigest()
+
+
 def _may_build(connection: PostgresConnection) -> bool:
     """Take the builders' lock, until the connection is closed, unless somebody else has it."""
     return bool(connection.execute("SELECT pg_try_advisory_lock(?)", (_BUILDERS_LOCK,)).fetchone()[0])
 
 
-def _is_valid(connection: PostgresConnection, name: str) -> bool:
+def _is_valid(connection: Any, name: str) -> bool:
     found = connection.execute(_VALID, (name,)).fetchone()
     return found is not None and bool(found[0])
 
@@ -287,14 +299,14 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+_SETTINGS = """
+    SELECT set_config('hnsw.ef_search', ?, FALSE), set_config('hnsw.iterative_scan', 'relaxed_order', FALSE)"""
 _NEAREST = """
     SELECT number, vector::halfvec({dimension}) <=> CAST(? AS halfvec({dimension})) AS distance
     FROM vectors JOIN memories ON memories.key_hash = vectors.key_hash
     WHERE fingerprint = {fingerprint} AND scope_id = ? AND status = 'verified' AND kind = 'exemplar'
     ORDER BY vector::halfvec({dimension}) <=> CAST(? AS halfvec({dimension})) LIMIT ?"""
-_POSTINGS = """
-    SELECT term, (SELECT array_agg(rowid) FROM (
-        SELECT rowid FROM memories_fts WHERE terms @> ARRAY[term] LIMIT ?) AS found) FROM unnest(?::text[]) AS term"""
+_POSTINGS = "ARRAY(SELECT rowid FROM memories_fts WHERE terms @> ARRAY[?]::text[] LIMIT ?)"
 _HOLDING_ALL = """
     SELECT rowid FROM memories_fts WHERE terms @> ?::text[]
     AND rowid > (SELECT coalesce(max(number), 0) FROM memories) - ? LIMIT ?"""

@@ -78,13 +78,14 @@ class PostgresConnection:
         with contextlib.suppress(self._psycopg.Error):
             self._raw.execute(f"SET {name} = '{value}'")
 
-    def execute(self, sql: str, values: Sequence[Any] = ()) -> Any:
-        """Run one statement; return its cursor."""
+    def execute(self, sql: str, values: Sequence[Any] = (), *, planned_anew: bool = False) -> Any:
+        """Run one statement; return its cursor. `planned_anew` has the server plan it for these very values."""
         with _mapped(self._psycopg):
             if sql == "BEGIN IMMEDIATE":
                 self._raw.execute("BEGIN")
                 return self._raw.execute("SELECT pg_advisory_xact_lock(%s)", (WRITERS_LOCK,))
-            return self._raw.execute(translated(sql), tuple(values))
+            # Left alone, psycopg prepares what comes again, and the server goes over to one plan for all values.
+            return self._raw.execute(translated(sql), tuple(values), prepare=False if planned_anew else None)
 
     def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
         """Run one statement for each row."""

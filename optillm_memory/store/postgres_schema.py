@@ -168,4 +168,6 @@ _MIGRATIONS: dict[str, tuple[str, ...]] = {
         f"CREATE TABLE contributions_by_number({TABLES['contributions']})",
         *migrations.BY_NUMBER,
     ),
+    # Words that wait to be taken into the index are looked through by each lookup, and make the planner shun it.
+    "p003_words_at_once": ("ALTER INDEX memories_terms SET (fastupdate = off)",),
 }
