@@ -13,19 +13,21 @@ from typing_extensions import Self
 
 from optillm_memory.advising import Adviser
 from optillm_memory.conversation import parse as conversations
+from optillm_memory.conversation.episodes import root_of
 from optillm_memory.conversation.feedback import parse_feedback
 from optillm_memory.conversation.options import AUTO, FIELD, Options, parse_options
 from optillm_memory.conversation.parse import Conversation
-from optillm_memory.conversation.recent import Recent
 from optillm_memory.conversation.steps import calls_of
 from optillm_memory.conversation.text import text_of
 from optillm_memory.decide.holdout import assign
 from optillm_memory.errors import NotFound, StoreUnavailable
 from optillm_memory.inject.advice import as_advice
-from optillm_memory.inject.place import still_anchored
+from optillm_memory.inject.refusals import FORMS
 from optillm_memory.inject.render import Rendering, as_block, as_turns, placed_at
 from optillm_memory.learn import fold
+from optillm_memory.learn.conflicts import without_superseded
 from optillm_memory.learn.forms import form_named
+from optillm_memory.locating import Locator
 from optillm_memory.recall.encoder import Encoder, load_encoder
 from optillm_memory.recall.recaller import Recaller
 from optillm_memory.recall.service import EncoderService
@@ -42,6 +44,10 @@ from optillm_memory.upkeep import Upkeep, limits_of
 
 OPERATOR = ""  # the tenant of whoever works at the machine: may speak of, and look at, every scope
 ACKNOWLEDGE_S = 15.0
+WHY = (
+    *("trace_id", "episode_id", "action", "approach", "model", "held_out", "propensity", "skipped", "injected"),
+    *("withheld", "calls", "outcome", "proposal", "policy"),
+)  # fmt: skip
 ENCODER_SHARE = 0.7  # of the deadline; a busy encoder leaves time to recall by words alone
 
 
@@ -62,10 +68,10 @@ class Memory:
         self.store = open_store(self.settings.db, queue_size=self.settings.queue_size, normal=normal)
         self.encoder = EncoderService(encoder or (lambda: load_encoder(self.settings.encoder)))
         self._recaller = Recaller(self.store, self.store.index_files())
-        self._recent = Recent()
+        self._locator = Locator(self.store, clock)
         self._salt: bytes | None = None
         self._upkeep = Upkeep(self.store, self.encoder, limits_of(self.settings))
-        self._recorder = Recorder(self.settings, self.encoder, self._located, self._upkeep.note)
+        self._recorder = Recorder(self.settings, self.encoder, self._locator.located, self._upkeep.note)
         self._adviser = Adviser(self.store, self.settings, clock)
         self._reuser = Reuser(self.store, self._recaller, self.encoder, normal, self.settings.reuse_audit)
         self._router = Router(self.store, self.settings, lambda: self.encoder.fingerprint)
@@ -136,7 +142,8 @@ class Memory:
         if size > self.settings.max_request_bytes:
             return turn.skip("too_large")
         conversation = conversations.parse(body)
-        turn = self._located(replace(turn, conversation=conversation))
+        turn = self._locator.located(replace(turn, conversation=conversation))
+        conversation = turn.conversation or conversation
         if not turn.options.reads:
             return turn.skip("mode_write")
         turn = self._decided(turn, conversation, text_only=text_only)
@@ -157,7 +164,7 @@ class Memory:
         if not advice:
             return turn, False
         if self.settings.guard == "advise" and not turn.held_out:
-            self._recent.advise(turn.scope, turn.episode_id, advice, self._clock())
+            self._locator.recent.advise(turn.scope, turn.episode_id, advice, self._clock())
             return turn, False
         limits = turn.options.limits(self.settings.max_block_items, self.settings.token_budget)
         limits["token_budget"] -= sum(item.tokens for placement in turn.fresh for item in placement.items)
@@ -182,6 +189,15 @@ class Memory:
             return False
         return not self._adviser.on_answer(turn, turn.conversation, message)
 
+    def refused(self, turn: Turn) -> Turn:
+        """Return the turn as it goes out where the upstream refused it with memory and took it without.
+
+        The forms of what was inserted are not tried with this model for a while, nor in this episode again.
+        """
+        forms = {p.form for p in turn.placements}
+        self._locator.refusals.note(turn.scope, turn.episode_id, turn.model, forms, self._clock())
+        return turn.as_sent().skip("refused_with_memory", form=",".join(sorted(forms)))
+
     def finish(
         self, turn: Turn, response: Mapping[str, Any] | None, *, error: str | None = None, injected: bool = True
     ) -> None:
@@ -190,12 +206,14 @@ class Memory:
         `injected` False says that the turn's insertions did not go out after all.
         """
         if not injected:
-            turn = replace(turn, action="plain", injected=(), placements=(), fresh=())
+            turn = turn.as_sent()
         elapsed_ms = (time.perf_counter() - turn.started) * 1000
         prefixes: list[str] = []
         if turn.conversation is not None and response is not None:
             prefixes = conversations.answer_prefixes(turn.conversation, response)
-            self._recent.remember(turn.scope, turn.episode_id, prefixes, turn.fresh, self._clock())
+            self._locator.recent.remember(turn.scope, turn.episode_id, prefixes, turn.for_ledger, self._clock())
+        else:
+            self._locator.released(turn)
         if turn.options.writes:
             self.store.post(lambda tx: self._recorder.record(tx, turn, response, error, prefixes, elapsed_ms))
             if turn.conversation is not None and turn.options.reads and turn.decision is None:
@@ -268,17 +286,12 @@ class Memory:
         """Return counts of the store and the state of the encoder."""
         total, embedded = self.store.coverage()
         lacking = {"memories_without_vector": total - embedded.get(self.encoder.fingerprint, 0)}
-        state = {"encoder": self.encoder.state, "encoder_reason": self.encoder.reason}
-        return {**self.store.stats(), **lacking, **state}
+        return {**self.store.stats(), **lacking, "encoder": self.encoder.state, "encoder_reason": self.encoder.reason}
 
     def why(self, trace_id: str, *, tenant: str | None = None) -> dict[str, Any]:
         """Return why a request was answered as it was: what memory had to say, what was decided. Raises NotFound."""
         trace = self.trace(trace_id, tenant=tenant)
-        kept = ("trace_id", "episode_id", "action", "approach", "model", "held_out", "propensity")
-        return {
-            key: trace[key]
-            for key in (*kept, "skipped", "injected", "withheld", "calls", "outcome", "proposal", "policy")
-        }
+        return {key: trace[key] for key in WHY}
 
     def policy(self, scope: Scope | None = None) -> dict[str, Any]:
         """Return the arms of approach `auto` in a scope, and what is believed of each, in all and by task cluster."""
@@ -296,41 +309,27 @@ class Memory:
 
     # -- joining the rooms -------------------------------------------------------------------------
 
-    def _located(self, turn: Turn) -> Turn:
-        """Find the episode: named by the caller, else the one whose conversation this continues."""
-        conversation = turn.conversation
-        assert conversation is not None
-        known = conversation.answered_prefixes()
-        found = self._recent.episode_of(turn.scope, known) or (
-            self.store.episode_of(turn.scope, known, conversation.telling_steps()) if known else None
-        )
-        episode_id = turn.options.episode_id or found or turn.episode_id
-        return replace(turn, episode_id=episode_id, continues=found is not None)
-
     def _decided(self, turn: Turn, conversation: Conversation, *, text_only: bool) -> Turn:
-        lot = assign(turn.episode_id, self._secret(), self.settings.holdout)
+        lot = assign(root_of(turn.episode_id), self._secret(), self.settings.holdout)
         turn = replace(turn, held_out=lot.held_out, propensity=lot.propensity)
         if turn.options.reuse:
             turn = self._considered(turn)
             if turn.action == "reuse":
                 return turn
-        ledger: Sequence[Placement] = ()
-        if turn.continues or turn.options.episode_id is not None:
-            scope, episode_id = turn.scope, turn.episode_id  # another process may have answered its last request
-            ledger = self._recent.ledger(scope, episode_id, lambda: self.store.ledger(scope, episode_id), self._clock())
-        ledger = self.store.unforgotten(ledger)
-        standing = [] if lot.held_out or text_only else still_anchored(ledger, conversation.prefixes)
+        refused = self._locator.refusals.forms(turn.scope, turn.episode_id, turn.model, self._clock())
+        standing = [] if lot.held_out or text_only else self._locator.standing(turn, refused)
         position = len(conversation.messages) - 1
         if standing and standing[-1].position == position:
             rendering = None  # the very same request again: it gets what it got before
+        elif "block" in refused and (conversation.ends_with_observation or refused == FORMS):
+            turn, rendering = turn.skip("refused_before"), None
         elif conversation.ends_with_observation:
             turn, rendering = self._advised(turn, conversation)
         else:
             hits, turn = self._hits(turn, conversation, standing)
-            turn, rendering = self._rendered(turn, conversation, hits, text_only=text_only)
-        if rendering is not None:
-            for memory_id in rendering.over_budget:
-                turn = turn.skip("over_budget", memory_id=memory_id)
+            turn, rendering = self._rendered(turn, conversation, hits, refused, text_only=text_only)
+        for memory_id in rendering.over_budget if rendering is not None else ():
+            turn = turn.skip("over_budget", memory_id=memory_id)
         if lot.held_out:
             withheld = tuple(rendering.injected) if rendering is not None else ()
             return replace(turn, action="holdout", withheld=withheld) if withheld else turn
@@ -340,18 +339,22 @@ class Memory:
     def _considered(self, turn: Turn) -> Turn:
         """Consider answering from memory alone; in shadow too, where the deadline is nobody's concern."""
         assert turn.conversation is not None
-        left_s = self.settings.deadline_ms / 1000 - (time.perf_counter() - turn.started) if turn.options.reuse else 5.0
+        left_s = self._left_s(turn) if turn.options.reuse else 5.0
         key = conversations.key_of(turn.conversation.task)
         return self._reuser.considered(turn, self.encoder.ask(key, left_s * ENCODER_SHARE).vector(), self._secret())
 
     def _routed(self, turn: Turn, conversation: Conversation, approaches: Collection[str] | None) -> Turn:
-        left_s = self.settings.deadline_ms / 1000 - (time.perf_counter() - turn.started)
         key = conversations.key_of(conversation.task)
-        vector = self.encoder.ask(key, left_s * ENCODER_SHARE).vector() if conversation.task else None
+        vector = (
+            self.encoder.ask(key, self._left_s(turn) * ENCODER_SHARE).vector() if conversation.task.strip() else None
+        )
         return self._router.routed(turn, vector, self._secret(), approaches)
 
     def _propose(self, turn: Turn) -> None:
         self.store.post(lambda tx: self._recorder.record_proposal(tx, turn))
+
+    def _left_s(self, turn: Turn) -> float:
+        return self.settings.deadline_ms / 1000 - (time.perf_counter() - turn.started)
 
     def _secret(self) -> bytes:
         if self._salt is None:
@@ -359,7 +362,7 @@ class Memory:
         return self._salt
 
     def _advised(self, turn: Turn, conversation: Conversation) -> tuple[Turn, Rendering | None]:
-        pending = self._recent.pending_advice(turn.scope, turn.episode_id, self._clock())
+        pending = self._locator.recent.pending_advice(turn.scope, turn.episode_id, self._clock())
         gone = self.store.forgotten(item.memory_id for item in pending)
         pending = tuple(item for item in pending if item.memory_id not in gone)
         advice = self._adviser.on_results(turn, conversation, pending)
@@ -368,11 +371,10 @@ class Memory:
         return (turn, rendering) if rendering else (turn.skip("nothing_relevant"), None)
 
     def _hits(self, turn: Turn, conversation: Conversation, standing: list[Placement]) -> tuple[list[Hit], Turn]:
-        if not conversation.task or not conversation.ends_with_user:
+        if not conversation.task.strip() or not conversation.ends_with_user:
             return [], turn.skip("no_new_user_message")
         key = conversations.key_of(conversation.task)
-        left_s = self.settings.deadline_ms / 1000 - (time.perf_counter() - turn.started)
-        asked = self.encoder.ask(key, left_s * ENCODER_SHARE)
+        asked = self.encoder.ask(key, self._left_s(turn) * ENCODER_SHARE)
         hits = self._recaller.recall(
             turn.scope,
             key,
@@ -384,17 +386,20 @@ class Memory:
         )
         if asked.state != "ready":
             turn = turn.skip(f"encoder_{asked.state}_recall_is_lexical")
+        hits = without_superseded(hits, lambda ids: self.store.last_verified(turn.scope, ids))
         seen = {item.memory_id for placement in standing for item in placement.items}
         fresh = [h for h in hits if h.memory.memory_id not in seen]
         return fresh, turn if fresh else turn.skip("nothing_relevant")
 
     def _rendered(
-        self, turn: Turn, conversation: Conversation, hits: list[Hit], *, text_only: bool
+        self, turn: Turn, conversation: Conversation, hits: list[Hit], refused: Collection[str], *, text_only: bool
     ) -> tuple[Turn, Rendering | None]:
         if not hits:
             return turn, None
         settings, options = self.settings, turn.options
         same = [h for h in hits if h.memory.frame == conversation.frame]
-        if conversation.plain and same and not text_only:
+        if conversation.plain and same and not text_only and "turns" not in refused:
             return turn, as_turns(same, **options.limits(settings.max_items, settings.token_budget))
+        if "block" in refused:
+            return turn.skip("refused_before"), None
         return turn, as_block(hits, **options.limits(settings.max_block_items, settings.token_budget))

@@ -10,18 +10,23 @@ from typing import Any
 
 from optillm_memory.conversation import parse as conversations
 from optillm_memory.conversation.parse import Conversation
-from optillm_memory.conversation.partition import partition_of
-from optillm_memory.conversation.redact import storable
+from optillm_memory.conversation.redact import QUOTED, storable
 from optillm_memory.conversation.steps import calls_of, steps_of
-from optillm_memory.conversation.text import without_blocks
 from optillm_memory.learn import fold
 from optillm_memory.recall.service import EncoderService
-from optillm_memory.records import Feedback, Step, Trace
+from optillm_memory.records import Feedback, Placement, Step, Trace
 from optillm_memory.settings import Settings
 from optillm_memory.store.calls import ModelCall
 from optillm_memory.store.rows import key_hash
 from optillm_memory.store.transaction import Transaction
-from optillm_memory.turn import Turn, answer_of, recorded_message, recorded_messages
+from optillm_memory.turn import (
+    Turn,
+    answer_of,
+    ending_of,
+    is_in_words_alone,
+    recorded_message,
+    recorded_messages,
+)
 
 
 class Recorder:
@@ -74,8 +79,8 @@ class Recorder:
             task=self.stored(conversation.task),
             frame=conversation.frame,
             messages=json.dumps(recorded_messages(conversation, choices, self.stored, since=turn.continues)),
-            answer=None if answer is None else self.stored(without_blocks(answer)),
-            finish_reason=self.stored(str(choices[0].get("finish_reason"))) if choices else None,
+            answer=None if answer is None else self.stored(_without_quotes(answer, turn.placements)),
+            finish_reason=None if (ending := ending_of(choices)) is None else self.stored(ending),
             error=None if error is None else self.stored(error),
             skipped=json.dumps(list(turn.skipped)),
             # Of an approach the host reports the completion's tokens at best.
@@ -85,10 +90,13 @@ class Recorder:
             recall_ms=turn.recall_ms,
             tags=turn.options.tags,
             extra_calls=turn.extra_calls,
-            partition=partition_of(turn.body, conversation)[0],
+            partition=turn.partition[0] if is_in_words_alone(choices) else "",
+            continued=turn.located.continued if turn.located and response is not None else "",
+            continuation=turn.located.continuation if turn.located and response is not None else "",
+            one_shot=conversation.one_shot,
         )
-        fresh = turn.fresh if response is not None else ()
-        if tx.add_trace(trace, prefixes=prefixes, placements=fresh, injected=turn.injected, withheld=turn.withheld):
+        placed = turn.for_ledger if response is not None else ()
+        if tx.add_trace(trace, prefixes=prefixes, placements=placed, injected=turn.injected, withheld=turn.withheld):
             if turn.calls:
                 tx.add_calls(trace.trace_id, [self._call(call) for call in turn.calls])
             vector = self._encoder.cached(conversations.key_of(conversation.task))
@@ -100,6 +108,8 @@ class Recorder:
             observed: Sequence[Step] = ()
             if steps := _steps(conversation, choices, prefixes):
                 known = tx.observed_steps(scope_id, trace.episode_id)
+                if turn.located is not None and turn.located.inherits:  # that episode's own evidence
+                    known = {*known, *tx.observed_steps(scope_id, turn.located.inherits)}
                 fresh_steps = [self._step(s) for s in steps if s.step_id not in known]
                 observed = tx.add_steps(scope_id, trace.episode_id, trace.trace_id, fresh_steps)
             if turn.proposal is not None and turn.decision is not None:
@@ -145,6 +155,14 @@ class Recorder:
         }
         value = self.stored(feedback.value) if isinstance(feedback.value, str) else feedback.value
         return replace(feedback, value=value, evidence=evidence)
+
+
+def _without_quotes(answer: str, placements: Sequence[Placement]) -> str:
+    """Return an answer less the blocks of this request that the model repeated: they are no words of its own."""
+    for placement in placements:
+        if isinstance(placement.payload, str):
+            answer = answer.replace(placement.payload, QUOTED)
+    return answer
 
 
 def _steps(conversation: Conversation, choices: Sequence[Mapping[str, Any]], prefixes: Sequence[str]) -> Sequence[Step]:

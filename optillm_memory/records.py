@@ -53,9 +53,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One request through the proxy with its response; `extra_calls` are those that memory's guard made.
+    """One request through the proxy with its response; `extra_calls` are those that memory made.
 
     `partition` hashes what else must be equal for an answer to be reused; empty where reuse is out of the question.
+    `continued` is the answered conversation prefix that the request goes on from (empty for none), `continuation` that
+    prefix with the next message. `one_shot`: no assistant had spoken, and there were no tools.
     """
 
     trace_id: str
@@ -81,6 +83,9 @@ class Trace:
     tags: Mapping[str, str] = field(default_factory=dict)
     extra_calls: int = 0
     partition: str = ""
+    continued: str = ""
+    continuation: str = ""
+    one_shot: bool = True
 
 
 @dataclass(frozen=True, slots=True)

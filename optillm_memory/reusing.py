@@ -16,7 +16,6 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from optillm_memory.conversation.partition import partition_of
 from optillm_memory.decide.agreement import NEAREST, Neighbour, propose
 from optillm_memory.decide.gate import SURE_AUDITS, Gate, is_audited
 from optillm_memory.decide.keeper import Change, Keeper
@@ -77,7 +76,7 @@ class Reuser:
         """
         conversation = turn.conversation
         assert conversation is not None
-        partition, reason = partition_of(turn.body, conversation)
+        partition, reason = turn.partition
         wanted = turn.options.reuse
         if not partition or vector is None:
             return turn.skip(f"reuse_{reason or 'no_encoder'}") if wanted else turn
@@ -126,7 +125,11 @@ class Reuser:
             if exemplar is None or not _answers(exemplar, partition, turn.episode_id):
                 continue
             record = exemplar.record
-            neighbours.append(Neighbour(record.memory_id, record.task, record.answer, cosine, value, exemplar.failed))
+            neighbours.append(
+                Neighbour(
+                    record.memory_id, record.task, record.answer, cosine, value, exemplar.failed, record.successes
+                )
+            )
             if exemplar.quarantined:
                 quarantined.append(record.memory_id)
         return neighbours, frozenset(quarantined)

@@ -32,6 +32,16 @@ def refuse_unknown_scheme(db: str, param: str) -> None:
         )
 
 
+def expanded(db: str | Path) -> Path:
+    """Return a database file's path with `~` expanded. Raises InvalidField where nobody knows the home directory."""
+    try:
+        return Path(db).expanduser()
+    except RuntimeError:
+        raise InvalidField(
+            env_name("db"), f"{str(db)!r} lies in a home directory, and this user has none; give a file's full path"
+        ) from None
+
+
 def shown(url: str) -> str:
     """Return a URL as it may be seen: without password and options."""
     parts = urlsplit(url)
@@ -115,6 +125,17 @@ class Settings:
         0, "requests kept at most: beyond it the oldest and least valuable are deleted; 0 is no limit", low=0
     )
     max_bytes: int = _setting(0, "bytes of the database in use at most, in the same way; 0 is no limit", low=0)
+    identify_users: bool = _setting(
+        True,
+        "take the end user that a request names in OpenAI's `user` or `safety_identifier`, or in a gateway's header "
+        "(`X-OpenWebUI-User-Id` and its like), for the `user_id` where none is given",
+    )
+    guard_timeout_s: float = _setting(
+        30.0,
+        "seconds that the guard's second call may take at most (and no more than twice the first call's time, or 5 "
+        "seconds where that is more); then the first answer goes out",
+        low=0,
+    )
     redact: bool = _setting(True, "replace API keys, tokens and private keys before anything is stored")
 
     def __post_init__(self) -> None:
@@ -133,7 +154,7 @@ class Settings:
     @property
     def path(self) -> Path:
         """The database file with `~` expanded."""
-        return Path(self.db).expanduser()
+        return expanded(self.db)
 
     @property
     def place(self) -> str:

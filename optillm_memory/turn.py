@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from optillm_memory.conversation.episodes import Located
 from optillm_memory.conversation.options import Options
 from optillm_memory.conversation.parse import Conversation
+from optillm_memory.conversation.partition import partition_of
 from optillm_memory.conversation.steps import calls_of
 from optillm_memory.conversation.text import text_of
 from optillm_memory.decide.agreement import Proposal
@@ -18,6 +20,8 @@ from optillm_memory.inject.place import append_text, place
 from optillm_memory.records import Action, Injected, Message, Placement, Scope, new_trace_id, uuid7_hex
 from optillm_memory.store.calls import ModelCall
 
+_BESIDE_WORDS = ("annotations", "citations", "audio", "images")
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
@@ -26,6 +30,7 @@ class Turn:
     `placements` are all insertions in the prompt, `fresh` those that this request made, `withheld` what a held-out
     request would have had. `conversation` is None
     where memory was not consulted. `calls` are the model calls behind the answer, where that is not one plain call.
+    `located` says by which prefix the episode was found, None where the conversation is new or the caller named it.
     `proposal` is what memory would answer by itself, `decision` what the gate says of
     it; where the action is `reuse`, that is the answer, and nothing goes upstream. `arm` is what answers a request of
     approach `auto`, `choice` how it came to that where it is not the episode's, and `length` the request's characters.
@@ -44,7 +49,7 @@ class Turn:
     created_at: float
     started: float
     conversation: Conversation | None = None
-    continues: bool = False
+    located: Located | None = None
     action: Action = "plain"
     held_out: bool = False
     propensity: float = 1.0
@@ -61,6 +66,22 @@ class Turn:
     arm: str = ""
     choice: Choice | None = None
     length: int = 0
+
+    @property
+    def partition(self) -> tuple[str, str]:
+        """What must be equal for this request's answer to be reused, or "" with the reason why it never is."""
+        assert self.conversation is not None
+        return partition_of(self.body, self.conversation, self.options.end_user)
+
+    @property
+    def continues(self) -> bool:
+        """Whether earlier traces of the episode hold the conversation so far."""
+        return self.located is not None and not self.located.inherits
+
+    @property
+    def for_ledger(self) -> tuple[Placement, ...]:
+        """What the episode's ledger is to hold of this request: of a conversation taken over, all that stands in it."""
+        return self.placements if self.located is not None and self.located.inherits else self.fresh
 
     @property
     def sent(self) -> list[Message]:
@@ -88,6 +109,10 @@ class Turn:
     def skip(self, reason: str, **details: str) -> Turn:
         """Return the turn with one more reason why something was left out."""
         return replace(self, skipped=(*self.skipped, {"reason": reason, **details}))
+
+    def as_sent(self) -> Turn:
+        """Return the turn with the client's messages as they came: nothing was inserted."""
+        return replace(self, action="plain", injected=(), placements=(), fresh=(), messages=self.sent)
 
     def placing(self, standing: Sequence[Placement], *fresh: Placement | None) -> Turn:
         """Return the turn with what stands in its prompt from before and what this request puts there.
@@ -171,6 +196,22 @@ def answer_of(choices: Sequence[Mapping[str, Any]]) -> str | None:
     if len(texts) != 1 or any(calls_of(message, 0) for message in messages):
         return None
     return texts.pop() or None
+
+
+def ending_of(choices: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return how an answer ended: the finish reason of the first choice that did not simply stop, else the first's."""
+    reasons = [_ending(choice) for choice in choices]
+    return next((r for r in reasons if r.lower() not in ("stop", "none")), reasons[0]) if reasons else None
+
+
+def _ending(choice: Mapping[str, Any]) -> str:
+    message = choice.get("message") or {}
+    return "refusal" if message.get("refusal") else str(choice.get("finish_reason"))
+
+
+def is_in_words_alone(choices: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether an answer's text is all of it: no citations, sound or pictures came beside it."""
+    return not any((choice.get("message") or {}).get(name) for choice in choices for name in _BESIDE_WORDS)
 
 
 def recorded_messages(

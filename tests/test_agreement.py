@@ -54,10 +54,15 @@ def test_a_proposal_says_what_it_rests_on() -> None:
 
 
 def test_the_same_text_is_an_exact_repeat() -> None:
-    """White space and Unicode form make no other text; a comma does."""
+    """To the letter: white space and Unicode form, too, make another text, for in code they change what it says."""
     known = support(["Where is the café at the corner?"])
-    assert proposed("Where is  the cafe\u0301 at the corner?\n", known).exact
-    assert not proposed("Where, is the café at the corner?", known).exact
+    assert proposed("Where is the café at the corner?", known).exact
+    for other in (
+        "Where is  the café at the corner?",
+        "Where is the cafe\u0301 at the corner?",
+        "Where is the café, at",
+    ):
+        assert not proposed(other, known).exact
 
 
 def test_an_exact_repeat_has_its_own_answer() -> None:

@@ -17,7 +17,7 @@ from optillm_memory.conversation.options import KEYS, Options, parse_options
 from optillm_memory.conversation.parse import key_of, parse
 from optillm_memory.conversation.recent import Recent
 from optillm_memory.conversation.redact import redact, storable
-from optillm_memory.conversation.text import BLOCK_CLOSE, BLOCK_OPEN, without_blocks
+from optillm_memory.conversation.text import BLOCK_OPEN, without_insertions, without_thoughts
 from optillm_memory.records import Placement, Scope
 
 ANY_TEXT = st.text(st.characters())  # with lone surrogates and NUL
@@ -81,7 +81,8 @@ def test_prefixes_grow_with_the_conversation() -> None:
     """A longer conversation keeps the prefixes of the shorter one, and any earlier change alters all after it."""
     short, longer = parse(body("one", assistant("1"))), parse(body("one", assistant("1"), "two"))
     assert longer.prefixes[:2] == short.prefixes
-    assert longer.answered_prefixes() == [short.prefixes[1]]
+    assert longer.answered_prefixes() == [(short.prefixes[1], longer.prefixes[2])]
+    assert short.answered_prefixes() == [(short.prefixes[1], "")]
     other = parse(body("uno", assistant("1"), "two"))
     assert not set(other.prefixes) & set(longer.prefixes)
 
@@ -123,13 +124,12 @@ def test_plain_is_one_user_text_and_no_tools(request_body: dict[str, Any], plain
 
 
 @given(ANY_TEXT, ANY_TEXT, ANY_TEXT)
-def test_without_blocks_leaves_no_block(before: str, inside: str, after: str) -> None:
-    """No block is left, not even one that appears when another is cut out."""
-    cleaned = without_blocks(f"{before}{BLOCK_OPEN}{inside}{BLOCK_CLOSE}{after}")
-    assert BLOCK_OPEN not in cleaned
-    assert without_blocks(f"a {BLOCK_OPEN}x{BLOCK_CLOSE} b{BLOCK_OPEN} cut off") == "a  b"
-    half = len(BLOCK_OPEN) // 2
-    assert BLOCK_OPEN not in without_blocks(f"{BLOCK_OPEN[:half]}{BLOCK_OPEN}{BLOCK_CLOSE}{BLOCK_OPEN[half:]} poison")
+def test_only_known_insertions_are_taken_out(before: str, inside: str, other: str) -> None:
+    """What the ledger knows is taken off a text's end; what only looks like it is the user's own and stays."""
+    block = f"{BLOCK_OPEN}{inside}</agent_memory>"
+    assert without_insertions(f"{before}\n\n{block}", [block]) == before
+    kept = f"{before}{BLOCK_OPEN}{other} and then"
+    assert without_insertions(kept, [block]) == kept
 
 
 @given(ANY_TEXT)
@@ -147,9 +147,10 @@ def test_recent_knows_what_is_not_on_disk_yet() -> None:
     recent, scope = Recent(), Scope("a")
     placement = Placement("h", 0, "block", "text")
     recent.remember(scope, "ep", ["p1"], [placement], 0.0)
-    assert recent.episode_of(scope, ["p0", "p1"]) == "ep"
+    assert [c.episode_id for c in recent.episodes_of(scope, "p1")] == ["ep"]
+    assert recent.episodes_of(scope, "p0") == []
     assert recent.ledger(scope, "ep", list, 1.0) == [placement]
-    assert recent.episode_of(Scope("b"), ["p1"]) is None
+    assert recent.episodes_of(Scope("b"), "p1") == []
     assert recent.ledger(Scope("b"), "ep", list, 1.0) == []
 
 
@@ -359,7 +360,8 @@ def test_secrets_that_need_their_surroundings_are_replaced() -> None:
     "unit",
     [
         "-eyJ", "eyJaaaaaaaaaa.", "sk-", "sk-a ", "://", "://a:", "Bearer ", "-----BEGIN ",
-        "-----BEGIN PRIVATE KEY-----", "a", "-", "ghp_", f"{BLOCK_OPEN}{BLOCK_CLOSE}", BLOCK_OPEN[:7] + BLOCK_OPEN,
+        "-----BEGIN PRIVATE KEY-----", "a", "-", "ghp_", "<think></think>\n", "<think>\n", "```\n<think>\n",
+        "</think>", "[THINK]", "<|channel|>analysis<|message|>\n",
     ],
 )  # fmt: skip
 def test_hostile_text_costs_linear_time(unit: str) -> None:
@@ -370,7 +372,7 @@ def test_hostile_text_costs_linear_time(unit: str) -> None:
         for _ in range(2):
             started = time.process_time()
             redact(text)
-            without_blocks(text)
+            without_thoughts(text)
             best = min(best, time.process_time() - started)
         return best
 

@@ -16,6 +16,7 @@ from hosting import until
 
 from optillm_memory import Memory, StoreError, StoreUnavailable, Turn
 from optillm_memory.decide.calibration import WRONG
+from optillm_memory.decide.gate import Book
 from optillm_memory.store.audit import integrity
 from optillm_memory.store.connection import open_writer, sqlite3
 
@@ -284,7 +285,7 @@ def verdicts(memory: Memory) -> list[int]:
     """Return the verdicts of all labels that the gate has."""
     memory.settle()
     gate = memory._reuser._gate(SCOPE, memory.store.revision(SCOPE))
-    return [verdict for _, verdict in gate.pool.rows]
+    return [verdict for _, verdict in gate.books.get("", Book()).rows]
 
 
 def test_nothing_of_a_file_that_was_deleted_is_reused(path: Path) -> None:

@@ -281,16 +281,16 @@ def test_retracting_what_was_read_off_an_observation_unmakes_the_fix(tmp_path: P
 
 
 def test_the_same_words_in_another_episode_are_not_judged(tmp_path: Path) -> None:
-    """Of two episodes that went alike neither is judged by what the other saw."""
+    """Of two episodes that went alike each is judged by what it saw itself."""
     with lexical_memory(tmp_path) as memory:
         one, other = (Agent(memory, options={"episode_id": name}) for name in ("e1", "e2"))
         asked = [agent.answered(assistant(f"```bash\n{WRONG}\n```")) for agent in (one, other)]
         one.messages.append({"role": "user", "content": f"Observation:\n{ERROR}"})
         one.close()
-        assert [memory.trace(t.trace_id)["outcome"]["verdict"] for t in asked] == ["unknown", "unknown"]
+        assert [memory.trace(t.trace_id)["outcome"]["verdict"] for t in asked] == ["failure", "unknown"]
         other.messages.append({"role": "user", "content": f"Observation:\n{ERROR}"})
         other.close()
-        assert [memory.trace(t.trace_id)["outcome"]["verdict"] for t in asked] == ["unknown", "failure"]
+        assert [memory.trace(t.trace_id)["outcome"]["verdict"] for t in asked] == ["failure", "failure"]
 
 
 def test_feedback_that_waited_for_a_trace_without_steps_verifies(tmp_path: Path) -> None:

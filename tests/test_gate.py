@@ -365,7 +365,7 @@ def test_while_memory_is_small_more_is_asked_of_a_score() -> None:
     assert later is not None
     assert later == pytest.approx(early - discount(300) + discount(1_300))
     # The same score is in a stricter place later than at first.
-    rows = Gate([Label(0.5, True, "p"), *labels(2_000), Label(0.5, True, "p")]).pool.rows
+    rows = Gate([Label(0.5, True, "p"), *labels(2_000), Label(0.5, True, "p")]).books[""].rows
     assert rows[0][0] > rows[-1][0]
 
 
@@ -385,7 +385,7 @@ def test_a_score_out_of_range_is_an_error(score: float) -> None:
     gate = Gate()
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         gate.add(Label(score, True, "p"))
-    assert gate.pool.rows == []
+    assert gate.books == {}
 
 
 # -- partitions --
@@ -473,7 +473,6 @@ def test_deciding_in_between_changes_nothing() -> None:
 def agrees(keeper: Keeper, found: list[Label]) -> None:
     """Check that a keeper's gate is the one that all labels in order give."""
     whole = Gate(found)
-    assert keeper.gate.pool.rows == whole.pool.rows
     assert {name: book.rows for name, book in keeper.gate.books.items()} == {
         name: book.rows for name, book in whole.books.items()
     }
@@ -507,13 +506,13 @@ def test_a_keeper_waits_for_feedback_but_not_for_ever() -> None:
     """The gate lags behind a request that may yet be labelled, by 32 at most; a served one is not waited for."""
     keeper = Keeper()
     keeper.take(keeper.since, 1, [Change("0000", Label(0.9, None, "p"), served=True)])
-    assert len(keeper.gate.pool.rows) == 1
+    assert len(keeper.gate.books[""].rows) == 1
     keeper.take(keeper.since, 2, [Change("0001", Label(0.9, None, "p"), served=False)])
-    assert len(keeper.gate.pool.rows) == 1
+    assert len(keeper.gate.books[""].rows) == 1
     keeper.take(keeper.since, 3, [Change(f"{i:04}", Label(0.9, True, "p"), served=False) for i in range(2, 33)])
-    assert len(keeper.gate.pool.rows) == 1
+    assert len(keeper.gate.books[""].rows) == 1
     keeper.take(keeper.since, 4, [Change("0033", Label(0.9, True, "p"), served=False)])
-    assert len(keeper.gate.pool.rows) == 34
+    assert len(keeper.gate.books[""].rows) == 34
 
 
 def test_a_keeper_takes_no_batch_that_another_overtook() -> None:
@@ -523,7 +522,7 @@ def test_a_keeper_takes_no_batch_that_another_overtook() -> None:
     assert keeper.take(0, 12, served[1:])
     assert not keeper.take(0, 11, served[:1])
     assert keeper.since == 12
-    assert [verdict for _, verdict in keeper.gate.pool.rows] == [WRONG]
+    assert [verdict for _, verdict in keeper.gate.books[""].rows] == [WRONG]
 
 
 def test_many_labels_are_folded_again_behind_the_request(monkeypatch: pytest.MonkeyPatch) -> None:

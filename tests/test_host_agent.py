@@ -22,7 +22,9 @@ TOOLS = [{"type": "function", "function": {"name": "bash", "parameters": {"type"
 FUNCTIONS = [{"name": "bash", "parameters": {"type": "object", "properties": {}}}]
 KEY = "alice"
 WRONG, RIGHT = "mkdir out/x", "mkdir -p out/x"
-FIRST = ["pwd", "echo one > a.txt", "cp a.txt b.txt", WRONG, RIGHT, "touch out/x/f", "mv b.txt out/x", "rm a.txt"]
+# The first fails by the state of the folder, which is another one elsewhere; this one by the action itself.
+FAULTY, SOUND = "touch --quick out/x/f", "touch out/x/f"
+FIRST = ["pwd", "echo one > a.txt", "cp a.txt b.txt", WRONG, RIGHT, FAULTY, SOUND, "mv b.txt out/x", "rm a.txt"]
 OTHER_WRONG, OTHER_RIGHT = "mkdir build/deep/dir", "mkdir -p build/deep/dir"
 OTHER = ["date", "echo two > z.txt", "cp z.txt y.txt", OTHER_WRONG, "touch q", "mv y.txt q", "rm q", "rm z.txt"]
 # Tasks that have nothing in common: what is told here is told of actions.
@@ -187,8 +189,9 @@ def first_episode(host: Host, folder: Path, memory: JSON, way: str = "tools", **
     """Let an agent fail, find out what works, and be praised for it."""
     done = run(host, folder, Model(FIRST, way), memory, **options)
     assert done.commands == FIRST
-    assert len(done.prompts) == 9
+    assert len(done.prompts) == 10
     assert "No such file" in done.outputs[3]
+    assert "unrecognized option" in done.outputs[5]
     assert BLOCK not in json.dumps(done.prompts)
     praise(host, done)
     return done
@@ -222,21 +225,21 @@ def test_a_fix_learned_in_one_process_is_told_in_another_at_the_error(
 
         guarded = run(host, tmp_path / "three", Model(FIRST), memory)
         asked_twice = [n for n, prompts in enumerate(guarded.prompts) if len(prompts) == 2]
-        assert asked_twice == [3]
-        plain, advised = guarded.prompts[3]
+        assert asked_twice == [5]
+        plain, advised = guarded.prompts[5]
         assert plain == [*advised[:-1], plain[-1]]
-        assert BLOCK not in json.dumps(plain)
+        assert BLOCK not in json.dumps(plain[-1])
         assert advised[-1]["content"].startswith(plain[-1]["content"])
-        assert suggestion(advised[-1]) == RIGHT
-        assert guarded.commands[3] == RIGHT
-        assert WRONG not in guarded.commands
-        assert guarded.outputs[3] == "\nExit code: 0"
-        assert [m.get("extra_calls", 0) for m in guarded.metadata] == [0, 0, 0, 1, 0, 0, 0, 0, 0]
-        assert guarded.usage[3] > guarded.usage[2] * 1.5
+        assert suggestion(advised[-1]) == SOUND
+        assert guarded.commands[3:6] == [WRONG, RIGHT, SOUND]
+        assert FAULTY not in guarded.commands
+        assert guarded.outputs[5] == "\nExit code: 0"
+        assert [m.get("extra_calls", 0) for m in guarded.metadata] == [0, 0, 0, 0, 0, 1, 0, 0, 0, 0]
+        assert guarded.usage[5] > guarded.usage[4] * 1.5
         assert_stable(guarded.kept())
         host.settle()
         assert host.get("stats", key=None)["extra_llm_calls"] == 1
-        assert host.get(f"traces/{guarded.ids[3]}", key=KEY)["extra_calls"] == 1
+        assert host.get(f"traces/{guarded.ids[5]}", key=KEY)["extra_calls"] == 1
 
 
 # -- every way to act ------------------------------------------------------------------------------
@@ -254,10 +257,10 @@ def test_the_loop_holds_for_every_way_to_act(
     assert told_at(done) == [len(done.prompts[4][0]) - 1]
     assert_stable(done.kept())
     guarded = run(host, tmp_path / "three", Model(FIRST, way), namespace, stream=stream)
-    assert [n for n, prompts in enumerate(guarded.prompts) if len(prompts) == 2] == [3]
-    assert guarded.commands[3] == RIGHT
+    assert [n for n, prompts in enumerate(guarded.prompts) if len(prompts) == 2] == [5]
+    assert guarded.commands[5] == SOUND
     assert_stable(guarded.kept())
-    assert guarded.metadata[3]["action"] == "inject"
+    assert guarded.metadata[5]["action"] == "inject"
 
 
 def test_a_model_that_does_not_listen_costs_one_call_a_request(
@@ -265,7 +268,7 @@ def test_a_model_that_does_not_listen_costs_one_call_a_request(
 ) -> None:
     """Where the second answer repeats the failure the first goes out, and later prompts hold nothing of it."""
     first_episode(host, tmp_path / "one", namespace)
-    plan = ["pwd", "date", WRONG, WRONG, "ls -la", "id", "pwd", RIGHT]
+    plan = ["pwd", "date", FAULTY, FAULTY, "ls -la", "id", "pwd", RIGHT]
     done = run(host, tmp_path / "two", Model(plan, stubborn=True), namespace)
     assert done.commands == plan
     assert [len(prompts) for prompts in done.prompts] == [1, 1, 2, 2, 1, 1, 1, 1, 1]
@@ -281,14 +284,14 @@ def test_off_is_off(host: Host, namespace: dict[str, str], tmp_path: Path) -> No
     for mode in ("off", "write"):
         done = run(host, tmp_path / mode, Model(FIRST), {**namespace, "mode": mode})
         assert done.commands == FIRST
-        assert [len(prompts) for prompts in done.prompts] == [1] * 9
+        assert [len(prompts) for prompts in done.prompts] == [1] * 10
         assert done.kept()[-1] == done.messages[:-1]
         assert_stable(done.kept())
 
 
 @pytest.mark.parametrize(
     ("env", "action"),
-    [({"OPTILLM_AGENT_MEMORY_GUARD": "off"}, "plain"), ({"OPTILLM_AGENT_MEMORY_HOLDOUT": "1"}, "holdout")],
+    [({"OPTILLM_AGENT_MEMORY_GUARD": "off"}, "inject"), ({"OPTILLM_AGENT_MEMORY_HOLDOUT": "1"}, "holdout")],
 )
 def test_without_the_guard_and_held_out(
     upstream: RecordingUpstream, db: Path, tmp_path: Path, env: dict[str, str], action: str
@@ -298,9 +301,9 @@ def test_without_the_guard_and_held_out(
     with served(upstream, db, env=env) as host:
         first_episode(host, tmp_path / "one", memory)
         done = run(host, tmp_path / "two", Model(FIRST), memory)
-        assert done.commands[3] == WRONG
-        assert [len(prompts) for prompts in done.prompts] == [1] * 9
-        assert done.metadata[3]["action"] == action
+        assert (done.commands[3], done.commands[5]) == (WRONG, FAULTY)
+        assert [len(prompts) for prompts in done.prompts] == [1] * 10
+        assert done.metadata[5]["action"] == action
         if action == "holdout":
             assert done.metadata[4]["action"] == "holdout"
             assert BLOCK not in json.dumps(done.prompts)

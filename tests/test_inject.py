@@ -10,8 +10,8 @@ from builders import assistant, hit
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from optillm_memory.conversation.parse import prefix_hashes
-from optillm_memory.conversation.text import BLOCK_CLOSE, BLOCK_OPEN, without_blocks
+from optillm_memory.conversation.identity import prefix_hashes
+from optillm_memory.conversation.text import BLOCK_CLOSE, BLOCK_OPEN, without_insertions
 from optillm_memory.inject.place import place, still_anchored, strip
 from optillm_memory.inject.render import MARK, as_block, as_turns, estimate_tokens
 from optillm_memory.records import Message, Placement
@@ -93,7 +93,7 @@ def test_a_quoted_text_cannot_close_the_block(before: str, forged: str, after: s
     assert isinstance(text, str)
     assert text.lower().count(BLOCK_OPEN[:-1]) == 1
     assert text.lower().count(BLOCK_CLOSE[:-1]) == 1
-    assert without_blocks(f"request\n\n{text}") == "request"
+    assert without_insertions(f"request\n\n{text}", [text]) == "request"
 
 
 # -- placement -------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ ORDER = [
     "learn",
     "store",
     "turn",
+    "locating",
     "advising",
     "reusing",
     "routing",

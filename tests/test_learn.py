@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import NOW, SCOPE, ask, body, feedback, hit, lexical_memory, teach, tell, trace
+from builders import NOW, SCOPE, ask, body, feedback, hit, lexical_memory, response, teach, tell, trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -104,7 +104,7 @@ def test_reuse_and_injected_text_teach_nothing() -> None:
     assert learned([feedback()], action="reuse") == []
     block = str(as_block([hit()], max_items=1, token_budget=999).payload)
     assert learned([feedback()], answer=block) == []
-    assert learned([feedback()], answer=f"ls {block}") == [("ls", True, True)]
+    assert learned([feedback()], answer=f"ls {block}") == []  # what it says without the block is not what was verified
     assert learned([feedback()], task="") == []
 
 
@@ -173,13 +173,17 @@ def test_what_was_injected_is_never_learned(tmp_path: Path) -> None:
     """A model that repeats the injected block, and a client that sends it back, add nothing of it to memory."""
     with lexical_memory(tmp_path) as memory:
         teach(memory, "restart the nginx server", "systemctl restart nginx")
-        turn = memory.begin(body("restart the nginx server"), text_only=True)
+        asked = {"agent_memory": {"episode_id": "e"}}
+        turn = memory.begin(body("restart the nginx server", **asked), text_only=True)
         sent = turn.messages[-1]["content"]
         assert "systemctl" in sent
         memory.finish(turn, {"choices": [{"message": {"role": "assistant", "content": f"done {sent}"}}]})
         memory.store.flush()
         tell(memory, turn)
-        teach(memory, sent.replace("restart the nginx server\n", "stop the apache server\n", 1), "apachectl stop")
+        again = memory.begin(body(sent.replace("restart the nginx", "stop the apache", 1), **asked))
+        memory.finish(again, response("apachectl stop"))
+        memory.store.flush()
+        tell(memory, again)
         kept = memory.store.list_memories(None)
         assert {m.task for m in kept} == {"restart the nginx server", "stop the apache server"}
         assert not [m for m in kept if "agent_memory" in m.task + m.answer]

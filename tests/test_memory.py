@@ -94,7 +94,7 @@ def test_secrets_bad_unicode_and_nul_are_stored_clean(tmp_path: Path) -> None:
         assert shown["steps"][0]["observation"].startswith("?")
         assert "\x00" in shown["task"]
         assert memory.store.lost == 0
-        assert len(memory.store.list_memories(None)) == 1
+        assert memory.store.list_memories(None) == []  # nothing here may be given as an answer any more
     kept = b"".join(p.read_bytes() for p in tmp_path.iterdir())
     assert secret.encode() not in kept
     assert b"REDACTED:api-key" in kept
@@ -280,7 +280,7 @@ def test_what_was_forgotten_stays_so_when_that_is_no_longer_noted(tmp_path: Path
         assert ask(memory, TASK, "I do not know").action == "inject"
         memory.forget(Selection(trace_id=taught.trace_id))
         memory.store.write(lambda tx: tx.forget_copies(100, time.time() + 2 * week)).result(10)
-        memory._clock = lambda: time.time() + 2 * week
+        memory._clock = memory._locator._clock = lambda: time.time() + 2 * week
         assert ANSWER not in str(memory.begin(body(TASK, assistant("I do not know"), "please")).messages)
 
 

@@ -174,10 +174,12 @@ def test_results_of_every_shape_are_read_and_marked(tmp_path: Path, content: Any
 
 
 def test_what_memory_said_is_no_observation() -> None:
-    """A client that sends our block back is not taken to have seen it."""
+    """A client that sends back what the ledger knows is not taken to have seen it; what only looks like it stays."""
     item = Advice("fix-1", "bash", "command", WRONG, 1, "the error", RIGHT)
-    block = as_advice([item], max_items=1, token_budget=800).payload
-    assert [s.observation for s in steps("go", named("ls", "c"), result("c", f"x.py\n\n{block}"))] == ["x.py"]
+    block = str(as_advice([item], max_items=1, token_budget=800).payload)
+    sent = {"messages": [{"role": "user", "content": "go"}, named("ls", "c"), result("c", f"x.py\n\n{block}")]}
+    assert [s.observation for s in parse(sent, [block]).steps] == ["x.py"]
+    assert [s.observation for s in parse(sent).steps] == [f"x.py\n\n{block}"]
 
 
 # -- the same step in every request ----------------------------------------------------------------

@@ -125,7 +125,7 @@ def test_steps_ledger_and_injections_come_back(store: Store) -> None:
     assert [(s["arguments"], s["observation"]) for s in shown["steps"]] == [('{"x": "\x00é"}', "files")]
     assert [i["memory_id"] for i in shown["injected"]] == ["m"]
     assert store.ledger(SCOPE, first.episode_id) == [placement]
-    assert store.episode_of(SCOPE, ["unknown", "p"]) == first.episode_id
+    assert [c.episode_id for c in store.episodes_of(SCOPE, "p")] == [first.episode_id]
 
 
 def test_a_trace_is_appended_once(store: Store) -> None:
@@ -217,7 +217,7 @@ def test_no_read_crosses_a_scope(store: Store, other: Scope) -> None:
     assert [c.vector for c in store.changes(SCOPE, 0, "f", 10)] == [vector]
     assert [c.vector for c in store.changes(other, 0, "f", 10)] == [None]
     assert number not in {c.number for c in store.changes(other, 0, "f", 10)}
-    assert store.episode_of(other, ["p"]) is None
+    assert store.episodes_of(other, "p") == []
     assert store.ledger(other, made.episode_id) == []
     if other.tenant != SCOPE.tenant:
         assert store.trace(made.trace_id, other.tenant) is None

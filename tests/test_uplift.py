@@ -419,7 +419,8 @@ def test_what_harms_is_retired_and_a_rebuild_says_the_same(tmp_path: Path) -> No
         teach(memory, task, "set retry_limit")
         for number in range(60):
             turn = memory.begin(body(task))
-            memory.finish(turn, response(f"answer {number}"))
+            cut_off = {"message": {"role": "assistant", "content": f"answer {number}"}, "finish_reason": "length"}
+            memory.finish(turn, {"choices": [cut_off]})  # no other answer is learned, which would take its place
             memory.store.flush()
             tell(memory, turn, value=not turn.injected, feedback_id=turn.trace_id)
             told.append(turn)

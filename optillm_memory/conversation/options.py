@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from optillm_memory.conversation.feedback import parse_feedback
@@ -32,6 +33,7 @@ class Options:
     token_budget: int | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     feedback: tuple[Feedback, ...] = ()
+    end_user: str = ""  # who asks, by the body's or a gateway's own field; not a key of ours
 
     @property
     def reads(self) -> bool:
@@ -51,7 +53,10 @@ class Options:
         }
 
 
-KEYS = tuple(Options.__dataclass_fields__)
+KEYS = tuple(name for name in Options.__dataclass_fields__ if name != "end_user")
+# Where clients and gateways say on whose behalf they ask, the most telling first.
+_USER_HEADERS = ("x-openwebui-user-id", "x-litellm-end-user-id", "x-litellm-customer-id", "x-librechat-user-id")
+_USER_FIELDS = ("safety_identifier", "user")
 
 
 def parse_options(value: Any, headers: Mapping[str, str] | None = None, *, now: float) -> Options:
@@ -61,7 +66,7 @@ def parse_options(value: Any, headers: Mapping[str, str] | None = None, *, now: 
     """
     if value is not None and not isinstance(value, Mapping):
         raise InvalidField(FIELD, f"must be an object, not {type(value).__name__}")
-    given = {**_from_headers(headers or {}), **(value or {})}
+    given = {**_from_headers({name: as_utf8(text) for name, text in (headers or {}).items()}), **(value or {})}
     checked: dict[str, Any] = {}
     for key, item in given.items():
         if key not in KEYS:
@@ -69,6 +74,37 @@ def parse_options(value: Any, headers: Mapping[str, str] | None = None, *, now: 
         if item is not None:
             checked[key] = _CHECKS[key](f"{FIELD}.{key}", item, now)
     return Options(**checked)
+
+
+def identified(options: Options, body: Mapping[str, Any], headers: Mapping[str, str], *, maps: bool) -> Options:
+    """Return the options with who asks, where the request says so in a field or header of others.
+
+    With `maps` that is the `user_id` where none is given. Without, it still keeps one user's answers from another.
+    """
+    named = {name.lower(): as_utf8(text) for name, text in headers.items()}
+    said = [named.get(name) for name in _USER_HEADERS] + [body.get(name) for name in _USER_FIELDS]
+    found = next((text.strip() for text in said if isinstance(text, str) and text.strip()), "")
+    if not found:
+        return options
+    if len(found) > NAME_LIMIT or not _is_unicode(found):
+        found = hashlib.blake2b(found.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return replace(options, end_user=found, user_id=options.user_id or (found if maps else ""))
+
+
+def as_utf8(header: str) -> str:
+    """Return a header's text: HTTP servers read its bytes as Latin-1, clients send UTF-8."""
+    try:
+        return header.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return header
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _from_headers(headers: Mapping[str, str]) -> dict[str, Any]:
@@ -90,10 +126,8 @@ def _from_headers(headers: Mapping[str, str]) -> dict[str, Any]:
 def _name(param: str, value: Any, _now: float) -> str:
     if not isinstance(value, str) or not value.strip() or len(value) > NAME_LIMIT:
         raise InvalidField(param, f"must be a text of 1 to {NAME_LIMIT} characters")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InvalidField(param, "holds a lone surrogate; send valid Unicode") from None
+    if not _is_unicode(value):
+        raise InvalidField(param, "holds a lone surrogate; send valid Unicode")
     return value
 
 

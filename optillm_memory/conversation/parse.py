@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optillm_memory.conversation.steps import calls_of, is_observation, steps_of
-from optillm_memory.conversation.text import text_of, without_blocks
+from optillm_memory.conversation.identity import as_json, extend_prefix, prefix_hashes
+from optillm_memory.conversation.steps import is_observation, steps_of
+from optillm_memory.conversation.text import is_text_part, text_of, without_insertions
 from optillm_memory.records import Message, Step
 
 _DIGITS = re.compile(r"\d+")
-as_json = json.JSONEncoder(sort_keys=True, default=str).encode  # one for all: to make one takes as long as to use it
 _UNIQUE = 16  # characters from which on a call's id is taken for random
 
 
@@ -22,9 +21,10 @@ _UNIQUE = 16  # characters from which on a call's id is taken for random
 class Conversation:
     """What a request's messages say.
 
-    `task` is the last user text that is no observation; `prefixes[i]` hashes messages 0…i; `frame` hashes what else
-    shapes the answer (system prompt, tools, response format); `plain` is True for one plain turn: optional system
-    messages and a single user text, no tools.
+    `task` is the last user text that is no observation, as it was sent; `prefixes[i]` hashes messages 0…i; `frame`
+    hashes what else shapes the answer (system prompt, tools, response format); `plain` is True for one plain turn:
+    optional system messages and a single user text, no tools. `one_shot` is True where no assistant has spoken and
+    there are no tools: the answer is the answer to the task, and not a step towards one.
     """
 
     messages: Sequence[Message]
@@ -33,6 +33,7 @@ class Conversation:
     prefixes: tuple[str, ...]
     frame: str
     plain: bool
+    one_shot: bool = True
 
     @property
     def ends_with_user(self) -> bool:
@@ -60,16 +61,24 @@ class Conversation:
         """
         return [s.step_id for s in reversed(self.steps) if len(s.call_id) >= _UNIQUE][:limit]
 
-    def answered_prefixes(self, limit: int = 64) -> list[str]:
-        """Return the prefixes that end with an answer, longest first: where an earlier request left off."""
+    def answered_prefixes(self, limit: int = 64) -> list[tuple[str, str]]:
+        """Return (prefix that ends with an answer, prefix with one message more), longest first.
+
+        The first is where an earlier request left off, the second how this conversation goes on from there.
+        """
         ends = [i for i, m in enumerate(self.messages) if m.get("role") == "assistant"]
-        return [self.prefixes[i] for i in reversed(ends[-limit:])]
+        after = [*self.prefixes[1:], ""]  # nothing comes after an answer that the model is to go on with
+        return [(self.prefixes[i], after[i]) for i in reversed(ends[-limit:])]
 
 
-def parse(body: Mapping[str, Any]) -> Conversation:
-    """Read a request's body; what is malformed reads as absent, since the upstream is the judge of it."""
+def parse(body: Mapping[str, Any], insertions: Sequence[str] = ()) -> Conversation:
+    """Read a request's body; what is malformed reads as absent, since the upstream is the judge of it.
+
+    `insertions` are blocks that memory is known to have put into this conversation.
+    """
     raw = body.get("messages")
     messages = [m for m in raw if isinstance(m, Mapping)] if isinstance(raw, list) else []
+    messages = [_less(message, insertions) for message in messages] if insertions else messages
     system = [text_of(m) for m in messages if m.get("role") in ("system", "developer")]
     users = [m for i, m in enumerate(messages) if m.get("role") == "user" and not is_observation(messages, i)]
     others = [m for m in messages if m.get("role") not in ("system", "developer", "user")]
@@ -85,11 +94,12 @@ def parse(body: Mapping[str, Any]) -> Conversation:
     )
     return Conversation(
         messages=[dict(m) for m in messages],
-        task=without_blocks(text_of(users[-1])) if users else "",
+        task=text_of(users[-1]) if users else "",
         steps=steps_of(messages, prefixes),
         prefixes=prefixes,
         frame=_frame(system, tools, body.get("response_format")),
         plain=plain,
+        one_shot=len(users) == 1 and not others and not tools,
     )
 
 
@@ -99,19 +109,6 @@ def key_of(task: str) -> str:
     return " ".join(f"{head} {tail}".encode("utf-8", "replace").decode("utf-8").split())
 
 
-def prefix_hashes(messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Return for each message the hash of the conversation up to and with it."""
-    hashes: list[str] = []
-    for message in messages:
-        hashes.append(extend_prefix(hashes[-1] if hashes else "", message))
-    return tuple(hashes)
-
-
-def extend_prefix(prefix: str, message: Mapping[str, Any]) -> str:
-    """Return the hash of a conversation with this prefix and one message more."""
-    return hashlib.blake2b(prefix.encode("ascii") + _canonical(message), digest_size=16).hexdigest()
-
-
 def answer_prefixes(conversation: Conversation, response: Mapping[str, Any] | None) -> list[str]:
     """Return the prefixes with which a conversation goes on, one for each different choice of a response."""
     last = conversation.prefixes[-1] if conversation.prefixes else ""
@@ -119,12 +116,13 @@ def answer_prefixes(conversation: Conversation, response: Mapping[str, Any] | No
     return list(dict.fromkeys(extend_prefix(last, message) for message in messages))
 
 
-def _canonical(message: Mapping[str, Any]) -> bytes:
-    # What every client keeps when it sends an answer back: role, text and calls. Other fields come and go.
+def _less(message: Mapping[str, Any], insertions: Sequence[str]) -> Mapping[str, Any]:
     content = message.get("content")
-    text = content.strip() if isinstance(content, str) else content
-    parts = [message.get("role"), text or None, calls_of(message, 0), message.get("tool_call_id")]
-    return as_json(parts).encode("ascii") + b"\n"
+    if isinstance(content, str):
+        return {**message, "content": without_insertions(content, insertions)}
+    if isinstance(content, list):
+        return {**message, "content": [p for p in content if not (is_text_part(p) and p.get("text") in insertions)]}
+    return message
 
 
 def _frame(system: Sequence[str], tools: Any, response_format: Any) -> str:

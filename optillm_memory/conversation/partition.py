@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optillm_memory.conversation.parse import Conversation, as_json
+from optillm_memory.conversation.identity import as_json
+from optillm_memory.conversation.language import ENGLISH, language_of
+from optillm_memory.conversation.parse import Conversation
+from optillm_memory.conversation.steps import calls_of
 
 # What does not shape the answer: our own field, the transport, bookkeeping; the messages are looked at one by one.
 _NO_MATTER = {
@@ -17,22 +20,37 @@ _NO_MATTER = {
 _MORE = ("logprobs", "top_logprobs", "modalities", "audio", "prediction", "web_search_options")
 
 
-def partition_of(body: Mapping[str, Any], conversation: Conversation) -> tuple[str, str]:
-    """Return the hash of model, system prompt, history, tools, response format and sampling settings.
+def partition_of(body: Mapping[str, Any], conversation: Conversation, end_user: str = "") -> tuple[str, str]:
+    """Return the hash of model, system prompt, history, tools, response format, sampling settings and end user.
 
     With it comes the reason why reuse is out of the question: `tools`, `not_words`, `several_choices`,
-    `unsupported_option`; then the hash is empty.
+    `unsupported_option`; then the hash is empty. Answers in another language than English are a partition of their
+    own: what is proven for one language says nothing of another.
     """
     if body.get("tools") or body.get("functions") or conversation.steps:
         return "", "tools"
     messages = conversation.messages
-    if not conversation.task or not conversation.ends_with_user or not isinstance(messages[-1].get("content"), str):
+    words = bool(conversation.task.strip()) and conversation.ends_with_user
+    if not words or not isinstance(messages[-1].get("content"), str):
         return "", "not_words"
     if body.get("n", 1) not in (None, 1):
         return "", "several_choices"
     if any(body.get(name) for name in _MORE):
         return "", "unsupported_option"
     settings = {key: value for key, value in body.items() if key not in _NO_MATTER and value is not None}
-    history = conversation.prefixes[-2] if len(messages) > 1 else ""
-    text = as_json([settings, history])
-    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=12).hexdigest(), ""
+    parts = [settings, _as_sent(messages[:-1]), *([end_user] if end_user else [])]
+    digest = hashlib.blake2b(as_json(parts).encode("utf-8", "replace"), digest_size=12).hexdigest()
+    language = language_of(conversation.task)
+    return (digest if language == ENGLISH else f"{digest}-{language}"), ""
+
+
+def _as_sent(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Return the hash of the history, to the letter: what a client only writes in another way is another one."""
+    hashed = ""
+    for message in messages:
+        content = message.get("content")
+        text = content.strip() if isinstance(content, str) else content
+        parts = [message.get("role"), text or None, calls_of(message, 0), message.get("tool_call_id")]
+        line = hashed.encode("ascii") + as_json(parts).encode("ascii") + b"\n"
+        hashed = hashlib.blake2b(line, digest_size=16).hexdigest()
+    return hashed

@@ -7,10 +7,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
+from optillm_memory.conversation.episodes import Candidate, Located
 from optillm_memory.records import Placement, Scope
 
 _Place: TypeAlias = tuple[str, str]  # anchor and form
 _KEPT = 20_000
+_BEGIN_ALIKE = 64  # episodes kept of one prefix
 # After so long it is on disk, or will never be. The store knows for longer what was forgotten: none of it comes back.
 _KEPT_S = 6 * 3600.0
 
@@ -18,13 +20,15 @@ _KEPT_S = 6 * 3600.0
 class Recent:
     """Episodes by conversation prefix, and what is under way by episode; the oldest are forgotten (the store has them).
 
+    A request takes the place where a conversation goes on when it begins, long before its record is on disk.
+
     Thread-safe. The time is given with each call.
     """
 
     def __init__(self) -> None:
         """Start empty."""
         self._lock = threading.Lock()
-        self._episodes: OrderedDict[tuple[Scope, str], str] = OrderedDict()
+        self._episodes: OrderedDict[tuple[Scope, str], dict[str, Candidate]] = OrderedDict()
         self._advice: OrderedDict[tuple[Scope, str], tuple[float, tuple[Any, ...]]] = OrderedDict()
         self._placements: OrderedDict[tuple[Scope, str], dict[_Place, tuple[float, Placement]]] = OrderedDict()
 
@@ -34,7 +38,10 @@ class Recent:
         """Note that these prefixes belong to an episode, and what has just been put in its prompts."""
         with self._lock:
             for prefix in prefixes:
-                self._episodes[scope, prefix] = episode_id
+                known = self._episodes.setdefault((scope, prefix), {})
+                known[episode_id] = Candidate(episode_id, now)
+                while len(known) > _BEGIN_ALIKE:
+                    del known[next(iter(known))]
             if fresh:
                 noted: dict[_Place, tuple[float, Placement]] = {(p.anchor, p.form): (now, p) for p in fresh}
                 self._placements.setdefault((scope, episode_id), {}).update(noted)
@@ -55,10 +62,27 @@ class Recent:
             at, advice = self._advice.pop((scope, episode_id), (now, ()))
         return advice if now - at < _KEPT_S else ()
 
-    def episode_of(self, scope: Scope, prefixes: Iterable[str]) -> str | None:
-        """Return the episode of the first prefix that is known."""
+    def episodes_of(self, scope: Scope, prefix: str) -> list[Candidate]:
+        """Return the episodes that have a prefix, as far as they are known here."""
         with self._lock:
-            return next((e for p in prefixes if (e := self._episodes.get((scope, p)))), None)
+            return list(self._episodes.get((scope, prefix), {}).values())
+
+    def take(self, scope: Scope, located: Located, now: float) -> None:
+        """Note that an episode goes on from a prefix in this way."""
+        self._go_on(scope, located, now, {located.continuation})
+
+    def release(self, scope: Scope, located: Located, now: float) -> None:
+        """Undo `take`: the request was not answered, so that the conversation has not gone on."""
+        self._go_on(scope, located, now, set())
+
+    def _go_on(self, scope: Scope, located: Located, now: float, continuations: set[str]) -> None:
+        if not located.continued:
+            return
+        with self._lock:
+            known = self._episodes.setdefault((scope, located.continued), {})
+            before = known.get(located.episode_id)
+            others = (before.continuations if before else frozenset()) - {located.continuation}
+            known[located.episode_id] = Candidate(located.episode_id, now, continuations=others | continuations)
 
     def ledger(
         self, scope: Scope, episode_id: str, written: Callable[[], Sequence[Placement]], now: float

@@ -32,6 +32,8 @@ _SECRETS: tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...] = (
     ("token", ("earer ",), re.compile(r"(?<=[Bb]earer )[A-Za-z0-9._~+/-]{20,4000}=*")),
     ("password", ("://",), re.compile(r"(?<=://)[^\s:/@]{1,100}:[^\s/@]{1,200}(?=@)")),
 )
+QUOTED = "[… quoted from memory, left out …]"
+_ALTERED = re.compile(rf"\[REDACTED:[a-z-]{{1,30}}\]|\[… \d{{1,12}} characters left out …\]|{re.escape(QUOTED)}")
 _LONGEST = 22_000  # characters of the longest secret
 _NOTE = 48  # characters of the note about what was left out
 
@@ -44,6 +46,11 @@ def redact(text: str) -> str:
                 text = pattern.sub(f"[REDACTED:{kind}]", text)
                 break
     return text
+
+
+def is_whole(stored: str) -> bool:
+    """Whether a stored text is what was said: nothing in it was redacted, shortened or replaced."""
+    return _ALTERED.search(stored) is None and "\ufffd" not in stored
 
 
 def storable(text: str, limit: int, *, secrets: bool = True) -> str:

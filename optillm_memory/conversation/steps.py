@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optillm_memory.conversation.text import BLOCK_OPEN, text_of, without_blocks
+from optillm_memory.conversation.text import text_of
 from optillm_memory.conversation.wrapping import unwrap
 from optillm_memory.records import Step
 
@@ -61,7 +61,7 @@ def steps_of(messages: Sequence[Mapping[str, Any]], prefixes: Sequence[str]) -> 
             after = messages[index + 1] if index + 1 < len(messages) else {}
             if is_observation(messages, index + 1):
                 step_id = _digest(prefixes[index], TEXT_TOOL, command, "1")
-                shown = _shown(after)
+                shown = text_of(after)
                 steps.append(_step(step_id, steps, f"text-{index}", TEXT_TOOL, command, shown, prefixes[index]))
     return tuple(steps)
 
@@ -126,13 +126,8 @@ def _results(messages: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], str
         elif role in ("tool", "function"):
             call_id = _LEGACY if role == "function" else str(message.get("tool_call_id") or "")
             if queue := waiting.get(call_id):
-                results.setdefault(queue.pop(0), _shown(message))
+                results.setdefault(queue.pop(0), text_of(message))
     return results
-
-
-def _shown(message: Mapping[str, Any]) -> str:
-    text = text_of(message)
-    return without_blocks(text) if BLOCK_OPEN in text else text
 
 
 def _step(

@@ -1,29 +1,82 @@
-"""The text of messages, without what memory itself put there."""
+"""The text of messages, and what of it is no part of an answer: thoughts, and what memory itself put there."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 BLOCK_OPEN, BLOCK_CLOSE = "<agent_memory>", "</agent_memory>"
-_BLOCK = re.compile(f"{BLOCK_OPEN}.*?(?:{BLOCK_CLOSE}|\\Z)", re.DOTALL)
+SEPARATOR = "\n\n"  # between a message's own text and a block
+# How reasoning models mark their thoughts where they stand in the text: at the start of a line, so that an answer
+# that speaks of such marks is left alone.
+_NAMES = "think|thinking|thought|thoughts|reasoning|seed:think"
+_OPENERS = ("<think", "<thought", "<reasoning>", "<seed:think>", "\u25c1think", "[think]", "<|channel|>")
+_THOUGHTS = re.compile(
+    rf"^[ \t]*(?:<(?P<tag>{_NAMES})>.*?(?:</(?P=tag)>|\Z)|\u25c1think\u25b7.*?(?:\u25c1/think\u25b7|\Z)"
+    r"|\[THINK\].*?(?:\[/THINK\]|\Z)"
+    r"|(?:<\|start\|>assistant)?<\|channel\|>(?:analysis|commentary)<\|message\|>.*?(?:<\|end\|>|\Z))(?:[ \t]*\n)*",
+    re.DOTALL | re.MULTILINE | re.IGNORECASE,
+)
+_HARMONY_FINAL = re.compile(r"(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>|<\|(?:end|return)\|>\Z")
+# Some templates open the thoughts in the prompt: the answer holds their end alone.
+_CLOSERS = ("</think>", "</thinking>", "\u25c1/think\u25b7", "[/THINK]")
+_THOUGHT_PARTS = frozenset(("thinking", "redacted_thinking", "reasoning", "reasoning_content", "reasoning.text"))
+
+
+def is_thought(part: Any) -> bool:
+    """Whether a part of a content list holds thoughts."""
+    return isinstance(part, Mapping) and part.get("type") in _THOUGHT_PARTS
+
+
+def is_text_part(part: Any) -> bool:
+    """Whether a part of a content list is text."""
+    return (
+        isinstance(part, Mapping)
+        and not is_thought(part)
+        and (isinstance(part.get("text"), str) or (part.get("type") == "refusal" and "refusal" in part))
+    )
 
 
 def text_of(message: Mapping[str, Any]) -> str:
-    """Return a message's text: its content, or the text parts of it joined by newlines."""
+    """Return a message's text: its content, or the text parts of it joined by newlines; no thoughts in parts."""
     content = message.get("content")
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        parts = [p.get("text") for p in content if isinstance(p, Mapping)]
+        parts = [p.get("text", p.get("refusal")) for p in content if is_text_part(p)]
         return "\n".join(p for p in parts if isinstance(p, str))
     return ""
 
 
-def without_blocks(text: str) -> str:
-    """Return the text without any memory block, so that what was injected is never learned from."""
-    if BLOCK_OPEN not in text:
-        return text.strip()
-    # One pass, so that no text costs more than its length; what only looks like a block after it goes to the end.
-    return _BLOCK.sub("", text).partition(BLOCK_OPEN)[0].strip()
+def without_thoughts(text: str) -> str:
+    """Return an answer without the thoughts that a reasoning model put into it; as it is where there are none."""
+    lowered = text.lower()
+    if any(opener in lowered for opener in _OPENERS):
+        text = _THOUGHTS.sub(_OutsideFences(), text)
+        text = _HARMONY_FINAL.sub("", text) if "<|channel|>" in text else text
+    for closer in _CLOSERS:
+        before, found, after = text.partition(closer)
+        if found and closer.replace("/", "", 1) not in before and after.strip():
+            text = after.lstrip("\n")
+    return text
+
+
+class _OutsideFences:
+    """Takes out what was found, unless it lies in a code fence: there the marks are what the answer is about."""
+
+    def __init__(self) -> None:
+        self._fences = self._seen = 0
+
+    def __call__(self, found: re.Match[str]) -> str:
+        self._fences += found.string.count("```", self._seen, found.start())
+        self._seen = found.end()
+        return found.group() if self._fences % 2 else ""
+
+
+def without_insertions(text: str, insertions: Iterable[str]) -> str:
+    """Return a text without the blocks that memory put at its end; what only looks like one is somebody's own."""
+    for block in insertions:
+        if text.endswith(block):
+            text = text[: -len(block)].removesuffix(SEPARATOR)
+    return text

@@ -11,13 +11,15 @@ question word for word, but for fillers, plurals and the place of a phrase.
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from optillm_memory.decide.wording import LONGEST, STRONG, Wording, difference, is_time_dependent, wording
+from optillm_memory.conversation.language import ENGLISH, language_of
+from optillm_memory.conversation.lexicon import LANGUAGES
+from optillm_memory.decide.present import present
+from optillm_memory.decide.wording import LONGEST, STRONG, Wording, difference, wording
 
 NEAREST = 50
 # A neighbour that is this much further away weighs e times less.
@@ -25,6 +27,7 @@ _REACH = 0.06
 # What the parts of a score weigh; the whole is divided so that it stays below 1.
 _MARGIN, _NOVELTY, _DOUBT, _WHOLE = 1.5, 0.2, 0.05, 2.5
 _THICK, _MANY = 3, 6
+_SETTLED = 5  # verified answers from which on a question that may be about the present has shown that it is not
 # Exemplars named as what a proposal rests on; rotations tried.
 _NAMED = 8
 # What many tasks with one answer show to be told by the way.
@@ -35,7 +38,10 @@ _KEPT = 8192  # texts whose forms are kept: the same neighbours come up again an
 
 
 class Neighbour(NamedTuple):  # made 50 times for each decision, which a frozen dataclass takes three times as long for
-    """A verified exemplar near the request; `failed` where a verified failure came after its last verified success."""
+    """A verified exemplar near the request; `failed` where a verified failure came after its last verified success.
+
+    `successes` counts how often its answer was verified.
+    """
 
     memory_id: str
     text: str
@@ -43,6 +49,7 @@ class Neighbour(NamedTuple):  # made 50 times for each decision, which a frozen 
     cosine: float
     value: float = 1.0
     failed: bool = False
+    successes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +81,11 @@ def propose(query: str, neighbours: Sequence[Neighbour], normal: Callable[[str],
     the nearest with another answer. Novelty is the share of the request's words that none of the
     answer's tasks has. Doubts are words of scope or time that these give no reason to expect.
     """
-    nearest = _distinct(neighbours)
+    nearest = _distinct(query, neighbours)
     if not nearest:
         return None
     keys = [normal(n.answer) for n in nearest]
-    same = _asked_before(query, nearest)
+    same = [i for i, n in enumerate(nearest) if n.text == query]  # to the letter: indentation, too, is a part of it
     key, agreement = _elect(nearest, keys)
     if same:
         key = keys[same[0]]
@@ -91,9 +98,10 @@ def propose(query: str, neighbours: Sequence[Neighbour], normal: Callable[[str],
     else:
         case = _Case([], similarity)
         # One text with two verified answers has none; one that has failed since may be asked, but not served.
-        against = ["time_dependent"] if is_time_dependent(query) else []
-        against += ["conflict"] if any(keys[i] != key for i in same) else []
-        against += ["failed"] if any(nearest[i].failed for i in same) else []
+        against = _not_lasting(query, [nearest[i] for i in same])
+        alike = [i for i, n in enumerate(nearest) if _folded(n.text) == _folded(query) and _laid_out_as(n.text, query)]
+        against += ["conflict"] if any(keys[i] != key for i in alike) else []
+        against += ["failed"] if any(nearest[i].failed for i in alike) else []
     margin = case.similarity - max(rival, 0.0)
     score = (agreement + _MARGIN * margin - _NOVELTY * case.novelty - _DOUBT * case.doubts) / _WHOLE
     score = min(max(score, 0.0), 1.0)
@@ -103,21 +111,34 @@ def propose(query: str, neighbours: Sequence[Neighbour], normal: Callable[[str],
     )
 
 
-def _distinct(neighbours: Sequence[Neighbour]) -> list[Neighbour]:
+def _not_lasting(query: str, asked_before: Sequence[Neighbour]) -> list[str]:
+    """Return what speaks against giving the answer to the very same text again, but for its answer.
+
+    Where the words do not tell that the answer lasts, or the language is one that nobody has made lists for, it does
+    once it was verified some times.
+    """
+    language = language_of(query)
+    degree = present(query, language)
+    if degree == "clock":
+        return ["time_dependent"]
+    if sum(n.successes for n in asked_before) >= _SETTLED:
+        return []
+    if degree == "state":
+        return ["time_dependent"]
+    return [] if language in LANGUAGES else ["veto_language"]
+
+
+def _distinct(query: str, neighbours: Sequence[Neighbour]) -> list[Neighbour]:
     """Return the nearest first, each text with one answer once: what was seen often is no further evidence."""
     ordered = sorted(neighbours, key=lambda n: (-n.cosine, n.memory_id))[:NEAREST]
     kept: dict[tuple[str, str], Neighbour] = {}
     for item in ordered:
-        first = kept.setdefault((_folded(item.text), item.answer), item)
-        if item.failed and not first.failed:
-            kept[_folded(item.text), item.answer] = first._replace(failed=True)
+        place = (_folded(item.text), item.answer)
+        first = kept.setdefault(place, item)
+        if first is not item:
+            chosen = item if item.text == query else first
+            kept[place] = chosen._replace(failed=item.failed or first.failed)
     return list(kept.values())
-
-
-def _asked_before(query: str, nearest: Sequence[Neighbour]) -> list[int]:
-    """Where the very text was asked: equal but for Unicode form and white space."""
-    wanted = _plain(query)
-    return [i for i, n in enumerate(nearest) if len(n.text) <= 2 * len(query) + 64 and _plain(n.text) == wanted]
 
 
 @lru_cache(maxsize=_KEPT)
@@ -125,9 +146,8 @@ def _folded(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-@lru_cache(maxsize=_KEPT)
-def _plain(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).split())
+def _laid_out_as(one: str, other: str) -> bool:
+    return one == other or wording(one[:LONGEST]).layout == wording(other[:LONGEST]).layout
 
 
 def _elect(nearest: Sequence[Neighbour], keys: Sequence[str]) -> tuple[str, float]:
@@ -154,20 +174,26 @@ def _examine(query: str, supporters: Sequence[Neighbour], similarity: float) -> 
     readable = [n for n in supporters if len(n.text) <= LONGEST]
     if len(query) > LONGEST or not readable:
         return _Case(["too_long"], similarity, 1.0)
+    language = language_of(query)
+    if language not in LANGUAGES:  # what turns a question round is not known: only the very same text will do
+        return _Case(["veto_language"], similarity, 1.0)
     asked = wording(query)
     known = [wording(n.text) for n in readable]
     # The same question is looked for among the nearest: it is one of them, if it is there.
     differences = [difference(asked, k) for k in known[:_NAMED]]
     found, few = "" in differences, len(supporters) < _THICK
     novelty = len(asked.tokens.difference(*(k.tokens for k in known))) / max(len(asked.tokens), 1)
-    reasons = ["time_dependent"] if is_time_dependent(query) else []
+    degree = present(query, language)
+    reasons = ["time_dependent"] if degree == "clock" else []
     if few and found:
         similarity, novelty = 1.0, 0.0
-        reasons += ["time_dependent"] if asked.times else []
+        # In English the labels have shown what becomes of such questions.
+        state = degree == "state" and language != ENGLISH and sum(n.successes for n in supporters) < _SETTLED
+        reasons += ["time_dependent"] if asked.times or state else []
     elif few:
         reasons.append(differences[0])
     elif not found:
-        reasons += _unseen(asked, known)
+        reasons += _unseen(asked, known, language)
     reasons = list(dict.fromkeys(reasons))
     if len(supporters) < _MANY:
         return _Case(reasons, similarity, novelty)
@@ -175,14 +201,15 @@ def _examine(query: str, supporters: Sequence[Neighbour], similarity: float) -> 
     return _Case(vetoes, similarity, novelty, len(reasons) - len(vetoes))
 
 
-def _unseen(asked: Wording, known: Sequence[Wording]) -> list[str]:
+def _unseen(asked: Wording, known: Sequence[Wording], language: str) -> list[str]:
     """Vetoes of thick support: what the request has or lacks, though the supporters are alike in it."""
     universe = asked.names.union(*(k.names for k in known))
     aspects: dict[str, Callable[[Wording], frozenset[str]]] = {
         "veto_numbers": lambda w: w.numbers,
         "veto_names": lambda w: w.tokens & universe,
         "veto_negation": lambda w: w.negations,
-        "veto_scope": lambda w: w.scopes & STRONG,
+        "veto_scope": lambda w: w.scopes & STRONG if language == ENGLISH else w.scopes,
+        "veto_layout": lambda w: frozenset(["\n".join(w.layout)] if w.layout else ()),
         "time_dependent": lambda w: w.times,
     }
     vetoes = []

@@ -40,7 +40,7 @@ class Decision:
 
     Reasons to serve: `exact`, `above_threshold`. Not to: `shadow`, `no_neighbours`, `quarantined`, `time_dependent`,
     `too_long`, `conflict`, `failed`, `veto_numbers`, `veto_names`, `veto_negation`, `veto_scope`, `veto_words`,
-    `veto_order`, `not_calibrated`, `closed`, `below_threshold`, `audit`.
+    `veto_order`, `veto_layout`, `veto_language`, `not_calibrated`, `closed`, `below_threshold`, `audit`.
     """
 
     serve: bool
@@ -71,6 +71,28 @@ class Book:
         return calibration
 
 
+class Pool:
+    """The labels of all partitions of one language, and each partition's own."""
+
+    def __init__(self) -> None:
+        """Start without labels."""
+        self.all = Book()
+        # As long as there is one partition, the pool is its book.
+        self.books: dict[str, Book] = {}
+
+    def add(self, partition: str, row: tuple[int, int]) -> None:
+        """Take one more label as (cell, verdict)."""
+        if not self.books:
+            self.books[partition] = self.all
+        if partition not in self.books:
+            if len(self.books) == 1:
+                self.books = {name: Book(book.rows) for name, book in self.books.items()}
+            self.books[partition] = Book()
+        self.all.rows.append(row)
+        if (own := self.books[partition]) is not self.all:
+            own.rows.append(row)
+
+
 class Gate:
     """A fold over labels in the order of their requests: the same labels give the same gate in any process.
 
@@ -80,12 +102,16 @@ class Gate:
 
     def __init__(self, labels: Iterable[Label] = ()) -> None:
         """Fold the labels; without any, nothing is served but exact repeats."""
-        self.pool = Book()
-        # As long as there is one partition, the pool is its book.
-        self.books: dict[str, Book] = {}
+        self._pools: dict[str, Pool] = {}
         self._proposals: Counter[str] = Counter()
         for label in labels:
             self.add(label)
+
+    @property
+    def books(self) -> dict[str, Book]:
+        """The labels by partition, and under the language alone (empty for English) those of all its partitions."""
+        pools = self._pools.items()
+        return {language: pool.all for language, pool in pools} | {n: b for _, p in pools for n, b in p.books.items()}
 
     def add(self, label: Label) -> None:
         """Take one more label, of a request that came after those of all before it."""
@@ -94,15 +120,11 @@ class Gate:
         discounted = label.score - discount(self._proposals[label.partition])
         self._proposals[label.partition] += 1
         row = cell_of(discounted), UNKNOWN if label.correct is None else RIGHT if label.correct else WRONG
-        if not self.books:
-            self.books[label.partition] = self.pool
-        if label.partition not in self.books:
-            if len(self.books) == 1:
-                self.books = {name: Book(book.rows) for name, book in self.books.items()}
-            self.books[label.partition] = Book()
-        self.pool.rows.append(row)
-        if (own := self.books[label.partition]) is not self.pool:
-            own.rows.append(row)
+        self._pool(label.partition).add(label.partition, row)
+
+    def _pool(self, partition: str) -> Pool:
+        # A score means another thing in each language: the encoder knows some better than others.
+        return self._pools.setdefault(partition.partition("-")[2], Pool())
 
     def decide(
         self,
@@ -139,14 +161,15 @@ class Gate:
     def _proven(self, partition: str, limit: float) -> tuple[float | None, bool, bool]:
         """Return (threshold, closed, pooled).
 
-        A partition goes by all partitions' labels until its own have proven something, or could have, unless its own
-        recent ones speak against it.
+        A partition goes by the labels of all partitions of its language until its own have proven something, or could
+        have, unless its own recent ones speak against it.
         """
         if limit <= 0:
             return None, False, False
-        pool = self.pool.calibration(limit)
-        book = self.books.get(partition)
-        if book is self.pool:
+        of_language = self._pool(partition)
+        pool = of_language.all.calibration(limit)
+        book = of_language.books.get(partition)
+        if book is of_language.all:
             return pool.threshold, pool.closed, False
         if book is not None:
             own = book.calibration(limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from optillm_memory.records import PastAttempt, Step
@@ -9,6 +10,19 @@ from optillm_memory.records import PastAttempt, Step
 # A test or a build that failed may well pass now, a server may be back: only the action itself is to blame here.
 _NOT_THE_ACTION = frozenset(("test_summary", "compiler", "http"))
 _CHANGEABLE = ("http|", "curl|", "tool|timeout")
+# What was so at another place or time: a file, a directory, a port, a permission, a peer. In this conversation too it
+# may change, but then something was done about it.
+_STATE = re.compile(
+    r"no such (?:file|dir|process|container|image|host|device|table|column|branch|remote)|cannot find the (?:file|path)"
+    r"|filenotfound|enoent|eacces|eexist|eaddrinuse|econn|does not exist|doesn't exist|already exists|file exists"
+    r"|not a directory|is a directory|directory not empty|not empty|permission denied|operation not permitted"
+    r"|read-only file system|no space left|resource busy|text file busy|already in use|already running|is running"
+    r"|connection (?:refused|reset|timed out)|could not resolve|name or service not known|network is unreachable"
+    r"|timed? ?out|pathspec|not a git repository|unknown revision|nothing to commit|would be overwritten|index\.lock"
+    r"|not something we can merge|couldn't find remote|cannot (?:stat|open|access)|can't open|unable to locate"
+    r"|unable to access|no matches found|not found in|could not find|cannot find",
+    re.IGNORECASE,
+)
 _WORDS_MOST = 40
 
 
@@ -18,14 +32,15 @@ def known_to_fail(
     """Return the failures of an action that speak against doing it again, latest first; none where it may work.
 
     It may where it worked since, where its failures are older than `expiry_s` seconds (what is not supported today may
-    be tomorrow), and where this very conversation did something else since: its state is another.
+    be tomorrow), where this very conversation did something else since (its state is another), and where it failed in
+    another conversation by the state of the world there: "No such file" says nothing of other folders.
     """
     decided = sorted((p for p in past if p.verdict != "unknown"), key=lambda p: p.at, reverse=True)
     failures: list[PastAttempt] = []
     for attempt in decided:
         if attempt.verdict == "success":
             break
-        if now - attempt.at <= expiry_s and not _about_something_else(attempt):
+        if now - attempt.at <= expiry_s and not _about_something_else(attempt, episode_id):
             failures.append(attempt)
     own = {p.step_id for p in failures if p.episode_id == episode_id}
     if own and here and here[-1].step_id not in own and any(s.step_id in own for s in here):
@@ -33,8 +48,10 @@ def known_to_fail(
     return failures
 
 
-def _about_something_else(attempt: PastAttempt) -> bool:
-    return attempt.basis in _NOT_THE_ACTION or attempt.signature.lower().startswith(_CHANGEABLE)
+def _about_something_else(attempt: PastAttempt, episode_id: str) -> bool:
+    if attempt.basis in _NOT_THE_ACTION or attempt.signature.lower().startswith(_CHANGEABLE):
+        return True
+    return attempt.episode_id != episode_id and _STATE.search(attempt.message) is not None
 
 
 def same_but_for_names(action: str, known: str) -> list[int] | None:

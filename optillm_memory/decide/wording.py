@@ -1,6 +1,7 @@
 """What of a text's words can change its answer: numbers, names, negations, scope words, order, time.
 
-Word lists are English; in another language fewer words count as fillers, so that two texts are less often the same.
+Fillers, tenses and persons are English alone: in another language fewer words count as fillers, so that two texts are
+less often the same. Negations and scope words of other languages stand in `lexicon`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from optillm_memory.conversation.language import ENGLISH, language_of
+from optillm_memory.conversation.lexicon import LANGUAGES, compiled, fold
+from optillm_memory.decide.present import present
 from optillm_memory.recall.rank import STOP_WORDS
 
 LONGEST = 8_000
@@ -53,12 +57,6 @@ _NUMBER_WORDS = {
     **{w: str(n) for n, w in enumerate(_list("two three four five six seven eight nine ten eleven twelve"), 2)},
     **{w: str(10 * n) for n, w in enumerate(_list("twenty thirty forty fifty sixty seventy eighty ninety"), 2)},
 }
-_TIME = re.compile(
-    r"\b(?:today|tonight|tomorrow|(?<!by )(?<!until )(?<!till )now(?! that)|nowadays|currently|latest|newest|so far|"
-    r"at the moment|up[ -]to[ -]date|(?:what|which) (?:time|day|date|year) is|"
-    r"current (?:time|date|day|weather|price|rate|status|version|president|news)|"
-    r"weather|forecast|heute|jetzt|morgen|gestern|aujourd'hui|maintenant|hoy|ahora)\b"
-)
 # Often told by the way ("I paid last week"), so that verified tasks can show that it does not matter.
 _PASSING = re.compile(
     r"\b(?:yesterday|ago|recently|(?:this|last|next|past) "
@@ -94,11 +92,12 @@ class Wording:
     directions: frozenset[tuple[str, str]]
     times: frozenset[str]
     persons: tuple[str, ...]
+    layout: tuple[str, ...] = ()  # the indentation of each line, where any line is indented: code hangs on it
 
 
 def is_time_dependent(text: str) -> bool:
     """Whether the right answer may be another one tomorrow, by the words of the text."""
-    return _TIME.search(_folded(text)) is not None
+    return present(text, language_of(text)) == "clock"
 
 
 def asks_the_same(one: str, other: str) -> bool:
@@ -109,6 +108,8 @@ def asks_the_same(one: str, other: str) -> bool:
 @lru_cache(maxsize=4096)
 def wording(text: str) -> Wording:
     """Return what of a text's words can change its answer."""
+    language = language_of(text)
+    layout = _layout(text)
     text = unicodedata.normalize("NFKC", text).replace("\u2019", "'")
     if greeting := _GREETING.match(text):
         text = text[greeting.end() :]
@@ -136,6 +137,9 @@ def wording(text: str) -> Wording:
             order.append(stem)
             directions |= {(word, stem) for word in pending}
             pending.clear()
+    if language in LANGUAGES and language != ENGLISH:
+        negations |= {"not"} if _found(language, "negations", text) else set()
+        scopes |= _found(language, "scopes", text)
     return Wording(
         numbers=frozenset(numbers),
         names=_names(text, found),
@@ -146,7 +150,20 @@ def wording(text: str) -> Wording:
         directions=frozenset(directions),
         times=frozenset(["time"] if _PASSING.search(_folded(text)) else ()),
         persons=tuple(persons),
+        layout=layout,
     )
+
+
+def _layout(text: str) -> tuple[str, ...]:
+    if "\n" not in text:
+        return ()
+    indents = tuple(line[: len(line) - len(line.lstrip())] for line in text.splitlines() if line.strip())
+    return indents if any(indents) else ()
+
+
+def _found(language: str, kind: str, text: str) -> set[str]:
+    """Return the words of a language's list that a text has."""
+    return {m.group().strip() for m in compiled(language, kind).finditer(fold(text[:LONGEST]))}
 
 
 def _folded(text: str) -> str:
@@ -160,6 +177,7 @@ def difference(one: Wording, other: Wording) -> str:
     addressed = set(one.persons) == set(other.persons) == {"i", "you"} and one.persons != other.persons
     ordered = _rotated(one.order, other.order) and one.directions == other.directions and not addressed
     reasons = {
+        "veto_layout": one.layout != other.layout,
         "veto_numbers": one.numbers != other.numbers,
         "veto_names": bool(named),
         "veto_negation": one.negations != other.negations,

@@ -14,6 +14,8 @@ from optillm_memory.host.failopen import FailOpen
 from optillm_memory.store.calls import ModelCall
 
 T = TypeVar("T")
+REFUSED = frozenset((400, 413, 422))  # the prompt does not suit; not who asks, how often, or the upstream itself
+_CHAIN = 8  # exceptions that were raised from one another
 _PLAIN = (str, int, float, bool, type(None))
 _LONG = ("messages", "tools")
 _COPIES = ("with_options", "copy")  # a client with other options makes calls of this request all the same
@@ -28,6 +30,7 @@ class CallLog:
         self._calls: list[ModelCall] = []
         self._lock = threading.Lock()
         self._closed = False
+        self.refused = self.answered = 0
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -40,6 +43,9 @@ class CallLog:
 
     def add(self, asked: Mapping[str, Any], response: Any, error: Exception | None, latency_ms: float) -> None:
         """Keep a call that has come back; whatever fails in that costs the record, not the call."""
+        with self._lock:
+            self.refused += is_refusal(error)
+            self.answered += error is None
         self._fail_open.quietly(lambda: self._add(_call(asked, response, error, latency_ms)))
 
     def _add(self, call: ModelCall) -> None:
@@ -116,6 +122,33 @@ class _Completions(_StandIn):
             raise
         self._log.add(asked, response, None, (time.perf_counter() - started) * 1000)
         return response
+
+
+def is_refusal(error: BaseException | None) -> bool:
+    """Whether an upstream turned a prompt down: a 400, 413 or 422, in the exception or in what it was raised from."""
+    for _ in range(_CHAIN):
+        if error is None:
+            return False
+        status = getattr(error, "status_code", None) or getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status in REFUSED
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def with_limits(client: Any, *, timeout_s: float, max_retries: int | None = None) -> Any:
+    """Return the client with a time limit, and this many tries of its own, where it can have them."""
+    limited = getattr(client, "with_options", None)
+    if limited is None:
+        return client
+    return limited(timeout=timeout_s, **({} if max_retries is None else {"max_retries": max_retries}))
+
+
+def time_limit_of(client: Any) -> float | None:
+    """Return how many seconds a client waits for an answer; None where it does not say, or waits forever."""
+    limit = getattr(client, "timeout", None)
+    limit = getattr(limit, "read", limit)
+    return float(limit) if isinstance(limit, (int, float)) else None
 
 
 def spaced(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,15 @@ import flask
 from optillm_memory.conversation.options import FIELD
 from optillm_memory.conversation.text import text_of
 from optillm_memory.errors import HostError
-from optillm_memory.host.calls import CallLog, RecordingClient, spaced
+from optillm_memory.host.calls import (
+    REFUSED,
+    CallLog,
+    RecordingClient,
+    is_refusal,
+    spaced,
+    time_limit_of,
+    with_limits,
+)
 from optillm_memory.host.failopen import FailOpen
 from optillm_memory.host.incoming import Incoming
 from optillm_memory.host.runtime import Runtime
@@ -23,6 +32,14 @@ from optillm_memory.records import FeedbackReceipt, Placement
 from optillm_memory.turn import Turn
 
 RECEIPT_WAIT_S = 0.2
+LEAST_WAIT_S = 1.0  # for an answer to the client's own prompt, however late the refusal came
+GUARD_LEAST_S = 5.0
+# How the clients' own exceptions tell the status, all that the host leaves of it.
+_REFUSED_TEXT = re.compile(
+    r"\b(?:Error code|status(?:[ _]code)?|HTTP)\W{1,4}(?:400|413|422)\b|\b(?:BadRequest|ContextWindowExceeded|"
+    r"UnprocessableEntity|ContentPolicyViolation)Error\b"
+)
+_SHOWN = 200  # characters of what came instead of a completion
 OK = 200
 
 
@@ -88,9 +105,52 @@ class Exchange:
             query = append_text(query, str(placement.payload))
         return query
 
+    def _once_more_as_sent(self, response: flask.Response) -> flask.Response:
+        """Return the response of a pipeline that is run again without memory, where it failed by what memory added."""
+        refused = response.status_code != OK and _REFUSED_TEXT.search(response.get_data(as_text=True))
+        if not (refused and self.turn.placements):
+            return response
+        self._give_up_insertions()
+        endpoint = flask.request.endpoint
+        assert endpoint is not None
+        view: Callable[[], Any] = flask.current_app.view_functions[endpoint]
+        return flask.current_app.make_response(view())
+
     def ask(self, client: Any, model: str, config: dict[str, Any]) -> dict[str, Any]:
-        """Make the upstream call, plain or through the wrapped approach; return a completion."""
-        inner, messages = self.inner, self.turn.messages
+        """Make the upstream call, plain or through the wrapped approach; return a completion.
+
+        Where the upstream refuses what memory made of the prompt, it is asked once more with what the client sent.
+        """
+        before, started = (self.calls.refused, self.calls.answered), time.perf_counter()
+        try:
+            completion = self._call(client, model, config, self.turn.messages)
+        except Exception as error:
+            if not (self.turn.placements and (is_refusal(error) or self.calls.refused > before[0])):
+                self.error = f"{type(error).__name__}: {error}"
+                raise
+            completion = {}
+        nothing_came = self.calls.refused > before[0] and self.calls.answered == before[1]
+        if self.turn.placements and (not completion or nothing_came or says_refused(completion)):
+            completion = self._ask_as_sent(client, model, config, time.perf_counter() - started)
+        self.choices += completion.get("choices") or []
+        self.tokens += int((completion.get("usage") or {}).get("completion_tokens") or 0)
+        if self.inner != "none":
+            self.fail_open.quietly(self._see_what_went_out)
+        return completion
+
+    def _ask_as_sent(self, client: Any, model: str, config: dict[str, Any], spent_s: float) -> dict[str, Any]:
+        """Make the call with the client's messages, in what is left of the time that the client gives it."""
+        self._give_up_insertions()
+        if (limit_s := time_limit_of(client)) is not None:
+            client = with_limits(client, timeout_s=max(limit_s - spent_s, LEAST_WAIT_S))
+        try:
+            return self._call(client, model, config, self.turn.messages)
+        except Exception as error:
+            self.error = f"{type(error).__name__}: {error}"
+            raise
+
+    def _call(self, client: Any, model: str, config: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
+        inner = self.inner
         if self.turn.arm:
             model = self.turn.model
         # `none` takes the messages as they are; other approaches take them flattened.
@@ -98,56 +158,62 @@ class Exchange:
         system_prompt, query, _ = self.host.parse_conversation(messages) if flattened else ("", "", None)
         if self.turn.options.mode != "off":
             client = RecordingClient(client, self.calls)
-        try:
-            result, tokens = self.host.execute_single_approach(
-                inner, system_prompt, query, client, model, config, None, messages
-            )
-        except Exception as error:
-            self.error = f"{type(error).__name__}: {error}"
-            raise
+        result, tokens = self.host.execute_single_approach(
+            inner, system_prompt, query, client, model, config, None, messages
+        )
         if isinstance(result, dict) and "choices" in result:
-            completion = dict(result)
-        else:
-            completion = completion_of(self.host, result, tokens, model)
-        self.choices += completion.get("choices") or []
-        self.tokens += int((completion.get("usage") or {}).get("completion_tokens") or 0)
-        if inner != "none":
-            self.fail_open.quietly(self._see_what_went_out)
-        return completion
+            return dict(result)
+        if inner == "none":
+            raise HostError(f"the upstream answered with no completion, but with {str(result)[:_SHOWN]!r}")
+        return completion_of(self.host, result, tokens, model)
+
+    def _give_up_insertions(self) -> None:
+        """Go on with the client's messages as they came; that costs one extra call, whatever becomes of the note."""
+        memory, turn = self.memory, self.turn
+        self.turn = replace(turn.as_sent(), extra_calls=turn.extra_calls + 1)
+
+        def note() -> None:
+            assert memory is not None
+            self.turn = replace(memory.refused(turn), extra_calls=turn.extra_calls + 1)
+
+        self.fail_open.quietly(note)
 
     def _see_what_went_out(self) -> None:
         # Most approaches are given words alone: what memory put beside a tool's result stays behind with it.
         turn, asked = self.turn, self.calls.asked()
         out = [p for p in turn.placements if any(spaced(text) in asked for text in texts_of(p))]
         if asked and len(out) < len(turn.placements):
-            plain = replace(turn, action="plain", placements=(), fresh=(), injected=(), messages=turn.sent)
             standing = [p for p in out if p not in turn.fresh]
-            self.turn = plain.placing(standing, *(p for p in out if p in turn.fresh)).skip("left_out_by_approach")
+            self.turn = (
+                turn.as_sent().placing(standing, *(p for p in out if p in turn.fresh)).skip("left_out_by_approach")
+            )
 
     def ask_guarded(self, client: Any, model: str, config: dict[str, Any]) -> dict[str, Any]:
         """Make the upstream call, and one more where the answer is about to repeat what is known to fail.
 
-        The better-behaved answer is returned, with the tokens of both calls; a second call that fails costs nothing
-        but itself.
+        The better-behaved answer is returned, with the tokens of both calls. A second call that fails, or takes too
+        long, costs nothing but itself: the first answer goes out.
         """
+        started = time.perf_counter()
         first = self.ask(client, model, config)
         memory, before = self.memory, self.turn
-        if memory is None or self.inner != "none" or self.finished:
+        if memory is None or self.inner != "none" or self.finished or before.extra_calls:
             return first
+        limit_s = min(max(GUARD_LEAST_S, 2 * (time.perf_counter() - started)), memory.settings.guard_timeout_s)
         guarded, _ = self.fail_open.call(lambda: memory.guard(before, first))
         if guarded is None:
             return first
         self.turn, again = turn, _ = guarded
         if not again:
             return first
-        answers: list[dict[str, Any]] = []
-        if self.fail_open.quietly(lambda: answers.append(self.ask(client, model, config))):
-            self.error = None  # the first answer is good enough to go out
-        second = answers[0] if answers else {}
-        better, _ = self.fail_open.call(lambda: memory.guarded(turn, second))
-        kept, of = (second, turn) if better else (first, before)
-        self.turn = replace(of, extra_calls=1)
-        return {**kept, "usage": both(first.get("usage"), second.get("usage"))}
+        bounded = with_limits(client, timeout_s=limit_s, max_retries=0)
+        second, _ = self.fail_open.call(lambda: self._call(bounded, model, config, turn.messages), limit_s)
+        better, _ = self.fail_open.call(lambda: memory.guarded(turn, second or {}))
+        self.turn = replace(turn if better else before, extra_calls=1)
+        if not better or second is None:
+            return first if second is None else {**first, "usage": both(first.get("usage"), second.get("usage"))}
+        self.choices = list(second.get("choices") or [])
+        return {**second, "usage": both(first.get("usage"), second.get("usage"))}
 
     def labelled(self, completion: Mapping[str, Any]) -> dict[str, Any]:
         """Return the completion under the trace's id, with the metadata; as it came where memory is off."""
@@ -174,6 +240,10 @@ class Exchange:
 
     def respond(self, response: flask.Response) -> flask.Response:
         """Set the headers, say in the body what the host left out of it, and have the trace recorded."""
+        if self.incoming.adds_to_query:
+            mended: list[flask.Response] = []
+            self.fail_open.quietly(lambda: mended.append(self._once_more_as_sent(response)))
+            response = mended[0] if mended else response
         response.headers["X-Agent-Memory-Trace-Id"] = self.turn.trace_id
         response.headers["X-Agent-Memory-Action"] = self.turn.action
         self.fail_open.quietly(lambda: self._mend(response))
@@ -245,6 +315,18 @@ def completion_of(host: Any, result: Any, tokens: Any, model: str) -> dict[str, 
             "completion_tokens_details": {"reasoning_tokens": reasoning},
         },
     }
+
+
+def says_refused(completion: Mapping[str, Any]) -> bool:
+    """Whether a body with status 200 is a refusal all the same: some gateways put the provider's error into it."""
+    error = completion.get("error")
+    return (
+        not completion.get("choices")
+        and isinstance(error, Mapping)
+        and any(
+            str(error.get(name)) in {str(status) for status in REFUSED} for name in ("code", "status", "status_code")
+        )
+    )
 
 
 def texts_of(placement: Placement) -> list[str]:

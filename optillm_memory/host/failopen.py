@@ -34,13 +34,13 @@ class FailOpen:
         self._threads = 0
         self._lock = threading.Lock()
 
-    def call(self, work: Callable[[], T]) -> tuple[T | None, str]:
-        """Return (result, "") or (None, name of the fault) by the deadline at the latest."""
+    def call(self, work: Callable[[], T], deadline_s: float | None = None) -> tuple[T | None, str]:
+        """Return (result, "") or (None, name of the fault) by the deadline (or another one) at the latest."""
         future: Future[T] = Future()
         self._work.put((work, future))
         self._ensure_worker()
         try:
-            return future.result(self.deadline_s), ""
+            return future.result(self.deadline_s if deadline_s is None else deadline_s), ""
         except _TIMEOUTS as error:
             future.cancel()
             return None, self._fault("deadline", error)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import flask
 
 from optillm_memory.conversation.options import FIELD
 from optillm_memory.errors import InvalidField
-from optillm_memory.host.exchange import Exchange
-from optillm_memory.host.incoming import SENT_N, Incoming, read_incoming
+from optillm_memory.host.exchange import OK, Exchange
+from optillm_memory.host.incoming import SENT_N, SLUG, Incoming, read_incoming
 from optillm_memory.host.routes import blueprint, error_response
-from optillm_memory.host.runtime import runtime
+from optillm_memory.host.runtime import open_early, runtime
 from optillm_memory.host.server import host
 
 logger = logging.getLogger(__name__)
-CHAT_PATH = "/v1/chat/completions"
+CHAT_PATH, MODELS_PATH = "/v1/chat/completions", "/v1/models"
 
 
 def attach(app: flask.Flask) -> None:
@@ -25,7 +26,8 @@ def attach(app: flask.Flask) -> None:
     app.extensions[FIELD] = True
     app.register_blueprint(blueprint)
     app.before_request(before_request)  # after the host's own check of the API key, which was registered before
-    runtime()  # opened now, so that the first request does not wait for it
+    app.after_request(after_request)
+    open_early()
 
 
 def before_request() -> flask.Response | tuple[flask.Response, int] | None:
@@ -46,6 +48,29 @@ def before_request() -> flask.Response | tuple[flask.Response, int] | None:
     except Exception:
         logger.exception("agent_memory: the request could not be read; left to the host")
     return None
+
+
+def after_request(response: flask.Response) -> flask.Response:
+    """List each model with memory beside it: many clients offer only what is listed."""
+    try:
+        if flask.request.path == MODELS_PATH and flask.request.method == "GET" and response.status_code == OK:
+            _list_models(response)
+    except Exception:
+        logger.exception("agent_memory: the list of models is left as it is")
+    return response
+
+
+def _list_models(response: flask.Response) -> None:
+    listed = response.get_json(silent=True)
+    if not isinstance(listed, dict) or not isinstance(models := listed.get("data"), list):
+        return
+    known = {m.get("id") for m in models if isinstance(m, dict)}
+    ours = [
+        {**m, "id": f"{SLUG}-{m['id']}"}
+        for m in models
+        if isinstance(m, dict) and isinstance(m.get("id"), str) and not m["id"].startswith(f"{SLUG}-")
+    ]
+    response.set_data(json.dumps({**listed, "data": [*models, *(m for m in ours if m["id"] not in known)]}))
 
 
 def _from_memory(incoming: Incoming) -> flask.Response | None:

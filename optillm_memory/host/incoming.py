@@ -11,8 +11,9 @@ from typing import Any
 
 import flask
 
-from optillm_memory.conversation.options import FIELD, Options, parse_options
+from optillm_memory.conversation.options import FIELD, Options, identified, parse_options
 from optillm_memory.errors import InvalidField
+from optillm_memory.host.runtime import runtime
 from optillm_memory.memory import OPERATOR
 from optillm_memory.records import Scope
 
@@ -73,6 +74,7 @@ def _read(host: Any, request: flask.Request) -> Incoming | None:
     known = ("none", "auto", *host.known_approaches, *host.plugin_approaches)
     if options.approach is not None and (options.approach not in known or options.approach == SLUG):
         raise InvalidField(f"{FIELD}.approach", f"{options.approach!r} is no approach of this optillm")
+    options = identified(options, body, dict(request.headers), maps=runtime().settings.identify_users)
     return Incoming(body, request.content_length or 0, tenant_of(request), options, operation, approaches, model)
 
 
@@ -93,8 +95,8 @@ def _approaches(host: Any, body: Mapping[str, Any]) -> tuple[str, tuple[str, ...
 
 def tenant_of(request: flask.Request) -> str:
     """Return the caller's tenant."""
-    header = request.headers.get("Authorization", "")
-    return tenant_of_key(header[len("Bearer ") :].strip() if header.startswith("Bearer ") else "")
+    scheme, *key = request.headers.get("Authorization", "").split(None, 1) or [""]
+    return tenant_of_key(key[0].strip() if key and scheme.lower() == "bearer" else "")
 
 
 def tenant_of_key(key: str) -> str:
@@ -119,7 +121,9 @@ def caller_of(request: flask.Request, host: Any) -> str:
 def scope_of(request: flask.Request, tenant: str) -> Scope:
     """Return the scope that the request's headers and query name."""
     named = {k: request.args[k] for k in ("namespace", "user_id", "agent_id") if k in request.args}
-    options = parse_options(named, dict(request.headers), now=time.time())
+    headers = dict(request.headers)
+    options = parse_options(named, headers, now=time.time())
+    options = identified(options, {}, headers, maps=runtime().settings.identify_users)
     return Scope(tenant, options.namespace, options.user_id, options.agent_id)
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import flask
+from werkzeug.exceptions import RequestEntityTooLarge
 
 from optillm_memory.errors import AgentMemoryError, InvalidField, NotFound, StoreUnavailable, TooLarge
 from optillm_memory.host.incoming import ANONYMOUS, caller_of, scope_of
@@ -46,11 +47,11 @@ def on_error(error: AgentMemoryError) -> Answer:
 def feedback() -> Answer:
     """Take feedback; 202 once it is on disk and its effect is to be seen."""
     request = flask.request
-    if (request.content_length or 0) > FEEDBACK_BYTES:
-        raise TooLarge(f"feedback is limited to {FEEDBACK_BYTES} bytes; send the end of a long output")
-    if request.content_length is None:
-        raise InvalidField("Content-Length", "is missing")
-    payload = request.get_json(silent=True, force=True)
+    request.max_content_length = FEEDBACK_BYTES  # of a chunked body, whose length nobody knows, as of any other
+    try:
+        payload = request.get_json(silent=True, force=True)
+    except RequestEntityTooLarge:
+        raise TooLarge(f"feedback is limited to {FEEDBACK_BYTES} bytes; send the end of a long output") from None
     if payload is None:
         raise InvalidField("feedback", "must be a JSON object or a list of objects")
     tenant = caller_of(request, host())

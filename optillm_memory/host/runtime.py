@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
+import sys
 import threading
 
 from optillm_memory.errors import AgentMemoryError
@@ -12,6 +14,8 @@ from optillm_memory.memory import Memory
 from optillm_memory.settings import Settings
 
 logger = logging.getLogger(__name__)
+# Servers that may load the app in one process and serve it from others.
+_FORKING = ("gunicorn", "uwsgi", "uwsgidecorators")
 
 
 class Runtime:
@@ -21,21 +25,22 @@ class Runtime:
         """Read the settings; a bad one keeps memory off and is named, since the host must go on."""
         self.memory: Memory | None = None
         self.fault = ""
-        deadline_ms = Settings().deadline_ms
+        self.settings = Settings()
         try:
-            settings = Settings.from_env()
-            deadline_ms = settings.deadline_ms
-            self.memory = Memory(settings)
-            atexit.register(self.memory.close)
-            logger.info("agent_memory: memory is in %s", settings.place)
+            self.settings = Settings.from_env()
+            self.memory = Memory(self.settings)
+            logger.info("agent_memory: memory is in %s", self.settings.place)
         except (AgentMemoryError, OSError) as error:
             self.fault = str(error)
             logger.error("agent_memory: memory is off: %s", error)
-        self.fail_open = FailOpen(deadline_ms / 1000)
+        self.fail_open = FailOpen(self.settings.deadline_ms / 1000)
 
 
 _lock = threading.Lock()
 _runtime: Runtime | None = None
+# What a parent process had opened: its threads are not in this process, and its connections are not this process's to
+# use or to close. It is kept, so that nothing closes it.
+_of_parents: list[Runtime] = []
 
 
 def runtime() -> Runtime:
@@ -45,3 +50,27 @@ def runtime() -> Runtime:
         if _runtime is None:
             _runtime = Runtime()
         return _runtime
+
+
+def open_early() -> None:
+    """Open memory before the first request, unless this process may only be the parent of those that serve."""
+    if not any(name in sys.modules for name in _FORKING):
+        runtime()
+
+
+def _close() -> None:
+    if _runtime is not None and _runtime.memory is not None:
+        _runtime.memory.close()
+
+
+def _leave_to_parent() -> None:
+    global _lock, _runtime  # noqa: PLW0603
+    _lock = threading.Lock()  # another thread of the parent may have held it
+    if _runtime is not None:
+        _of_parents.append(_runtime)
+        _runtime = None
+
+
+atexit.register(_close)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)

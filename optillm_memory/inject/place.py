@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from optillm_memory.conversation.text import SEPARATOR
 from optillm_memory.records import Message, Placement
-
-SEPARATOR = "\n\n"
 
 
 def still_anchored(placements: Sequence[Placement], prefixes: Sequence[str]) -> list[Placement]:

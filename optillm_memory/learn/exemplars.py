@@ -6,9 +6,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from optillm_memory.conversation.text import without_blocks
+from optillm_memory.conversation.redact import is_whole
+from optillm_memory.conversation.text import BLOCK_OPEN, without_thoughts
 from optillm_memory.learn.outcomes import effective, normal_answer, outcome, same_answer
 from optillm_memory.records import VERIFYING, Feedback, Outcome, Scope, Trace
+
+# How an answer ends that says all it had to say; a missing reason is no objection. Not: length, content_filter, …
+_ENDED = frozenset(("stop", "none", "", "end_turn", "stop_sequence", "eos", "eos_token"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +37,10 @@ def learn(trace: Trace, own: Sequence[Feedback], of_episode: Sequence[Feedback],
     """Fold the feedback on a trace and on its episode into what the trace teaches.
 
     Feedback on the trace itself outranks its episode's, unless only the episode's is verified. An episode's feedback
-    speaks for the answer of the trace that closed it (`closing`); the others share its outcome. Answers that came from
-    reuse teach nothing; a demonstration of a better one does.
+    speaks for the answer of the trace that closed it (`closing`) where that was a one-shot request: an agent's "All
+    done." is no answer to its task. The others share its outcome. Answers that came from reuse teach nothing, nor do
+    those that were cut off, altered for storing, or that speak in memory's own marks; a demonstration of a better one
+    does.
     """
     standing = effective(own)
     result = outcome(standing, trace.answer)
@@ -44,22 +50,29 @@ def learn(trace: Trace, own: Sequence[Feedback], of_episode: Sequence[Feedback],
         # What an observation suggests of one step gives way to what was verified of the whole.
         if of_all.verified or result.verdict == "unknown":
             result = of_all
-            standing = [*standing, *shared] if closing and closing.trace_id == trace.trace_id else []
-    if not trace.task:
+            closes = closing is not None and closing.trace_id == trace.trace_id and trace.one_shot
+            standing = [*standing, *shared] if closes else []
+    if not trace.task.strip():
         return Learned(result, ())
     evidence: dict[str, Evidence] = {}
-    answer = without_blocks(trace.answer or "")
+    answer = _teachable(trace.answer or "") if (trace.finish_reason or "None").lower() in _ENDED else ""
     if answer and result.verdict != "unknown" and standing and trace.action != "reuse":
         item = _evidence(trace, answer, success=result.verdict == "success", verified=result.verified)
         evidence[item.memory_id] = item
     demonstrations = [f for f in standing if f.metric == "demonstration" and isinstance(f.value, str)]
     verified = [f for f in demonstrations if f.source in VERIFYING]
     for shown in (verified or demonstrations)[-1:]:
-        text = without_blocks(str(shown.value))
+        text = _teachable(str(shown.value))
         if text and not (answer and same_answer(answer, text)):
             item = _evidence(trace, text, success=True, verified=shown.source in VERIFYING)
             evidence[item.memory_id] = item
     return Learned(result, tuple(evidence.values()))
+
+
+def _teachable(answer: str) -> str:
+    """Return what of an answer may be given as an answer again: all but thoughts, or nothing where it is not whole."""
+    answer = without_thoughts(answer)
+    return answer if answer.strip() and is_whole(answer) and BLOCK_OPEN not in answer else ""
 
 
 def exemplar_id(scope: Scope, frame: str, task: str, answer: str) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from optillm_memory.conversation.text import without_thoughts
 from optillm_memory.records import VERIFYING, Feedback, Outcome, Verdict
 
 SUCCESS_SCORE = 0.5
+_INDENTED = re.compile(r"\n[ \t]+\S")
 
 
 def effective(feedback: Iterable[Feedback]) -> list[Feedback]:
@@ -36,12 +39,17 @@ def outcome(standing: Sequence[Feedback], answer: str | None) -> Outcome:
 
 
 def same_answer(one: str, other: str) -> bool:
-    """Whether two answers are equal but for case, white space and a full stop at the end."""
+    """Whether two answers are equal but for thoughts, case, white space in lines and a full stop at the end."""
     return normal_answer(one) == normal_answer(other)
 
 
 def normal_answer(text: str) -> str:
-    """Return the form in which answers are compared."""
+    """Return the form in which answers are compared; where lines are indented, indentation is a part of it."""
+    text = without_thoughts(text)
+    if _INDENTED.search(text):
+        lines = [line for line in text.expandtabs(8).splitlines() if line.strip()]
+        text = "\n".join([line[: len(line) - len(line.lstrip())] + " ".join(line.split()) for line in lines])
+        return text.rstrip(" .").casefold()
     return " ".join(text.split()).rstrip(" .").casefold()
 
 

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any, TypeVar
 
+from optillm_memory.conversation.episodes import Candidate, root_of
 from optillm_memory.conversation.parse import key_of
 from optillm_memory.recall.recaller import Change, Version
 from optillm_memory.records import Injected, MemoryRecord, Placement, Scope, Trace
@@ -29,6 +30,17 @@ from optillm_memory.store.words import WordReads
 from optillm_memory.store.writer import Writer
 
 T = TypeVar("T")
+_BEGIN_ALIKE = 16  # conversations that begin alike and may be meant; of more the latest
+# An episode's latest request, whether it has an outcome (its own, or this very answer was verified as right), and how
+# it has gone on from a prefix.
+_CANDIDATE = f"""
+    SELECT coalesce((SELECT max(created_at) FROM traces WHERE scope_id = ? AND episode_id = ?), 0),
+        EXISTS (SELECT 1 FROM feedback WHERE {rows.STANDING} AND episode_id = ? AND (scope_id = ? OR scope_id IS NULL)
+                AND metric <> 'comment')
+        OR EXISTS (SELECT 1 FROM outcomes WHERE trace_id = ? AND verified AND verdict = 'success')"""
+_CONTINUED = """
+    SELECT DISTINCT continuation FROM traces WHERE scope_id = ? AND episode_id = ? AND continued = ?
+    AND created_at >= coalesce((SELECT created_at FROM traces WHERE trace_id = ?), 0)"""
 
 
 class Store(EpisodeReads, WordReads, ProposalReads, DecisionReads, FixReads, ForgetReads, VectorReads):
@@ -146,15 +158,27 @@ class Store(EpisodeReads, WordReads, ProposalReads, DecisionReads, FixReads, For
             ).fetchall()
         return {row[0]: rows.memory_of(row) for row in found}
 
+    def last_verified(self, scope: Scope, memory_ids: Sequence[str]) -> Mapping[str, float]:
+        """Return when each memory was verified last: the time of the trace, in Unix seconds."""
+        with self._readers.borrow() as db:
+            found = db.execute(
+                "SELECT memory_id, max(traces.created_at) FROM memories CROSS JOIN contributions USING (number) "
+                f"CROSS JOIN traces USING (trace_id) WHERE memory_id IN ({marks(memory_ids)}) "
+                "AND +memories.scope_id = ? AND role = 'evidence' AND success AND verified GROUP BY memory_id",
+                (*memory_ids, rows.known_scope(db, scope)),
+            ).fetchall()
+        return {memory_id: float(at) for memory_id, at in found}
+
     def of_episode_alone(self, scope: Scope, memory_ids: Sequence[str], episode_id: str) -> set[str]:
-        """Return those of the memories that rest on this episode and on no other."""
+        """Return those of the memories that rest on this episode, or the one it began with, and on no other."""
+        own_ids = (episode_id, root_of(episode_id))
         with self._readers.borrow() as db:
             scope_id = rows.known_scope(db, scope)
             found = db.execute(
                 "SELECT DISTINCT memory_id, number FROM traces CROSS JOIN contributions USING (trace_id) "
-                "CROSS JOIN memories USING (number) WHERE traces.scope_id = ? AND episode_id = ? AND role = 'evidence' "
-                "AND success",
-                (scope_id, episode_id),
+                "CROSS JOIN memories USING (number) WHERE traces.scope_id = ? AND episode_id IN (?, ?) "
+                "AND role = 'evidence' AND success",
+                (scope_id, *own_ids),
             ).fetchall()
             own = {number: memory_id for memory_id, number in found if memory_id in set(memory_ids)}
             if not own:
@@ -162,8 +186,8 @@ class Store(EpisodeReads, WordReads, ProposalReads, DecisionReads, FixReads, For
             shared = db.execute(
                 f"SELECT DISTINCT number FROM contributions CROSS JOIN traces USING (trace_id) "
                 f"WHERE number IN ({marks(own)}) AND role = 'evidence' AND success "
-                "AND NOT (scope_id = ? AND episode_id = ?)",
-                (*own, scope_id, episode_id),
+                "AND NOT (scope_id = ? AND episode_id IN (?, ?))",
+                (*own, scope_id, *own_ids),
             ).fetchall()
         return set(own.values()) - {own[row[0]] for row in shared}
 
@@ -174,24 +198,28 @@ class Store(EpisodeReads, WordReads, ProposalReads, DecisionReads, FixReads, For
         with self._readers.borrow() as db:
             return bytes(db.execute("SELECT value FROM meta WHERE key = 'salt'").fetchone()[0])
 
-    def episode_of(self, scope: Scope, prefixes: Sequence[str], steps: Sequence[str] = ()) -> str | None:
-        """Return the episode that a conversation continues: with the longest of these prefixes, or with such a step."""
+    def episodes_of(self, scope: Scope, prefix: str) -> list[Candidate]:
+        """Return the latest episodes that have a conversation prefix."""
         with self._readers.borrow() as db:
             scope_id = rows.known_scope(db, scope)
-            for prefix in prefixes:
-                row = db.execute(
-                    "SELECT episode_id FROM prefixes WHERE scope_id = ? AND hash = ?", (scope_id, prefix)
-                ).fetchone()
-                if row:
-                    return str(row[0])
+            found = db.execute(
+                "SELECT episode_id, trace_id FROM prefixes WHERE scope_id = ? AND hash = ? "
+                "ORDER BY trace_id DESC LIMIT ?",
+                (scope_id, prefix, _BEGIN_ALIKE),
+            ).fetchall()
+            latest: dict[str, str] = dict(reversed(found))
+            return [_candidate(db, scope, scope_id, prefix, *item) for item in latest.items()]
+
+    def episode_with_step(self, scope: Scope, steps: Sequence[str]) -> Candidate | None:
+        """Return the latest episode that has one of these steps."""
+        with self._readers.borrow() as db:
+            scope_id = rows.known_scope(db, scope)
             row = db.execute(
-                f"SELECT episode_id FROM steps WHERE scope_id = ? AND step_id IN ({marks(steps)}) "
+                f"SELECT episode_id, trace_id FROM steps WHERE scope_id = ? AND step_id IN ({marks(steps)}) "
                 "ORDER BY trace_id DESC LIMIT 1",
                 (scope_id, *steps),
             ).fetchone()
-            if row:
-                return str(row[0])
-        return None
+            return _candidate(db, scope, scope_id, "", *row) if row else None
 
     def ledger(self, scope: Scope, episode_id: str) -> list[Placement]:
         """Return what was injected in an episode before, in order."""
@@ -346,3 +374,10 @@ class Store(EpisodeReads, WordReads, ProposalReads, DecisionReads, FixReads, For
 
 # Numbers looked through in one statement: some milliseconds, and no reader holds on to an old state for long.
 _STRETCH = 2_000
+
+
+def _candidate(db: Connection, scope: Scope, scope_id: int, prefix: str, episode_id: str, trace_id: str) -> Candidate:
+    asked = (scope_id, episode_id, scope.tenant, 0.0, episode_id, scope_id, trace_id)
+    latest, closed = db.execute(_CANDIDATE, asked).fetchone()
+    gone_on = db.execute(_CONTINUED, (scope_id, episode_id, prefix, trace_id)).fetchall() if prefix else []
+    return Candidate(episode_id, float(latest), bool(closed), frozenset(row[0] for row in gone_on))

@@ -12,7 +12,7 @@ from sqlite_utils import Database
 
 from optillm_memory.errors import NotFound, StoreError, StoreUnavailable
 from optillm_memory.learn.outcomes import normal_answer
-from optillm_memory.settings import is_url, refuse_unknown_scheme, shown
+from optillm_memory.settings import expanded, is_url, refuse_unknown_scheme, shown
 from optillm_memory.store.connection import DatabaseError, connect, open_writer
 from optillm_memory.store.migrations import migrations
 from optillm_memory.store.opening import open_store
@@ -36,7 +36,7 @@ def copy(source: str, target: str, progress: Progress = lambda *_: None) -> dict
     """
     for name, db in (("source", source), ("target", target)):
         refuse_unknown_scheme(db, name)
-    if not is_url(source) and not Path(source).expanduser().is_file():
+    if not is_url(source) and not expanded(source).is_file():
         raise NotFound(f"there is no database {source}")
     _bring_up(source)
     try:
@@ -55,7 +55,7 @@ def _bring_up(source: str) -> None:
         with contextlib.closing(open_store(source, queue_size=1, normal=normal_answer)) as store:
             fault = store.fault
     else:
-        fault = _fault_of(Path(source).expanduser())
+        fault = _fault_of(expanded(source))
     if fault:
         raise StoreError(f"the source {_place(source)} cannot be copied: {fault}")
 
@@ -203,7 +203,7 @@ def _reading(db: str) -> Iterator[_Side]:
             server.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
             yield _ServerSide(server)
     else:
-        with contextlib.closing(connect(Path(db).expanduser(), read_only=True)) as file:
+        with contextlib.closing(connect(expanded(db), read_only=True)) as file:
             file.execute("BEGIN")
             yield _Side(file)
 
@@ -211,7 +211,7 @@ def _reading(db: str) -> Iterator[_Side]:
 @contextlib.contextmanager
 def _writing(db: str) -> Iterator[_Side]:
     """Give a side that takes all of it or nothing."""
-    connection: Any = PostgresConnection(db) if is_url(db) else connect(Path(db).expanduser())
+    connection: Any = PostgresConnection(db) if is_url(db) else connect(expanded(db))
     with contextlib.closing(connection):
         connection.execute("BEGIN IMMEDIATE")
         try:

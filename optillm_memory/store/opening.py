@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
-from optillm_memory.settings import is_url
+from optillm_memory.settings import expanded, is_url
 from optillm_memory.store.base import Store
 from optillm_memory.store.sqlite import SqliteStore
 
@@ -16,4 +15,4 @@ def open_store(db: str, *, queue_size: int, normal: Callable[[str], str]) -> Sto
         from optillm_memory.store.postgres import PostgresStore  # noqa: PLC0415 - a file needs nothing of it
 
         return PostgresStore(db, queue_size=queue_size, normal=normal)
-    return SqliteStore(Path(db).expanduser(), queue_size=queue_size, normal=normal)
+    return SqliteStore(expanded(db), queue_size=queue_size, normal=normal)

@@ -65,17 +65,25 @@ def _exists(connection: PostgresConnection) -> bool:
     return bool(connection.execute("SELECT to_regclass(?) IS NOT NULL", (f"{SCHEMA}.migrations",)).fetchone()[0])
 
 
-TABLES: dict[str, str] = {
-    "meta": "key #TEXT PRIMARY KEY, value BIGINT",
-    "scopes": "id #KEY, tenant #TEXT NOT NULL, namespace #TEXT NOT NULL, user_id #TEXT NOT NULL, "
-    "agent_id #TEXT NOT NULL, UNIQUE(tenant, namespace, user_id, agent_id)",
-    "traces": "seq #KEY, trace_id #TEXT NOT NULL UNIQUE, scope_id BIGINT NOT NULL, episode_id #TEXT NOT NULL, "
+_TRACES = (
+    "seq #KEY, trace_id #TEXT NOT NULL UNIQUE, scope_id BIGINT NOT NULL, episode_id #TEXT NOT NULL, "
     "created_at DOUBLE PRECISION NOT NULL, model #TEXT NOT NULL, approach #TEXT NOT NULL, action #TEXT NOT NULL, "
     "held_out BOOLEAN NOT NULL, propensity DOUBLE PRECISION NOT NULL, task #TEXT NOT NULL, key_hash #TEXT NOT NULL, "
     "frame #TEXT NOT NULL, messages #TEXT NOT NULL, answer #TEXT, finish_reason #TEXT, error #TEXT, "
     "skipped #TEXT NOT NULL, prompt_tokens BIGINT NOT NULL, completion_tokens BIGINT NOT NULL, "
     "latency_ms DOUBLE PRECISION NOT NULL, recall_ms DOUBLE PRECISION NOT NULL, tags #TEXT NOT NULL, "
-    "extra_calls BIGINT NOT NULL DEFAULT 0, partition #TEXT NOT NULL DEFAULT ''",
+    "extra_calls BIGINT NOT NULL DEFAULT 0, partition #TEXT NOT NULL DEFAULT ''"
+)
+_CONTINUATIONS = (
+    "continued #TEXT NOT NULL DEFAULT ''",
+    "continuation #TEXT NOT NULL DEFAULT ''",
+    "one_shot BOOLEAN NOT NULL DEFAULT TRUE",
+)
+TABLES: dict[str, str] = {
+    "meta": "key #TEXT PRIMARY KEY, value BIGINT",
+    "scopes": "id #KEY, tenant #TEXT NOT NULL, namespace #TEXT NOT NULL, user_id #TEXT NOT NULL, "
+    "agent_id #TEXT NOT NULL, UNIQUE(tenant, namespace, user_id, agent_id)",
+    "traces": ", ".join((_TRACES, *_CONTINUATIONS)),
     "injections": "trace_id #TEXT NOT NULL, memory_id #TEXT NOT NULL, kind #TEXT NOT NULL, "
     "score DOUBLE PRECISION NOT NULL, tokens BIGINT NOT NULL, suggestion #TEXT, "
     "withheld BOOLEAN NOT NULL DEFAULT FALSE, PRIMARY KEY(trace_id, memory_id)",
@@ -86,8 +94,8 @@ TABLES: dict[str, str] = {
     "scope_id BIGINT, trace_id #TEXT, episode_id #TEXT, metric #TEXT NOT NULL, value #TEXT NOT NULL, "
     "source #TEXT NOT NULL, evidence #TEXT, occurred_at DOUBLE PRECISION NOT NULL, "
     "received_at DOUBLE PRECISION NOT NULL, UNIQUE(tenant, feedback_id, retracts)",
-    "prefixes": "scope_id BIGINT NOT NULL, hash #TEXT NOT NULL, episode_id #TEXT NOT NULL, trace_id #TEXT, "
-    "PRIMARY KEY(scope_id, hash)",
+    "prefixes": "scope_id BIGINT NOT NULL, hash #TEXT NOT NULL, episode_id #TEXT NOT NULL, trace_id #TEXT NOT NULL, "
+    "PRIMARY KEY(scope_id, hash, trace_id)",
     "ledger": "scope_id BIGINT NOT NULL, episode_id #TEXT NOT NULL, anchor #TEXT NOT NULL, position BIGINT NOT NULL, "
     "form #TEXT NOT NULL, payload #TEXT NOT NULL, items #TEXT NOT NULL, "
     "PRIMARY KEY(scope_id, episode_id, anchor, form)",
@@ -155,10 +163,15 @@ _CONTRIBUTIONS = (
     "memory_id #TEXT NOT NULL, trace_id #TEXT NOT NULL, role #TEXT NOT NULL, success BOOLEAN NOT NULL, "
     "verified BOOLEAN NOT NULL, answer #TEXT, PRIMARY KEY(memory_id, trace_id, role)"
 )
+_PREFIXES = (
+    "scope_id BIGINT NOT NULL, hash #TEXT NOT NULL, episode_id #TEXT NOT NULL, trace_id #TEXT, "
+    "PRIMARY KEY(scope_id, hash)"
+)
+_FIRST = TABLES | {"contributions": _CONTRIBUTIONS, "traces": _TRACES, "prefixes": _PREFIXES}
 _MIGRATIONS: dict[str, tuple[str, ...]] = {
     "p001_tables": (
         "CREATE EXTENSION IF NOT EXISTS vector SCHEMA public",
-        *(f"CREATE TABLE {name}({columns})" for name, columns in (TABLES | {"contributions": _CONTRIBUTIONS}).items()),
+        *(f"CREATE TABLE {name}({columns})" for name, columns in _FIRST.items()),
         *(f"CREATE INDEX {index}" for index in _INDEXES),
         "CREATE TABLE salt(value BYTEA NOT NULL)",
         "INSERT INTO meta VALUES ('revision', 0), ('generation', 0)",
@@ -170,4 +183,10 @@ _MIGRATIONS: dict[str, tuple[str, ...]] = {
     ),
     # Words that wait to be taken into the index are looked through by each lookup, and make the planner shun it.
     "p003_words_at_once": ("ALTER INDEX memories_terms SET (fastupdate = off)",),
+    "p004_prefixes_by_trace": (
+        "UPDATE prefixes SET trace_id = '' WHERE trace_id IS NULL",
+        "ALTER TABLE prefixes DROP CONSTRAINT prefixes_pkey",
+        "ALTER TABLE prefixes ADD PRIMARY KEY (scope_id, hash, trace_id)",
+        *(f"ALTER TABLE traces ADD COLUMN {column}" for column in _CONTINUATIONS),
+    ),
 }

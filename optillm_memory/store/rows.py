@@ -19,14 +19,14 @@ INSERT_SCOPE = "INSERT INTO scopes(tenant, namespace, user_id, agent_id) VALUES 
 _TRACE_COLUMNS = (
     "trace_id, episode_id, created_at, model, approach, action, held_out, propensity, task, frame, messages, answer, "
     "finish_reason, error, skipped, prompt_tokens, completion_tokens, latency_ms, recall_ms, tags, extra_calls, "
-    "partition"
+    "partition, continued, continuation, one_shot"
 )
 SELECT_TRACE = (
     f"SELECT tenant, namespace, user_id, agent_id, {_TRACE_COLUMNS} FROM traces JOIN scopes ON scopes.id = scope_id"
 )
 INSERT_TRACE = (
     f"INSERT INTO traces(scope_id, {_TRACE_COLUMNS}, key_hash) "
-    f"VALUES ({', '.join('?' * 24)}) ON CONFLICT(trace_id) DO NOTHING"
+    f"VALUES ({', '.join('?' * 27)}) ON CONFLICT(trace_id) DO NOTHING"
 )
 
 FEEDBACK_COLUMNS = "feedback_id, retracts, trace_id, episode_id, metric, value, source, evidence, occurred_at"
@@ -121,7 +121,7 @@ def trace_values(trace: Trace, scope_id: int) -> tuple[Any, ...]:
         int(trace.held_out), trace.propensity, trace.task, trace.frame, trace.messages, trace.answer,
         trace.finish_reason, trace.error, trace.skipped, trace.prompt_tokens, trace.completion_tokens,
         trace.latency_ms, trace.recall_ms, json.dumps(dict(trace.tags)) if trace.tags else "{}", trace.extra_calls,
-        trace.partition,
+        trace.partition, trace.continued, trace.continuation, int(trace.one_shot),
     )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def trace_of(row: tuple[Any, ...]) -> Trace:
     (
         trace_id, episode_id, created_at, model, approach, action, held_out, propensity, task, frame, messages,
         answer, finish_reason, error, skipped, prompt_tokens, completion_tokens, latency_ms, recall_ms, tags,
-        extra_calls, partition,
+        extra_calls, partition, continued, continuation, one_shot,
     ) = row[4:]  # fmt: skip
     return Trace(
         trace_id=trace_id, scope=Scope(*row[:4]), episode_id=episode_id, created_at=created_at, model=model,
@@ -138,6 +138,7 @@ def trace_of(row: tuple[Any, ...]) -> Trace:
         messages=messages, answer=answer, finish_reason=finish_reason, error=error, skipped=skipped,
         prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, latency_ms=latency_ms,
         recall_ms=recall_ms, tags=json.loads(tags), extra_calls=extra_calls, partition=partition,
+        continued=continued, continuation=continuation, one_shot=bool(one_shot),
     )  # fmt: skip
 
 

@@ -201,7 +201,8 @@ class StepTables:
     def _maker(self, scope_id: int, episode_id: str, made: str) -> str | None:
         # The same conversation may have been held in another episode: what became of it is not this one's.
         row = self._db.execute(
-            "SELECT trace_id FROM prefixes WHERE scope_id = ? AND hash = ? AND episode_id = ?",
+            "SELECT trace_id FROM prefixes WHERE scope_id = ? AND hash = ? AND episode_id = ? AND trace_id <> '' "
+            "ORDER BY trace_id DESC LIMIT 1",
             (scope_id, made, episode_id),
         ).fetchone()
         return row[0] if row else None

@@ -89,8 +89,7 @@ class Transaction(
         self._remember(trace)
         self._untouched.pop((trace.scope, trace.episode_id), None)
         self._db.executemany(
-            "INSERT INTO prefixes(scope_id, hash, episode_id, trace_id) VALUES (?, ?, ?, ?) "
-            "ON CONFLICT (scope_id, hash) DO UPDATE SET episode_id = excluded.episode_id, trace_id = excluded.trace_id",
+            "INSERT INTO prefixes(scope_id, hash, episode_id, trace_id) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
             [(scope_id, prefix, trace.episode_id, trace.trace_id) for prefix in prefixes],
         )
         self._put_many(

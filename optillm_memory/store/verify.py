@@ -338,7 +338,7 @@ ORPHANS: dict[str, tuple[str, str]] = {
     **{name: (_NO_TRACE.format(name), _MEND) for name in ("injections", "calls", "proposals", "decisions")},
     "traces": (_NO_SCOPE.format("traces"), _MEND),
     "steps": (f"{_NO_TRACE.format('steps')} OR {_NO_EPISODE.format('steps')}", _MEND),
-    "prefixes": (f"trace_id IS NOT NULL AND {_NO_TRACE.format('prefixes')}", _MEND),
+    "prefixes": (f"trace_id <> '' AND {_NO_TRACE.format('prefixes')}", _MEND),
     "ledger": (_NO_EPISODE.format("ledger"), _MEND),
     "feedback": (f"scope_id IS NOT NULL AND {_NO_SCOPE.format('feedback')}", _MEND),
     "memories": (f"status NOT IN {rows.NO_MEMORY} AND {_NO_SCOPE.format('memories')}", REBUILD),

@@ -1,0 +1,85 @@
+"""Identity: which messages are one and the same, however a client writes them when it sends them back.
+
+A client repeats the conversation with every request, and rewrites it: a text becomes a list of parts, thoughts and
+empty fields go, call ids are made anew, cache marks wander. What stays is the role, the text, the calls (name, and
+arguments as JSON values) and what the parts that are no text point to. Of that a message's identity is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optillm_memory.conversation.steps import calls_of
+from optillm_memory.conversation.text import is_text_part, is_thought, text_of, without_thoughts
+
+as_json = json.JSONEncoder(sort_keys=True, default=str).encode  # one for all: to make one takes as long as to use it
+_SPACE_AT_LINE_END = re.compile(r"[^\S\n]+(?=\n)")
+# Two names of one role: clients and gateways rename them.
+_ROLES = {"developer": "system", "function": "tool"}
+# What clients add to a part or leave out of it, and what does not change what it shows.
+_MARKS = ("cache_control", "detail")
+
+
+def prefix_hashes(messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return for each message the hash of the conversation up to and with it."""
+    hashes: list[str] = []
+    for message in messages:
+        hashes.append(extend_prefix(hashes[-1] if hashes else "", message))
+    return tuple(hashes)
+
+
+def extend_prefix(prefix: str, message: Mapping[str, Any]) -> str:
+    """Return the hash of a conversation with this prefix and one message more."""
+    identity = as_json(identity_of(message)).encode("ascii")
+    return hashlib.blake2b(prefix.encode("ascii") + identity + b"\n", digest_size=16).hexdigest()
+
+
+def identity_of(message: Mapping[str, Any]) -> list[Any]:
+    """Return what every client keeps of a message when it sends it back: role, text, calls and other parts."""
+    role = _ROLES.get(str(message.get("role")), message.get("role"))
+    text = text_of(message)
+    if role == "assistant":
+        refusal = message.get("refusal")
+        text = without_thoughts(text) or (refusal if isinstance(refusal, str) else "")
+    calls = [[name, _value_of(arguments)] for _, name, arguments in calls_of(message, 0)]
+    content = message.get("content")
+    parts = [_part(p) for p in content if not _is_of_text(p)] if isinstance(content, list) else []
+    return [role, _folded(text), calls, parts]
+
+
+def _folded(text: str) -> str:
+    """Return a text without what editors and clients take off: carriage returns and white space at ends of lines."""
+    return _SPACE_AT_LINE_END.sub("", text.replace("\r\n", "\n")).strip()
+
+
+def _is_of_text(part: Any) -> bool:
+    return is_text_part(part) or is_thought(part)
+
+
+def _part(part: Any) -> Any:
+    if isinstance(part, Mapping):
+        kept = {key: _part(value) for key, value in part.items() if key not in _MARKS and value is not None}
+        return {key: value for key, value in kept.items() if value not in ({}, [])}
+    return [_part(item) for item in part] if isinstance(part, list) else part
+
+
+def _value_of(arguments: str) -> Any:
+    """Return a call's arguments as JSON values: clients parse them and write them anew."""
+    if not arguments.strip():
+        return {}
+    try:
+        return _plain(json.loads(arguments))
+    except (ValueError, RecursionError):
+        return _folded(arguments)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # JavaScript has one kind of number: 1.0 comes back as 1
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,42 @@
+"""Refusals: which forms of insertion a model's provider has turned down, so that they are not tried for a while."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from optillm_memory.records import Scope
+
+FORMS = frozenset(("turns", "block"))
+REFUSED_FOR_S = 600.0
+_EPISODE_FOR_S = 6 * 3600.0  # its prompts went out as they came, and the provider's prompt cache holds them so
+_KEPT = 10_000
+
+
+class Refusals:
+    """What was refused of late, in this process. Thread-safe; the time is given with each call."""
+
+    def __init__(self) -> None:
+        """Start with nothing refused."""
+        self._lock = threading.Lock()
+        self._forms: OrderedDict[tuple[str, str, str], float] = OrderedDict()
+        self._episodes: OrderedDict[tuple[Scope, str], float] = OrderedDict()
+
+    def note(self, scope: Scope, episode_id: str, model: str, forms: Iterable[str], now: float) -> None:
+        """Note that a model refused a prompt with insertions of these forms, and took it without."""
+        with self._lock:
+            for form in forms:
+                self._forms[scope.tenant, model, form] = now
+            self._episodes[scope, episode_id] = now
+            for kept in (self._forms, self._episodes):
+                while len(kept) > _KEPT:
+                    kept.popitem(last=False)
+
+    def forms(self, scope: Scope, episode_id: str, model: str, now: float) -> frozenset[str]:
+        """Return the forms that are not to be tried with a model in an episode."""
+        with self._lock:
+            if now - self._episodes.get((scope, episode_id), -_EPISODE_FOR_S) < _EPISODE_FOR_S:
+                return FORMS
+            refused_at = {form: self._forms.get((scope.tenant, model, form), -REFUSED_FOR_S) for form in FORMS}
+        return frozenset(form for form, at in refused_at.items() if now - at < REFUSED_FOR_S)
