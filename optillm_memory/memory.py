@@ -15,6 +15,7 @@ from optillm_memory.advising import Adviser
 from optillm_memory.conversation import parse as conversations
 from optillm_memory.conversation.episodes import root_of
 from optillm_memory.conversation.feedback import parse_feedback
+from optillm_memory.conversation.language import warm
 from optillm_memory.conversation.options import AUTO, FIELD, Options, parse_options
 from optillm_memory.conversation.parse import Conversation
 from optillm_memory.conversation.steps import calls_of
@@ -23,7 +24,7 @@ from optillm_memory.decide.holdout import assign
 from optillm_memory.errors import NotFound, StoreUnavailable
 from optillm_memory.inject.advice import as_advice
 from optillm_memory.inject.refusals import FORMS
-from optillm_memory.inject.render import Rendering, as_block, as_turns, placed_at
+from optillm_memory.inject.render import Rendering, in_form, placed_at
 from optillm_memory.learn import fold
 from optillm_memory.learn.conflicts import without_superseded
 from optillm_memory.learn.forms import form_named
@@ -66,7 +67,7 @@ class Memory:
         self._clock = clock
         normal = form_named(self.settings.answer_form)
         self.store = open_store(self.settings.db, queue_size=self.settings.queue_size, normal=normal)
-        self.encoder = EncoderService(encoder or (lambda: load_encoder(self.settings.encoder)))
+        self.encoder = EncoderService(encoder or (lambda: load_encoder(self.settings.encoder)), before=warm)
         self._recaller = Recaller(self.store, self.store.index_files())
         self._locator = Locator(self.store, clock)
         self._salt: bytes | None = None
@@ -198,15 +199,8 @@ class Memory:
         self._locator.refusals.note(turn.scope, turn.episode_id, turn.model, forms, self._clock())
         return turn.as_sent().skip("refused_with_memory", form=",".join(sorted(forms)))
 
-    def finish(
-        self, turn: Turn, response: Mapping[str, Any] | None, *, error: str | None = None, injected: bool = True
-    ) -> None:
-        """Record the request with its response, or the error it ended in, behind the caller's back.
-
-        `injected` False says that the turn's insertions did not go out after all.
-        """
-        if not injected:
-            turn = turn.as_sent()
+    def finish(self, turn: Turn, response: Mapping[str, Any] | None, *, error: str | None = None) -> None:
+        """Record the request with its response, or the error it ended in, in the background."""
         elapsed_ms = (time.perf_counter() - turn.started) * 1000
         prefixes: list[str] = []
         if turn.conversation is not None and response is not None:
@@ -285,8 +279,10 @@ class Memory:
     def stats(self) -> dict[str, Any]:
         """Return counts of the store and the state of the encoder."""
         total, embedded = self.store.coverage()
-        lacking = {"memories_without_vector": total - embedded.get(self.encoder.fingerprint, 0)}
-        return {**self.store.stats(), **lacking, "encoder": self.encoder.state, "encoder_reason": self.encoder.reason}
+        return {
+            **self.store.stats(), "memories_without_vector": total - embedded.get(self.encoder.fingerprint, 0),
+            "encoder": self.encoder.state, "encoder_reason": self.encoder.reason,
+        }  # fmt: skip
 
     def why(self, trace_id: str, *, tenant: str | None = None) -> dict[str, Any]:
         """Return why a request was answered as it was: what memory had to say, what was decided. Raises NotFound."""
@@ -394,12 +390,9 @@ class Memory:
     def _rendered(
         self, turn: Turn, conversation: Conversation, hits: list[Hit], refused: Collection[str], *, text_only: bool
     ) -> tuple[Turn, Rendering | None]:
-        if not hits:
-            return turn, None
         settings, options = self.settings, turn.options
-        same = [h for h in hits if h.memory.frame == conversation.frame]
-        if conversation.plain and same and not text_only and "turns" not in refused:
-            return turn, as_turns(same, **options.limits(settings.max_items, settings.token_budget))
-        if "block" in refused:
-            return turn.skip("refused_before"), None
-        return turn, as_block(hits, **options.limits(settings.max_block_items, settings.token_budget))
+        turns = options.limits(settings.max_items, settings.token_budget)
+        block = options.limits(settings.max_block_items, settings.token_budget)
+        refused = {*refused, "turns"} if text_only else refused
+        rendering = in_form(hits, conversation, refused, turns=turns, block=block) if hits else None
+        return turn.skip("refused_before") if hits and rendering is None else turn, rendering

@@ -917,6 +917,9 @@ def test_a_scope_is_brought_up_to_date_while_the_encoder_works() -> None:
         def memories(self, scope: Scope, numbers: Iterable[int]) -> Mapping[int, MemoryRecord]:
             return {n: record(n) for n in numbers}
 
+        def sample(self, scope: Scope, fingerprint: str, limit: int) -> list[tuple[str, bytes]]:
+            return []
+
         def changes(self, scope: Scope, since: int, fingerprint: str, limit: int) -> list[Change]:
             reads.append(since)
             return super().changes(scope, since, fingerprint, limit)

@@ -91,7 +91,7 @@ def test_secrets_bad_unicode_and_nul_are_stored_clean(tmp_path: Path) -> None:
         turn = ask(memory, said, f"done \ud800 {secret}")
         tell(memory, turn, value=f"right \ud800 {secret}", metric="demonstration", evidence={"output": secret})
         shown = memory.trace(turn.trace_id)
-        assert shown["steps"][0]["observation"].startswith("?")
+        assert shown["steps"][0]["observation"].startswith("\ufffd")
         assert "\x00" in shown["task"]
         assert memory.store.lost == 0
         assert memory.store.list_memories(None) == []  # nothing here may be given as an answer any more
@@ -169,7 +169,7 @@ def test_an_insertion_that_did_not_go_out_is_not_recorded(tmp_path: Path) -> Non
     with lexical_memory(tmp_path) as memory:
         teach(memory, TASK, ANSWER)
         turn = memory.begin(body(TASK))
-        memory.finish(turn, response("x"), injected=False)
+        memory.finish(turn.as_sent(), response("x"))
         memory.store.flush()
         assert memory.trace(turn.trace_id)["action"] == "plain"
         assert memory.trace(turn.trace_id)["injected"] == []

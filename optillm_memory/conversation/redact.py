@@ -34,6 +34,7 @@ _SECRETS: tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...] = (
 )
 QUOTED = "[… quoted from memory, left out …]"
 _ALTERED = re.compile(rf"\[REDACTED:[a-z-]{{1,30}}\]|\[… \d{{1,12}} characters left out …\]|{re.escape(QUOTED)}")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _LONGEST = 22_000  # characters of the longest secret
 _NOTE = 48  # characters of the note about what was left out
 
@@ -63,7 +64,7 @@ def storable(text: str, limit: int, *, secrets: bool = True) -> str:
     left_out = max(len(text) - 2 * margin, 0)
     if left_out:
         text = text[:margin] + text[-margin:]
-    text = text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+    text = text if text.isascii() else _SURROGATE.sub("\ufffd", text)
     text = redact(text) if secrets else text
     if len(text) > limit:
         room = limit - _NOTE

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from optillm_memory.conversation.language import ENGLISH, language_of
 from optillm_memory.conversation.lexicon import LANGUAGES
-from optillm_memory.decide.present import present
+from optillm_memory.decide.present import present_in_any
 from optillm_memory.decide.wording import LONGEST, STRONG, Wording, difference, wording
 
 NEAREST = 50
@@ -118,7 +118,7 @@ def _not_lasting(query: str, asked_before: Sequence[Neighbour]) -> list[str]:
     once it was verified some times.
     """
     language = language_of(query)
-    degree = present(query, language)
+    degree = present_in_any(query)
     if degree == "clock":
         return ["time_dependent"]
     if sum(n.successes for n in asked_before) >= _SETTLED:
@@ -183,7 +183,7 @@ def _examine(query: str, supporters: Sequence[Neighbour], similarity: float) -> 
     differences = [difference(asked, k) for k in known[:_NAMED]]
     found, few = "" in differences, len(supporters) < _THICK
     novelty = len(asked.tokens.difference(*(k.tokens for k in known))) / max(len(asked.tokens), 1)
-    degree = present(query, language)
+    degree = present_in_any(query)
     reasons = ["time_dependent"] if degree == "clock" else []
     if few and found:
         similarity, novelty = 1.0, 0.0

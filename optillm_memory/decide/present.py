@@ -12,7 +12,7 @@ import re
 from functools import lru_cache
 from typing import Literal
 
-from optillm_memory.conversation.language import ENGLISH
+from optillm_memory.conversation.language import ENGLISH, plausible_languages
 from optillm_memory.conversation.lexicon import LANGUAGES, compiled, fold
 
 Degree = Literal["", "state", "clock"]
@@ -21,6 +21,12 @@ ENDS = 200  # characters of a text that are looked at from either end: what is a
 _QUESTION_MARKS = ("?", "\u061f", "\u037e")
 _YEAR = re.compile(r"(?<![\d.,])(?:1\d{3}|20[01]\d)(?![\d.,]\d|\d)")
 _SUM = re.compile(r"\d\s?(?:[-+*/\u00d7\u00f7^=%]|[^\W\d_]{1,8}(?:\s[^\W\d_]{1,8})?)\s?\d")
+
+
+def present_in_any(text: str) -> Degree:
+    """Return in which degree a text asks about the present in any of the languages that it may be in."""
+    found = {present(text, language) for language in plausible_languages(text)}
+    return "clock" if "clock" in found else "state" if "state" in found else ""
 
 
 @lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from optillm_memory.conversation.language import ENGLISH, language_of
 from optillm_memory.conversation.lexicon import LANGUAGES, compiled, fold
-from optillm_memory.decide.present import present
+from optillm_memory.decide.present import present_in_any
 from optillm_memory.recall.rank import STOP_WORDS
 
 LONGEST = 8_000
@@ -97,7 +97,7 @@ class Wording:
 
 def is_time_dependent(text: str) -> bool:
     """Whether the right answer may be another one tomorrow, by the words of the text."""
-    return present(text, language_of(text)) == "clock"
+    return present_in_any(text) == "clock"
 
 
 def asks_the_same(one: str, other: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Literal
@@ -57,6 +57,24 @@ def as_block(hits: Sequence[Hit], *, max_items: int, token_budget: int) -> Rende
         day = datetime.fromtimestamp(hit.memory.created_at, timezone.utc).date().isoformat()
         lines += [f"{number}. task", quoted(hit.memory.task), f"   verified answer ({day})", quoted(hit.memory.answer)]
     return Rendering("\n".join([*lines, BLOCK_CLOSE]), tuple(item for _, item in chosen), left_out)
+
+
+def in_form(
+    hits: Sequence[Hit],
+    conversation: Conversation,
+    refused: Collection[str],
+    *,
+    turns: Mapping[str, int],
+    block: Mapping[str, int],
+) -> Rendering | None:
+    """Render hits as turns before a one-shot request, else as a block; None where the form that fits was refused.
+
+    `turns` and `block` are the limits (`max_items`, `token_budget`) of each form.
+    """
+    same = [h for h in hits if h.memory.frame == conversation.frame]
+    if conversation.plain and same and "turns" not in refused:
+        return as_turns(same, **turns)
+    return None if "block" in refused else as_block(hits, **block)
 
 
 def placed_at(conversation: Conversation, position: int, rendering: Rendering) -> Placement | None:

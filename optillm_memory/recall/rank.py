@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 # Plain fusion (k = 60, equal weights) cost 7 points of top-1 on short requests, where words mislead more than
@@ -118,11 +118,24 @@ def words(text: str, limit: int = 64) -> list[str]:
     return list(found)[:limit]
 
 
-def coverage(query: Sequence[str], texts: Iterable[str], weights: Mapping[str, float]) -> list[float]:
-    """Return the share of the query's word weight that each text holds: 1 when it holds every word."""
+def all_words(text: str) -> set[str]:
+    """Return the words of a text."""
+    return set(_WORD.findall(text.lower()))
+
+
+def coverage(
+    query: Sequence[str],
+    texts: Iterable[str],
+    weights: Mapping[str, float],
+    of_text: Callable[[str], set[str]] = all_words,
+) -> list[float]:
+    """Return the share of the query's word weight that each text holds: 1 when it holds every word.
+
+    `of_text` gives the words that a text holds.
+    """
     asked = {word: weights.get(word, 1.0) for word in query}
     total = sum(asked.values()) or 1.0
-    found = (set(_WORD.findall(text.lower())) for text in texts)
+    found = (of_text(text) for text in texts)
     return [sum([weight for word, weight in asked.items() if word in present]) / total for present in found]
 
 

@@ -50,8 +50,14 @@ class EncoderService:
     `state` is `loading`, `ready`, `none` (recall is lexical by choice) or `failed` (lexical; `reason` says why).
     """
 
-    def __init__(self, load: Callable[[], Encoder | None], *, cache_size: int = 4096) -> None:
-        """Start loading in the background."""
+    def __init__(
+        self,
+        load: Callable[[], Encoder | None],
+        *,
+        cache_size: int = 4096,
+        before: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Start loading in the background, with what is quicker `before` it."""
         self.state = "loading"
         self.reason = ""
         self.fingerprint = ""
@@ -61,7 +67,7 @@ class EncoderService:
         self._cache_size = cache_size
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[tuple[str, Future[Vector]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, args=(load,), name="agent-memory-encoder", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(load, before), name="agent-memory-encoder", daemon=True)
         self._thread.start()
 
     def cached(self, key: str) -> Vector | None:
@@ -110,8 +116,9 @@ class EncoderService:
         """Let the thread end after what it was asked."""
         self._queue.put(_STOP)
 
-    def _run(self, load: Callable[[], Encoder | None]) -> None:
+    def _run(self, load: Callable[[], Encoder | None], before: Callable[[], object]) -> None:
         try:
+            before()
             encoder = load()
             if encoder is None:
                 self.state = "none"

@@ -148,6 +148,17 @@ class Store(EpisodeReads, WordReads, ProposalReads, DecisionReads, FixReads, For
             ).fetchall()
         return {int(number): bytes(vector) for number, vector in found}
 
+    def sample(self, scope: Scope, fingerprint: str, limit: int) -> list[tuple[str, bytes]]:
+        """Return (task, vector) of the latest memories of the scope that are searched by meaning."""
+        with self._readers.borrow() as db:
+            found = db.execute(
+                "SELECT task, vector FROM memories JOIN vectors ON vectors.key_hash = memories.key_hash "
+                "AND fingerprint = ? WHERE scope_id = ? AND status = 'verified' AND kind = 'exemplar' "
+                "ORDER BY revision DESC LIMIT ?",
+                (fingerprint, rows.known_scope(db, scope), limit),
+            ).fetchall()
+        return [(task, bytes(vector)) for task, vector in found]
+
     def memories(self, scope: Scope, numbers: Iterable[int]) -> Mapping[int, MemoryRecord]:
         """Return the verified memories of the scope that have these numbers."""
         wanted = list(numbers)

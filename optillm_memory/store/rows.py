@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from optillm_memory.conversation.parse import key_of
-from optillm_memory.recall.rank import words
+from optillm_memory.recall.word_agreement import terms
 from optillm_memory.records import Feedback, KnownFix, MemoryRecord, Scope, Trace
 
 _WORDS_KEPT = 400
@@ -111,7 +111,7 @@ def scoped(scope_id: int, word: str) -> str:
 
 def scoped_words(scope_id: int, task: str) -> str:
     """Return the text under which a memory of a scope is found by its words."""
-    return " ".join([scoped(scope_id, word) for word in words(key_of(task), _WORDS_KEPT)])
+    return " ".join([scoped(scope_id, word) for word in terms(key_of(task), _WORDS_KEPT)])
 
 
 def trace_values(trace: Trace, scope_id: int) -> tuple[Any, ...]:

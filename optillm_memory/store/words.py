@@ -8,7 +8,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optillm_memory.recall.rank import coverage
+from optillm_memory.recall.rank import all_words, coverage
+from optillm_memory.recall.word_agreement import terms
 from optillm_memory.records import Scope
 from optillm_memory.store import rows
 from optillm_memory.store.connection import Connection, Readers, marks
@@ -61,8 +62,12 @@ class WordReads:
             texts: dict[int, Any] = dict(
                 db.execute(f"SELECT number, task FROM memories WHERE number IN ({marks(best)})", best).fetchall()
             )
-        found = list(zip(texts, coverage(query, texts.values(), weights), strict=True))
+        found = list(zip(texts, coverage(query, texts.values(), weights, _held), strict=True))
         return sorted(found, key=lambda pair: (-pair[1], len(texts[pair[0]]), pair[0]))
+
+
+def _held(text: str) -> set[str]:
+    return {*all_words(text), *terms(text)}
 
 
 def _best_first(scored: tuple[int, float]) -> tuple[float, int]:
