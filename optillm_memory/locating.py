@@ -49,7 +49,8 @@ class Locator:
         assert conversation is not None
         located = self._found(turn, conversation)
         if located is not None:
-            self.recent.take(turn.scope, located, self._clock())
+            if located.continued:
+                self.recent.take(turn.scope, located, self._clock())
             turn = replace(turn, episode_id=located.episode_id, located=located)
         if not any(BLOCK_OPEN in text_of(message) for message in conversation.messages):
             return turn
@@ -57,10 +58,12 @@ class Locator:
         blocks = [p.payload for p in self._ledger(turn, turn.episode_id) if isinstance(p.payload, str)]
         return replace(turn, conversation=conversations.parse(turn.body, blocks)) if blocks else turn
 
-    def released(self, turn: Turn) -> None:
-        """Note that a turn was not answered: its conversation has not gone on."""
-        if turn.located is not None:
-            self.recent.release(turn.scope, turn.located, self._clock())
+    def settle(self, turn: Turn, prefixes: Sequence[str], *, answered: bool) -> None:
+        """Note what became of a turn, and the prefixes with which its conversation goes on."""
+        if answered:
+            self.recent.remember(turn.scope, turn.episode_id, prefixes, turn.for_ledger, self._clock())
+        if turn.located is not None and turn.located.continued:
+            self.recent.settle(turn.scope, turn.located, answered=answered)
 
     def standing(self, turn: Turn, refused: frozenset[str]) -> list[Placement]:
         """Return what earlier requests put into this conversation, where it still stands as it did."""

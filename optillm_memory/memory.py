@@ -203,11 +203,9 @@ class Memory:
         """Record the request with its response, or the error it ended in, in the background."""
         elapsed_ms = (time.perf_counter() - turn.started) * 1000
         prefixes: list[str] = []
-        if turn.conversation is not None and response is not None:
+        if turn.conversation is not None:
             prefixes = conversations.answer_prefixes(turn.conversation, response)
-            self._locator.recent.remember(turn.scope, turn.episode_id, prefixes, turn.for_ledger, self._clock())
-        else:
-            self._locator.released(turn)
+        self._locator.settle(turn, prefixes, answered=response is not None)
         if turn.options.writes:
             self.store.post(lambda tx: self._recorder.record(tx, turn, response, error, prefixes, elapsed_ms))
             if turn.conversation is not None and turn.options.reads and turn.decision is None:

@@ -11,7 +11,7 @@ from typing import Any
 from optillm_memory.conversation import parse as conversations
 from optillm_memory.conversation.parse import Conversation
 from optillm_memory.conversation.redact import QUOTED, storable
-from optillm_memory.conversation.steps import calls_of, steps_of
+from optillm_memory.conversation.steps import calls_of, steps_of, under_known_ids
 from optillm_memory.learn import fold
 from optillm_memory.recall.service import EncoderService
 from optillm_memory.records import Feedback, Placement, Step, Trace
@@ -107,10 +107,13 @@ class Recorder:
             scope_id = tx.scope_id(trace.scope)
             observed: Sequence[Step] = ()
             if steps := _steps(conversation, choices, prefixes):
-                known = tx.observed_steps(scope_id, trace.episode_id)
-                if turn.located is not None and turn.located.inherits:  # that episode's own evidence
-                    known = {*known, *tx.observed_steps(scope_id, turn.located.inherits)}
-                fresh_steps = [self._step(s) for s in steps if s.step_id not in known]
+                known = tx.known_steps(scope_id, trace.episode_id)
+                if turn.located is not None and turn.located.inherits:  # that episode's own evidence, up to the fork
+                    before = tx.known_steps(scope_id, turn.located.inherits)
+                    known += [step for step in before if step[1] != turn.located.continued]
+                steps = under_known_ids(steps, [(step_id, made) for step_id, made, _ in known])
+                whole = {step_id for step_id, _, is_observed in known if is_observed}
+                fresh_steps = [self._step(s) for s in steps if s.step_id not in whole]
                 observed = tx.add_steps(scope_id, trace.episode_id, trace.trace_id, fresh_steps)
             if turn.proposal is not None and turn.decision is not None:
                 tx.add_proposal(trace, scope_id, turn.proposal, turn.decision)

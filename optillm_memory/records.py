@@ -265,6 +265,10 @@ class Arm:
 
 
 _uuid_lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # a child must not find it held by a thread that it does not have
+    os.register_at_fork(
+        before=_uuid_lock.acquire, after_in_parent=_uuid_lock.release, after_in_child=_uuid_lock.release
+    )
 _uuid_last = 0
 
 

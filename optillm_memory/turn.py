@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from optillm_memory.conversation.episodes import Located
+from optillm_memory.conversation.episodes import Located, new_episode_id
 from optillm_memory.conversation.options import Options
 from optillm_memory.conversation.parse import Conversation
 from optillm_memory.conversation.partition import partition_of
@@ -17,7 +17,7 @@ from optillm_memory.decide.agreement import Proposal
 from optillm_memory.decide.gate import Decision
 from optillm_memory.decide.policy import Choice
 from optillm_memory.inject.place import append_text, place
-from optillm_memory.records import Action, Injected, Message, Placement, Scope, new_trace_id, uuid7_hex
+from optillm_memory.records import Action, Injected, Message, Placement, Scope, new_trace_id
 from optillm_memory.store.calls import ModelCall
 
 _BESIDE_WORDS = ("annotations", "citations", "audio", "images")
@@ -95,7 +95,7 @@ class Turn:
         raw = body.get("messages")
         return cls(
             trace_id=new_trace_id(),
-            episode_id=options.episode_id or f"ep-{uuid7_hex()}",
+            episode_id=options.episode_id or new_episode_id(),
             scope=Scope(tenant, options.namespace, options.user_id, options.agent_id),
             options=options,
             body=body,

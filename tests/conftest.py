@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hosting import Host, served
+from hypothesis import settings
 from postgres import Server, running
 
 from optillm_memory.bench.upstream import RecordingUpstream, echo
+
+settings.register_profile("long", max_examples=2_000, deadline=None)  # `.ci/full`
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(scope="module")

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optillm_memory.conversation.steps import calls_of
-from optillm_memory.conversation.text import is_text_part, is_thought, text_of, without_thoughts
+from optillm_memory.conversation.text import is_text_part, is_thought, texts_of, without_thoughts
 
 as_json = json.JSONEncoder(sort_keys=True, default=str).encode  # one for all: to make one takes as long as to use it
-_SPACE_AT_LINE_END = re.compile(r"[^\S\n]+(?=\n)")
 # Two names of one role: clients and gateways rename them.
 _ROLES = {"developer": "system", "function": "tool"}
 # What clients add to a part or leave out of it, and what does not change what it shows.
 _MARKS = ("cache_control", "detail")
+# The types of parts that show their text and nothing else; a picture may bring a text along.
+_TEXTS = (None, "text", "input_text", "output_text", "refusal")
 
 
 def prefix_hashes(messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -39,25 +39,30 @@ def extend_prefix(prefix: str, message: Mapping[str, Any]) -> str:
 
 
 def identity_of(message: Mapping[str, Any]) -> list[Any]:
-    """Return what every client keeps of a message when it sends it back: role, text, calls and other parts."""
+    """Return what every client keeps of a message when it sends it back: role, text, calls and other parts.
+
+    Raises RecursionError where a part holds others several hundred deep.
+    """
     role = _ROLES.get(str(message.get("role")), message.get("role"))
-    text = text_of(message)
+    text = "\n".join(map(str.rstrip, texts_of(message)))
     if role == "assistant":
         refusal = message.get("refusal")
         text = without_thoughts(text) or (refusal if isinstance(refusal, str) else "")
     calls = [[name, _value_of(arguments)] for _, name, arguments in calls_of(message, 0)]
     content = message.get("content")
     parts = [_part(p) for p in content if not _is_of_text(p)] if isinstance(content, list) else []
-    return [role, _folded(text), calls, parts]
+    sound = message.get("audio")  # an answer that was spoken: clients send back its id
+    spoken = [sound.get("id")] if isinstance(sound, Mapping) else []
+    return [role, _folded(text), calls, parts, *spoken]
 
 
 def _folded(text: str) -> str:
     """Return a text without what editors and clients take off: carriage returns and white space at ends of lines."""
-    return _SPACE_AT_LINE_END.sub("", text.replace("\r\n", "\n")).strip()
+    return "\n".join(map(str.rstrip, text.split("\n"))).strip()
 
 
 def _is_of_text(part: Any) -> bool:
-    return is_text_part(part) or is_thought(part)
+    return is_thought(part) or (is_text_part(part) and part.get("type") in _TEXTS)
 
 
 def _part(part: Any) -> Any:

@@ -7,6 +7,7 @@ prose (code, logs, single words) is read as English, which is what the encoder a
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import unicodedata
@@ -30,6 +31,8 @@ _ONE_LANGUAGE = {
 }  # fmt: skip
 _SEVERAL = {"LATIN": ENGLISH, "CYRILLIC": "ru", "ARABIC": "ar", "DEVANAGARI": "hi", "BENGALI": "bn"}
 _lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # a child must not find it held by a thread that it does not have
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 _detector: Callable[[str], dict[str, float]] | None = None
 
 

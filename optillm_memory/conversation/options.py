@@ -83,12 +83,13 @@ def identified(options: Options, body: Mapping[str, Any], headers: Mapping[str, 
     """
     named = {name.lower(): as_utf8(text) for name, text in headers.items()}
     said = [named.get(name) for name in _USER_HEADERS] + [body.get(name) for name in _USER_FIELDS]
-    found = next((text.strip() for text in said if isinstance(text, str) and text.strip()), "")
-    if not found:
+    names = [str(n).strip() for n in said if isinstance(n, (str, int, float)) and not isinstance(n, bool)]
+    names = [_short(name) for name in names if name]
+    if not names:
         return options
-    if len(found) > NAME_LIMIT or not _is_unicode(found):
-        found = hashlib.blake2b(found.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-    return replace(options, end_user=found, user_id=options.user_id or (found if maps else ""))
+    # All of them tell people apart: a gateway may give its own name in one and theirs in another.
+    everyone = _short("\n".join(dict.fromkeys(names)))
+    return replace(options, end_user=everyone, user_id=options.user_id or (names[0] if maps else ""))
 
 
 def as_utf8(header: str) -> str:
@@ -97,6 +98,12 @@ def as_utf8(header: str) -> str:
         return header.encode("latin-1").decode("utf-8")
     except UnicodeError:
         return header
+
+
+def _short(name: str) -> str:
+    if len(name) <= NAME_LIMIT and _is_unicode(name):
+        return name
+    return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _is_unicode(text: str) -> bool:

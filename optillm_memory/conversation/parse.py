@@ -112,7 +112,7 @@ def key_of(task: str) -> str:
 def answer_prefixes(conversation: Conversation, response: Mapping[str, Any] | None) -> list[str]:
     """Return the prefixes with which a conversation goes on, one for each different choice of a response."""
     last = conversation.prefixes[-1] if conversation.prefixes else ""
-    messages = [choice.get("message") or {} for choice in (response or {}).get("choices") or []]
+    messages = [{**(c.get("message") or {}), "role": "assistant"} for c in (response or {}).get("choices") or []]
     return list(dict.fromkeys(extend_prefix(last, message) for message in messages))
 
 

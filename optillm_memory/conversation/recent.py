@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from optillm_memory.conversation.episodes import Candidate, Located
@@ -15,6 +16,15 @@ _KEPT = 20_000
 _BEGIN_ALIKE = 64  # episodes kept of one prefix
 # After so long it is on disk, or will never be. The store knows for longer what was forgotten: none of it comes back.
 _KEPT_S = 6 * 3600.0
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is known of an episode that has a prefix: requests by how they go on from there, less those that failed."""
+
+    latest: float
+    inherits: str = ""
+    taken: Counter[str] = field(default_factory=Counter)
 
 
 class Recent:
@@ -28,7 +38,7 @@ class Recent:
     def __init__(self) -> None:
         """Start empty."""
         self._lock = threading.Lock()
-        self._episodes: OrderedDict[tuple[Scope, str], dict[str, Candidate]] = OrderedDict()
+        self._episodes: OrderedDict[tuple[Scope, str], dict[str, _Known]] = OrderedDict()
         self._advice: OrderedDict[tuple[Scope, str], tuple[float, tuple[Any, ...]]] = OrderedDict()
         self._placements: OrderedDict[tuple[Scope, str], dict[_Place, tuple[float, Placement]]] = OrderedDict()
 
@@ -38,10 +48,8 @@ class Recent:
         """Note that these prefixes belong to an episode, and what has just been put in its prompts."""
         with self._lock:
             for prefix in prefixes:
-                known = self._episodes.setdefault((scope, prefix), {})
-                known[episode_id] = Candidate(episode_id, now)
-                while len(known) > _BEGIN_ALIKE:
-                    del known[next(iter(known))]
+                self._episodes.setdefault((scope, prefix), {}).pop(episode_id, None)
+                self._known(scope, prefix, episode_id, now)
             if fresh:
                 noted: dict[_Place, tuple[float, Placement]] = {(p.anchor, p.form): (now, p) for p in fresh}
                 self._placements.setdefault((scope, episode_id), {}).update(noted)
@@ -65,24 +73,34 @@ class Recent:
     def episodes_of(self, scope: Scope, prefix: str) -> list[Candidate]:
         """Return the episodes that have a prefix, as far as they are known here."""
         with self._lock:
-            return list(self._episodes.get((scope, prefix), {}).values())
+            return [
+                Candidate(name, k.latest, continuations=frozenset(+k.taken), inherits=k.inherits, here=True)
+                for name, k in self._episodes.get((scope, prefix), {}).items()
+            ]
 
     def take(self, scope: Scope, located: Located, now: float) -> None:
-        """Note that an episode goes on from a prefix in this way."""
-        self._go_on(scope, located, now, {located.continuation})
-
-    def release(self, scope: Scope, located: Located, now: float) -> None:
-        """Undo `take`: the request was not answered, so that the conversation has not gone on."""
-        self._go_on(scope, located, now, set())
-
-    def _go_on(self, scope: Scope, located: Located, now: float, continuations: set[str]) -> None:
-        if not located.continued:
-            return
+        """Note that a request goes on from a prefix in this way."""
         with self._lock:
-            known = self._episodes.setdefault((scope, located.continued), {})
-            before = known.get(located.episode_id)
-            others = (before.continuations if before else frozenset()) - {located.continuation}
-            known[located.episode_id] = Candidate(located.episode_id, now, continuations=others | continuations)
+            known = self._known(scope, located.continued, located.episode_id, now)
+            known.inherits = located.inherits
+            known.taken[located.continuation] += 1
+
+    def _known(self, scope: Scope, prefix: str, episode_id: str, now: float) -> _Known:
+        episodes = self._episodes.setdefault((scope, prefix), {})
+        known = episodes.setdefault(episode_id, _Known(now))
+        known.latest = now
+        while len(episodes) > _BEGIN_ALIKE:
+            del episodes[next(iter(episodes))]
+        return known
+
+    def settle(self, scope: Scope, located: Located, *, answered: bool) -> None:
+        """Note what became of a request that took its place: where it was not answered, it has not gone on."""
+        with self._lock:
+            known = self._episodes.get((scope, located.continued), {}).get(located.episode_id)
+            if known is not None and answered:
+                known.inherits = ""
+            elif known is not None:
+                known.taken[located.continuation] -= 1
 
     def ledger(
         self, scope: Scope, episode_id: str, written: Callable[[], Sequence[Placement]], now: float

@@ -10,7 +10,8 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from optillm_memory.conversation.text import text_of
@@ -66,6 +67,31 @@ def steps_of(messages: Sequence[Mapping[str, Any]], prefixes: Sequence[str]) -> 
     return tuple(steps)
 
 
+def under_known_ids(steps: Sequence[Step], known: Iterable[tuple[str, str]]) -> Sequence[Step]:
+    """Return the steps under the ids by which they are known: clients make call ids anew and write arguments anew.
+
+    `known` holds the (step id, `made`) of each step, in order. Where `made` is the same, so are the calls.
+    """
+    stored: dict[str, list[str]] = {}
+    for step_id, made in known:
+        stored.setdefault(made, []).append(step_id)
+    asked: dict[str, list[str]] = {}
+    for step in steps:
+        asked.setdefault(step.made, []).append(step.step_id)
+    own = {
+        new: old
+        for made, ids in asked.items()
+        if len(stored.get(made, ())) == len(ids)
+        for new, old in zip(ids, stored[made], strict=True)
+        if new not in stored[made]
+    }
+    if not own:
+        return steps
+    return [
+        replace(s, step_id=own.get(s.step_id, s.step_id), parent_id=own.get(s.parent_id, s.parent_id)) for s in steps
+    ]
+
+
 def command_in(text: str) -> str | None:
     """Return the one command that an answer asks to have run, None for none or several."""
     found = [m.group(1) for m in _FENCE.finditer(text)]
@@ -96,10 +122,12 @@ def calls_of(message: Mapping[str, Any], index: int) -> list[tuple[str, str, str
     found = []
     calls = message.get("tool_calls")
     for number, call in enumerate(calls if isinstance(calls, list) else []):
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if isinstance(function, Mapping):
+        # The arguments of a function are JSON, the input of a custom tool is any text.
+        made = (call.get("function") or call.get("custom")) if isinstance(call, Mapping) else None
+        if isinstance(made, Mapping):
             call_id = str(call.get("id") or f"call-{index}-{number}")
-            found.append((call_id, str(function.get("name") or ""), _as_text(function.get("arguments"))))
+            said = made.get("arguments", made.get("input"))
+            found.append((call_id, str(made.get("name") or ""), _as_text(said)))
     legacy = message.get("function_call")
     if isinstance(legacy, Mapping):
         found.append((f"function-{index}", str(legacy.get("name") or ""), _as_text(legacy.get("arguments"))))

@@ -38,15 +38,20 @@ def is_text_part(part: Any) -> bool:
     )
 
 
-def text_of(message: Mapping[str, Any]) -> str:
-    """Return a message's text: its content, or the text parts of it joined by newlines; no thoughts in parts."""
+def texts_of(message: Mapping[str, Any]) -> list[str]:
+    """Return the texts in a message: its content, or the text parts of it; no thoughts in parts."""
     content = message.get("content")
     if isinstance(content, str):
-        return content
+        return [content]
     if isinstance(content, list):
         parts = [p.get("text", p.get("refusal")) for p in content if is_text_part(p)]
-        return "\n".join(p for p in parts if isinstance(p, str))
-    return ""
+        return [p for p in parts if isinstance(p, str)]
+    return []
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """Return a message's text, its parts joined by newlines."""
+    return "\n".join(texts_of(message))
 
 
 def without_thoughts(text: str) -> str:

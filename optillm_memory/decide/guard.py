@@ -20,7 +20,20 @@ _STATE = re.compile(
     r"|connection (?:refused|reset|timed out)|could not resolve|name or service not known|network is unreachable"
     r"|timed? ?out|pathspec|not a git repository|unknown revision|nothing to commit|would be overwritten|index\.lock"
     r"|not something we can merge|couldn't find remote|cannot (?:stat|open|access)|can't open|unable to locate"
-    r"|unable to access|no matches found|not found in|could not find|cannot find",
+    r"|unable to access|no matches found|not found in|could not find|cannot find|no rule to make|no targets specified"
+    r"|missing script"
+    # The same (no such file, permission denied, file exists) as the C library says it elsewhere.
+    r"|datei oder verzeichnis nicht gefunden|keine berechtigung|datei existiert bereits|ist nicht leer"
+    r"|aucun fichier ou dossier|permission non accordée|le fichier existe|n'est pas vide"
+    r"|no existe el (?:archivo|fichero)|permiso denegado|(?:archivo|fichero) ya existe"
+    r"|file o directory non esistente|permesso negato|file già esistente|file esistente"
+    r"|(?:arquivo|ficheiro) ou direct?[oó]ri[oa] inexistente|permissão negada|(?:arquivo|ficheiro) (?:já )?existe"
+    r"|bestand of map bestaat niet|toegang geweigerd|bestand bestaat al"
+    r"|nie ma takiego pliku|brak dostępu|plik istnieje|böyle bir dosya|erişim engellendi|dosya var"
+    r"|filen eller katalogen finns inte|åtkomst nekas|soubor neexistuje|přístup odmítnut"
+    r"|нет такого файла|отказано в доступе|файл существует"
+    r"|そのようなファイルや|許可がありません|ファイルが存在します|그런 파일이나|허가 거부|파일이 있습니다"
+    r"|没有那个文件|权限不够|文件已存在",
     re.IGNORECASE,
 )
 _WORDS_MOST = 40

@@ -30,7 +30,7 @@ class CallLog:
         self._calls: list[ModelCall] = []
         self._lock = threading.Lock()
         self._closed = False
-        self.refused = self.answered = 0
+        self.refused = self.answered = 0  # how many calls the upstream turned down, and how many it did not
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -43,9 +43,10 @@ class CallLog:
 
     def add(self, asked: Mapping[str, Any], response: Any, error: Exception | None, latency_ms: float) -> None:
         """Keep a call that has come back; whatever fails in that costs the record, not the call."""
+        refused = is_refusal(error) or self.try_for(lambda: says_refused(response), False)
         with self._lock:
-            self.refused += is_refusal(error)
-            self.answered += error is None
+            self.refused += refused
+            self.answered += error is None and not refused
         self._fail_open.quietly(lambda: self._add(_call(asked, response, error, latency_ms)))
 
     def _add(self, call: ModelCall) -> None:
@@ -134,6 +135,18 @@ def is_refusal(error: BaseException | None) -> bool:
             return status in REFUSED
         error = error.__cause__ or error.__context__
     return False
+
+
+def says_refused(response: Any) -> bool:
+    """Whether a body with status 200 is a refusal all the same: some gateways put the provider's error into it."""
+    error = _part(response, "error")
+    return (
+        isinstance(error, Mapping)
+        and not _choices(response)
+        and any(
+            str(error.get(name)) in {str(status) for status in REFUSED} for name in ("code", "status", "status_code")
+        )
+    )
 
 
 def with_limits(client: Any, *, timeout_s: float, max_retries: int | None = None) -> Any:

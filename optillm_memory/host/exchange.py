@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,6 @@ from optillm_memory.conversation.options import FIELD
 from optillm_memory.conversation.text import text_of
 from optillm_memory.errors import HostError
 from optillm_memory.host.calls import (
-    REFUSED,
     CallLog,
     RecordingClient,
     is_refusal,
@@ -34,11 +32,6 @@ from optillm_memory.turn import Turn
 RECEIPT_WAIT_S = 0.2
 LEAST_WAIT_S = 1.0  # for an answer to the client's own prompt, however late the refusal came
 GUARD_LEAST_S = 5.0
-# How the clients' own exceptions tell the status, all that the host leaves of it.
-_REFUSED_TEXT = re.compile(
-    r"\b(?:Error code|status(?:[ _]code)?|HTTP)\W{1,4}(?:400|413|422)\b|\b(?:BadRequest|ContextWindowExceeded|"
-    r"UnprocessableEntity|ContentPolicyViolation)Error\b"
-)
 _SHOWN = 200  # characters of what came instead of a completion
 OK = 200
 
@@ -53,6 +46,8 @@ class Exchange:
     incoming: Incoming
     turn: Turn
     calls: CallLog
+    second_calls: FailOpen
+    later: CallLog | None = None  # the calls of what comes after memory in a pipeline
     completion: dict[str, Any] | None = None
     choices: list[dict[str, Any]] = field(default_factory=list)
     tokens: int = 0
@@ -66,13 +61,13 @@ class Exchange:
     @classmethod
     def begin(cls, host: Any, runtime: Runtime, incoming: Incoming) -> Exchange:
         """Consult memory, within the deadline; whatever fails there, the exchange goes on without it."""
-        memory, fail_open = runtime.memory, runtime.fail_open
+        memory, fail_open, second = runtime.memory, runtime.fail_open, runtime.second_calls
         tenant, options, approach = incoming.tenant, incoming.options, incoming.inner
         body = {**incoming.body, "model": incoming.model}
         turn = Turn.plain(body, tenant=tenant, options=options, approach=approach, now=time.time())
         if memory is None:
-            return cls(host, None, fail_open, incoming, turn.skip("memory_unavailable"), CallLog(fail_open))
-        exchange = cls(host, memory, fail_open, incoming, turn, CallLog(fail_open))
+            return cls(host, None, fail_open, incoming, turn.skip("memory_unavailable"), CallLog(fail_open), second)
+        exchange = cls(host, memory, fail_open, incoming, turn, CallLog(fail_open), second)
         started = time.perf_counter()
         if options.feedback:
             fail_open.quietly(exchange.submit)
@@ -99,22 +94,32 @@ class Exchange:
 
     # -- the ways the host calls -------------------------------------------------------------------
 
-    def query_with_memory(self, query: str) -> str:
-        """Return the pipeline's query with what memory adds to it."""
+    def query_with_memory(self, query: str, client: Any) -> str:
+        """Return the pipeline's query with what memory adds to it, and see what becomes of the calls made with that."""
+        if self.turn.placements and self.later is None:
+            self._watch(client)
         for placement in self.turn.placements:
             query = append_text(query, str(placement.payload))
         return query
 
+    def _watch(self, client: Any) -> None:
+        # The host makes a client for each request, and hands it to whatever comes after memory.
+        self.later = later = CallLog(self.fail_open)
+        self.fail_open.quietly(lambda: setattr(client, "chat", RecordingClient(client, later).chat))
+
     def _once_more_as_sent(self, response: flask.Response) -> flask.Response:
         """Return the response of a pipeline that is run again without memory, where it failed by what memory added."""
-        refused = response.status_code != OK and _REFUSED_TEXT.search(response.get_data(as_text=True))
-        if not (refused and self.turn.placements):
+        later, refused = self.later, self.turn
+        if later is None or not later.refused or (response.status_code == OK and later.answered):
             return response
         self._give_up_insertions()
         endpoint = flask.request.endpoint
         assert endpoint is not None
         view: Callable[[], Any] = flask.current_app.view_functions[endpoint]
-        return flask.current_app.make_response(view())
+        again = flask.current_app.make_response(view())
+        if again.status_code == OK:
+            self._note_refusal(refused)
+        return again
 
     def ask(self, client: Any, model: str, config: dict[str, Any]) -> dict[str, Any]:
         """Make the upstream call, plain or through the wrapped approach; return a completion.
@@ -130,7 +135,7 @@ class Exchange:
                 raise
             completion = {}
         nothing_came = self.calls.refused > before[0] and self.calls.answered == before[1]
-        if self.turn.placements and (not completion or nothing_came or says_refused(completion)):
+        if self.turn.placements and (not completion or nothing_came):
             completion = self._ask_as_sent(client, model, config, time.perf_counter() - started)
         self.choices += completion.get("choices") or []
         self.tokens += int((completion.get("usage") or {}).get("completion_tokens") or 0)
@@ -140,14 +145,18 @@ class Exchange:
 
     def _ask_as_sent(self, client: Any, model: str, config: dict[str, Any], spent_s: float) -> dict[str, Any]:
         """Make the call with the client's messages, in what is left of the time that the client gives it."""
+        refused, answered = self.turn, self.calls.answered
         self._give_up_insertions()
         if (limit_s := time_limit_of(client)) is not None:
             client = with_limits(client, timeout_s=max(limit_s - spent_s, LEAST_WAIT_S))
         try:
-            return self._call(client, model, config, self.turn.messages)
+            completion = self._call(client, model, config, self.turn.messages)
         except Exception as error:
             self.error = f"{type(error).__name__}: {error}"
             raise
+        if self.calls.answered > answered:
+            self._note_refusal(refused)
+        return completion
 
     def _call(self, client: Any, model: str, config: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
         inner = self.inner
@@ -168,13 +177,16 @@ class Exchange:
         return completion_of(self.host, result, tokens, model)
 
     def _give_up_insertions(self) -> None:
-        """Go on with the client's messages as they came; that costs one extra call, whatever becomes of the note."""
-        memory, turn = self.memory, self.turn
-        self.turn = replace(turn.as_sent(), extra_calls=turn.extra_calls + 1)
+        """Go on with the client's messages as they came; that costs one extra call."""
+        self.turn = replace(self.turn.as_sent(), extra_calls=self.turn.extra_calls + 1)
+
+    def _note_refusal(self, refused: Turn) -> None:
+        """Note that the upstream took the prompt without what memory had put there: it was memory that it refused."""
+        memory = self.memory
 
         def note() -> None:
             assert memory is not None
-            self.turn = replace(memory.refused(turn), extra_calls=turn.extra_calls + 1)
+            self.turn = replace(memory.refused(refused), extra_calls=self.turn.extra_calls)
 
         self.fail_open.quietly(note)
 
@@ -207,7 +219,7 @@ class Exchange:
         if not again:
             return first
         bounded = with_limits(client, timeout_s=limit_s, max_retries=0)
-        second, _ = self.fail_open.call(lambda: self._call(bounded, model, config, turn.messages), limit_s)
+        second, _ = self.second_calls.call(lambda: self._call(bounded, model, config, turn.messages), limit_s)
         better, _ = self.fail_open.call(lambda: memory.guarded(turn, second or {}))
         self.turn = replace(turn if better else before, extra_calls=1)
         if not better or second is None:
@@ -315,18 +327,6 @@ def completion_of(host: Any, result: Any, tokens: Any, model: str) -> dict[str, 
             "completion_tokens_details": {"reasoning_tokens": reasoning},
         },
     }
-
-
-def says_refused(completion: Mapping[str, Any]) -> bool:
-    """Whether a body with status 200 is a refusal all the same: some gateways put the provider's error into it."""
-    error = completion.get("error")
-    return (
-        not completion.get("choices")
-        and isinstance(error, Mapping)
-        and any(
-            str(error.get(name)) in {str(status) for status in REFUSED} for name in ("code", "status", "status_code")
-        )
-    )
 
 
 def texts_of(placement: Placement) -> list[str]:

@@ -25,10 +25,10 @@ class FailOpen:
     Work runs on daemon threads, so that neither a request nor the end of the process waits for one that hangs.
     """
 
-    def __init__(self, deadline_s: float) -> None:
-        """Keep the deadline; threads are started as they are needed, 32 at most."""
+    def __init__(self, deadline_s: float, faults: Counter[str] | None = None) -> None:
+        """Keep the deadline, and count into `faults`; threads are started as they are needed, 32 at most."""
         self.deadline_s = deadline_s
-        self.faults: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter() if faults is None else faults
         self._work: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self._idle = threading.Semaphore(0)
         self._threads = 0

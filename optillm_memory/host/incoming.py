@@ -75,7 +75,8 @@ def _read(host: Any, request: flask.Request) -> Incoming | None:
     if options.approach is not None and (options.approach not in known or options.approach == SLUG):
         raise InvalidField(f"{FIELD}.approach", f"{options.approach!r} is no approach of this optillm")
     options = identified(options, body, dict(request.headers), maps=runtime().settings.identify_users)
-    return Incoming(body, request.content_length or 0, tenant_of(request), options, operation, approaches, model)
+    size = request.content_length or len(request.get_data())  # a body in chunks has no length until it is read
+    return Incoming(body, size, tenant_of(request), options, operation, approaches, model)
 
 
 def _approaches(host: Any, body: Mapping[str, Any]) -> tuple[str, tuple[str, ...], str]:

@@ -49,7 +49,7 @@ def run(
         flask.g.agent_memory = exchange = Exchange.begin(server, runtime(), incoming)
         flask.after_this_request(exchange.respond)
     if exchange.incoming.adds_to_query:
-        return exchange.query_with_memory(initial_query), 0
+        return exchange.query_with_memory(initial_query, client), 0
     if exchange.incoming.operation == "SINGLE" and config.get("n", 1) == 1:
         if SENT_N in flask.g:
             config["n"] = flask.g.get(SENT_N)

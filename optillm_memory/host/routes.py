@@ -47,11 +47,15 @@ def on_error(error: AgentMemoryError) -> Answer:
 def feedback() -> Answer:
     """Take feedback; 202 once it is on disk and its effect is to be seen."""
     request = flask.request
-    request.max_content_length = FEEDBACK_BYTES  # of a chunked body, whose length nobody knows, as of any other
+    # One byte more than is taken: a chunked body, whose length nobody knows, is cut off there without a word.
+    request.max_content_length = FEEDBACK_BYTES + 1
     try:
-        payload = request.get_json(silent=True, force=True)
+        is_whole = len(request.get_data()) <= FEEDBACK_BYTES
     except RequestEntityTooLarge:
-        raise TooLarge(f"feedback is limited to {FEEDBACK_BYTES} bytes; send the end of a long output") from None
+        is_whole = False
+    if not is_whole:
+        raise TooLarge(f"feedback is limited to {FEEDBACK_BYTES} bytes; send the end of a long output")
+    payload = request.get_json(silent=True, force=True)
     if payload is None:
         raise InvalidField("feedback", "must be a JSON object or a list of objects")
     tenant = caller_of(request, host())

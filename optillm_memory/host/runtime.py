@@ -34,6 +34,8 @@ class Runtime:
             self.fault = str(error)
             logger.error("agent_memory: memory is off: %s", error)
         self.fail_open = FailOpen(self.settings.deadline_ms / 1000)
+        # An upstream that hangs must not take the threads that recall for others.
+        self.second_calls = FailOpen(self.settings.guard_timeout_s, self.fail_open.faults)
 
 
 _lock = threading.Lock()
@@ -41,6 +43,8 @@ _runtime: Runtime | None = None
 # What a parent process had opened: its threads are not in this process, and its connections are not this process's to
 # use or to close. It is kept, so that nothing closes it.
 _of_parents: list[Runtime] = []
+_PAUSE_S = 2.0  # a commit takes milliseconds; a disk that hangs must not hold up the fork
+_paused: Memory | None = None  # whose writer waits while this process forks
 
 
 def runtime() -> Runtime:
@@ -63,6 +67,18 @@ def _close() -> None:
         _runtime.memory.close()
 
 
+def _before_fork() -> None:
+    global _paused  # noqa: PLW0603
+    memory = _runtime.memory if _runtime is not None else None
+    # What SQLite holds in a commit would be held in the child for as long as that lives.
+    _paused = memory if memory is not None and memory.store.pause(_PAUSE_S) else None
+
+
+def _after_fork() -> None:
+    if _paused is not None:
+        _paused.store.resume()
+
+
 def _leave_to_parent() -> None:
     global _lock, _runtime  # noqa: PLW0603
     _lock = threading.Lock()  # another thread of the parent may have held it
@@ -73,4 +89,4 @@ def _leave_to_parent() -> None:
 
 atexit.register(_close)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_to_parent)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_leave_to_parent)

@@ -27,7 +27,9 @@ class Refusals:
         """Note that a model refused a prompt with insertions of these forms, and took it without."""
         with self._lock:
             for form in forms:
+                self._forms.pop((scope.tenant, model, form), None)  # to the end: the oldest are forgotten
                 self._forms[scope.tenant, model, form] = now
+            self._episodes.pop((scope, episode_id), None)
             self._episodes[scope, episode_id] = now
             for kept in (self._forms, self._episodes):
                 while len(kept) > _KEPT:

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from optillm_memory.conversation.episodes import Candidate, root_of
+from optillm_memory.conversation.episodes import Candidate, forks_of, root_of
 from optillm_memory.conversation.parse import key_of
 from optillm_memory.recall.recaller import Change, Version
 from optillm_memory.records import Injected, MemoryRecord, Placement, Scope, Trace
@@ -38,6 +38,9 @@ _CANDIDATE = f"""
         EXISTS (SELECT 1 FROM feedback WHERE {rows.STANDING} AND episode_id = ? AND (scope_id = ? OR scope_id IS NULL)
                 AND metric <> 'comment')
         OR EXISTS (SELECT 1 FROM outcomes WHERE trace_id = ? AND verified AND verdict = 'success')"""
+_FORKS = """
+    SELECT DISTINCT episode_id FROM traces WHERE scope_id = ? AND episode_id >= ? AND episode_id < ? AND continued = ?
+    LIMIT ?"""
 _CONTINUED = """
     SELECT DISTINCT continuation FROM traces WHERE scope_id = ? AND episode_id = ? AND continued = ?
     AND created_at >= coalesce((SELECT created_at FROM traces WHERE trace_id = ?), 0)"""
@@ -95,6 +98,14 @@ class Store(EpisodeReads, WordReads, ProposalReads, DecisionReads, FixReads, For
     def flush(self) -> None:
         """Wait until everything queued before is on disk."""
         self._writer.flush()
+
+    def pause(self, timeout_s: float) -> bool:
+        """Start no commit until `resume`; return whether none is under way any more."""
+        return self._writer.pause(timeout_s)
+
+    def resume(self) -> None:
+        """Go on after a `pause` that succeeded."""
+        self._writer.resume()
 
     def close(self) -> None:
         """Write what is queued and close."""
@@ -219,6 +230,9 @@ class Store(EpisodeReads, WordReads, ProposalReads, DecisionReads, FixReads, For
                 (scope_id, prefix, _BEGIN_ALIKE),
             ).fetchall()
             latest: dict[str, str] = dict(reversed(found))
+            for root in {root_of(name) for name in latest}:  # what began as one of these has the prefix from it
+                forks = db.execute(_FORKS, (scope_id, *forks_of(root), prefix, _BEGIN_ALIKE)).fetchall()
+                latest = {fork[0]: "" for fork in forks} | latest
             return [_candidate(db, scope, scope_id, prefix, *item) for item in latest.items()]
 
     def episode_with_step(self, scope: Scope, steps: Sequence[str]) -> Candidate | None:

@@ -72,7 +72,7 @@ def m007_contributions_by_number(db: Database) -> None:
 
 @migrations()
 def m008_prefixes_by_trace(db: Database) -> None:
-    """Let several episodes have one prefix, and note how each request goes on from one."""
+    """Let several episodes have one prefix; note how each request goes on from one, and where a step was asked for."""
     for statement in _M008:
         db.execute(statement)
 
@@ -261,4 +261,5 @@ _M008 = (
     "ALTER TABLE traces ADD COLUMN continued TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE traces ADD COLUMN continuation TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE traces ADD COLUMN one_shot INTEGER NOT NULL DEFAULT 1",
+    "ALTER TABLE steps ADD COLUMN made TEXT NOT NULL DEFAULT ''",
 )

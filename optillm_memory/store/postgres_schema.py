@@ -79,6 +79,12 @@ _CONTINUATIONS = (
     "continuation #TEXT NOT NULL DEFAULT ''",
     "one_shot BOOLEAN NOT NULL DEFAULT TRUE",
 )
+_STEPS = (
+    "scope_id BIGINT NOT NULL, episode_id #TEXT NOT NULL, step_id #TEXT NOT NULL, parent_id #TEXT NOT NULL, "
+    "call_id #TEXT NOT NULL, ordinal BIGINT NOT NULL, tool #TEXT NOT NULL, arguments #TEXT NOT NULL, "
+    "observation #TEXT, trace_id #TEXT NOT NULL, made_by #TEXT, PRIMARY KEY(scope_id, episode_id, step_id)"
+)
+_MADE = "made #TEXT NOT NULL DEFAULT ''"
 TABLES: dict[str, str] = {
     "meta": "key #TEXT PRIMARY KEY, value BIGINT",
     "scopes": "id #KEY, tenant #TEXT NOT NULL, namespace #TEXT NOT NULL, user_id #TEXT NOT NULL, "
@@ -87,9 +93,7 @@ TABLES: dict[str, str] = {
     "injections": "trace_id #TEXT NOT NULL, memory_id #TEXT NOT NULL, kind #TEXT NOT NULL, "
     "score DOUBLE PRECISION NOT NULL, tokens BIGINT NOT NULL, suggestion #TEXT, "
     "withheld BOOLEAN NOT NULL DEFAULT FALSE, PRIMARY KEY(trace_id, memory_id)",
-    "steps": "scope_id BIGINT NOT NULL, episode_id #TEXT NOT NULL, step_id #TEXT NOT NULL, parent_id #TEXT NOT NULL, "
-    "call_id #TEXT NOT NULL, ordinal BIGINT NOT NULL, tool #TEXT NOT NULL, arguments #TEXT NOT NULL, "
-    "observation #TEXT, trace_id #TEXT NOT NULL, made_by #TEXT, PRIMARY KEY(scope_id, episode_id, step_id)",
+    "steps": f"{_STEPS}, {_MADE}",
     "feedback": "seq #KEY, tenant #TEXT NOT NULL, feedback_id #TEXT NOT NULL, retracts BOOLEAN NOT NULL, "
     "scope_id BIGINT, trace_id #TEXT, episode_id #TEXT, metric #TEXT NOT NULL, value #TEXT NOT NULL, "
     "source #TEXT NOT NULL, evidence #TEXT, occurred_at DOUBLE PRECISION NOT NULL, "
@@ -167,7 +171,7 @@ _PREFIXES = (
     "scope_id BIGINT NOT NULL, hash #TEXT NOT NULL, episode_id #TEXT NOT NULL, trace_id #TEXT, "
     "PRIMARY KEY(scope_id, hash)"
 )
-_FIRST = TABLES | {"contributions": _CONTRIBUTIONS, "traces": _TRACES, "prefixes": _PREFIXES}
+_FIRST = TABLES | {"contributions": _CONTRIBUTIONS, "traces": _TRACES, "steps": _STEPS, "prefixes": _PREFIXES}
 _MIGRATIONS: dict[str, tuple[str, ...]] = {
     "p001_tables": (
         "CREATE EXTENSION IF NOT EXISTS vector SCHEMA public",
@@ -188,5 +192,6 @@ _MIGRATIONS: dict[str, tuple[str, ...]] = {
         "ALTER TABLE prefixes DROP CONSTRAINT prefixes_pkey",
         "ALTER TABLE prefixes ADD PRIMARY KEY (scope_id, hash, trace_id)",
         *(f"ALTER TABLE traces ADD COLUMN {column}" for column in _CONTINUATIONS),
+        f"ALTER TABLE steps ADD COLUMN {_MADE}",
     ),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.records import Scope
 from optillm_memory.store import rows
 from optillm_memory.store.base import Store
-from optillm_memory.store.connection import Connection, Readers
+from optillm_memory.store.connection import Connection, OperationalError, Readers
 from optillm_memory.store.index_files import IndexFiles, folder_of
 from optillm_memory.store.shrink import remove_indexes, set_aside_files, shrink
 from optillm_memory.store.sqlite_writer import SqliteWriter
@@ -35,6 +36,20 @@ class SqliteStore(Store):
         writer = SqliteWriter(path, queue_size=queue_size, within=within, alone=readers.away)
         readers.on_corruption, readers.on_change = writer.distrust, writer.look
         super().__init__(writer, readers)
+        self._paused = ExitStack()
+
+    def pause(self, timeout_s: float) -> bool:
+        """Start nothing until `resume`, and read nothing; return whether no commit is under way any more."""
+        if not super().pause(timeout_s):
+            return False
+        with suppress(OperationalError):  # one that reads on may fail a child, a commit surely would
+            self._paused.enter_context(self._readers.away())
+        return True
+
+    def resume(self) -> None:
+        """Go on after a `pause` that succeeded."""
+        self._paused.close()
+        super().resume()
 
     @property
     def place(self) -> str:

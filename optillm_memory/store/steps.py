@@ -37,9 +37,9 @@ class StepTables:
             if known is None:
                 maker = self._maker(scope_id, episode_id, step.made)
                 self._db.execute(
-                    "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (*key, step.parent_id, step.call_id, step.ordinal, step.tool, step.arguments, step.observation,
-                     trace_id, maker),
+                     trace_id, maker, step.made),
                 )  # fmt: skip
             elif not known[0] and step.observation is not None:
                 self._db.execute(
@@ -51,13 +51,14 @@ class StepTables:
                 fresh.append(step)
         return fresh
 
-    def observed_steps(self, scope_id: int, episode_id: str) -> set[str]:
-        """Return the ids of an episode's steps that are stored whole: they need not be stored again."""
+    def known_steps(self, scope_id: int, episode_id: str) -> list[tuple[str, str, bool]]:
+        """Return (step id, prefix that ends with the answer that made it, observed) of an episode's steps, in order."""
         found = self._db.execute(
-            "SELECT step_id FROM steps WHERE scope_id = ? AND episode_id = ? AND observation IS NOT NULL",
+            "SELECT step_id, made, observation IS NOT NULL FROM steps WHERE scope_id = ? AND episode_id = ? "
+            "ORDER BY ordinal, step_id",
             (scope_id, episode_id),
         )
-        return {row[0] for row in found}
+        return [(step_id, made, bool(observed)) for step_id, made, observed in found]
 
     def acted(self, scope: Scope, episode_id: str) -> bool:
         """Whether an episode has steps, or a demonstration, or anything that it says of fixes."""

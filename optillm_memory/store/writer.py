@@ -57,6 +57,7 @@ class Writer:
         self._retry_at = 0.0
         self._held = 0  # records taken from the queue that could not be written yet
         self._passes = False  # what the last attempt failed of
+        self._at_work = threading.Lock()
         try:
             with self._passing():
                 self._connect()
@@ -114,6 +115,14 @@ class Writer:
         """Wait until what was queued before is on disk."""
         self.submit(lambda _: None).result(timeout_s)
 
+    def pause(self, timeout_s: float) -> bool:
+        """Start no commit until `resume`; return whether none is under way any more."""
+        return self._at_work.acquire(timeout=timeout_s)
+
+    def resume(self) -> None:
+        """Go on after a `pause` that succeeded."""
+        self._at_work.release()
+
     def close(self) -> None:
         """Write what is queued, then close; nothing is taken after this."""
         if self._closed:
@@ -144,7 +153,7 @@ class Writer:
         """Write these with what came meanwhile; return whether that was the last."""
         stop, failures = False, 0
         while batch:
-            with self._passing():
+            with self._passing(), self._at_work:
                 # Not before: what waited for its turn with us is in the same commit, and what is awaited gets its
                 # answer also while others are held.
                 stop = self._gather(batch, GROUP + self._held) or stop
