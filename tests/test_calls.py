@@ -345,7 +345,8 @@ def test_a_fault_in_recording_costs_the_record_alone() -> None:
     assert stand_in.chat.completions.create(model="m", messages=HELLO) is answer
     assert stand_in.chat.completions.create(model="m", messages=[Endless()]) is answer
     assert log.close() == ()
-    assert fail_open.faults["RuntimeError"] == 2
+    # Each was looked at twice: whether it is a refusal, and for the record.
+    assert fail_open.faults["RuntimeError"] == 4
 
 
 def test_a_fault_in_looking_at_the_messages_sends_them_as_they_are(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,7 +412,7 @@ def recorded(memory: Memory, approach: Callable[[Any], Any], name: str = "re2", 
 
 def exchange(memory: Memory, request: JSON, host: Host, options: Options) -> Exchange:
     """Begin an exchange."""
-    here: Any = SimpleNamespace(memory=memory, fail_open=FailOpen(10))
+    here: Any = SimpleNamespace(memory=memory, fail_open=FailOpen(10), second_calls=FailOpen(10))
     return Exchange.begin(host, here, Incoming(request, 0, "local", options, "SINGLE", ("agent_memory",), "m"))
 
 

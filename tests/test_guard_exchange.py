@@ -47,7 +47,7 @@ class Here:
 
     def __init__(self, memory: Memory) -> None:
         """Keep a memory; ten seconds are enough for any test."""
-        self.memory, self.fail_open = memory, FailOpen(10)
+        self.memory, self.fail_open, self.second_calls = memory, FailOpen(10), FailOpen(10)
 
 
 @pytest.fixture

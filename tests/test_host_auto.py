@@ -125,9 +125,9 @@ def test_an_episode_keeps_its_arm(auto: Host) -> None:
 
 def test_a_verified_answer_comes_before_the_arms(auto: Host) -> None:
     """The ladder's first rung is reuse: where memory answers, no arm is chosen."""
-    auto.teach("Who signs the lease?", "The landlord.")
+    auto.teach("Write the German word for a lease.", "Mietvertrag")
     auto.upstream.clear()
-    completion = auto.chat("Who signs the lease?", memory={**AUTO, "reuse": {"max_error": 0.05}})
+    completion = auto.chat("Write the German word for a lease.", memory={**AUTO, "reuse": {"max_error": 0.05}})
     assert completion["agent_memory"]["action"] == "reuse"
     assert auto.sent == []
 

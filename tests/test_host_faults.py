@@ -190,7 +190,7 @@ def test_text_that_is_hard_to_carry(host: Host, namespace: dict[str, str], text:
 
 
 def test_hard_text_in_feedback(host: Host, namespace: dict[str, str]) -> None:
-    """A demonstration and evidence with lone surrogates and NUL bytes are kept and do no harm."""
+    """A demonstration and evidence with lone surrogates and NUL bytes are kept; what is not whole is not shown."""
     trace_id = host.chat(TASK, memory=namespace)["id"]
     content = (
         '{"trace_id": "%s", "metric": "demonstration", "value": "a\\ud800\\u0000b", "source": "code", '
@@ -198,7 +198,7 @@ def test_hard_text_in_feedback(host: Host, namespace: dict[str, str]) -> None:
     )
     response = host.route("POST", "feedback", content=content % trace_id)
     assert (response.status_code, response.json()["status"]) == (202, "applied")
-    assert host.chat(TASK, memory=namespace)["agent_memory"]["action"] == "inject"
+    assert host.chat(TASK, memory=namespace)["agent_memory"]["action"] == "plain"
 
 
 @pytest.mark.parametrize(

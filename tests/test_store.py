@@ -240,7 +240,7 @@ def test_every_read_for_recall_takes_a_scope() -> None:
     unscoped = {name for name, parameter in first.items() if parameter != "scope"} - by_tenant
     assert by_tenant == {"trace", "traces", "list_memories", "episodes"}
     assert unscoped == {
-        "write", "post", "flush", "close",  # writing
+        "write", "post", "flush", "pause", "resume", "close",  # writing
         "salt", "stats", "tenants",  # numbers and names, no texts
         "derived", "without_vectors", "coverage", "unused_vectors",  # upkeep: rebuild's comparison, and the encoder's
         "numbers_of", "last_number",

@@ -77,7 +77,7 @@ BROKEN = {
     "vectors": "UPDATE vectors SET vector = zeroblob(12) WHERE id = 1",
     "orphans:traces": "DELETE FROM scopes",
     "orphans:outcomes": "DELETE FROM traces WHERE seq = 1",
-    "orphans:steps": "INSERT INTO steps VALUES (1, 'ep', 's', '', 'c', 0, 't', '{}', NULL, 'none', NULL)",
+    "orphans:steps": "INSERT INTO steps VALUES (1, 'ep', 's', '', 'c', 0, 't', '{}', NULL, 'none', NULL, '')",
     "orphans:calls": "INSERT INTO calls VALUES ('none', 0, 'm', 0, 0, 0, '[]', NULL, NULL)",
     "orphans:ledger": "INSERT INTO ledger VALUES (1, 'none', 'a', 0, 'turns', '[]', '[]')",
     "orphans:labels": "INSERT INTO labels VALUES ('none', 1, NULL, 1)",

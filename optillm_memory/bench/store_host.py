@@ -25,7 +25,7 @@ from optillm_memory.records import Scope
 
 STARTS, REQUESTS = 5, 100
 _PATIENCE_S, _REST_S, _POLL_S = 60.0, 1.0, 0.02
-_KEY, _UNHEARD = "sk-bench", "unheardofanywhere"
+_KEY, _UNHEARD = "sk-bench", "What did nobody hear of before?"
 # The records lie where a caller with a key finds them.
 TENANT = tenant_of_key(_KEY)
 KEPT: Mapping[Scope, Scope] = {scope: replace(scope, tenant=TENANT) for scope in (LARGE, SMALL)}

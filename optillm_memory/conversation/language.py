@@ -7,7 +7,6 @@ prose (code, logs, single words) is read as English, which is what the encoder a
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import unicodedata
@@ -30,9 +29,7 @@ _ONE_LANGUAGE = {
     "GUJARATI": "gu", "GURMUKHI": "pa", "SINHALA": "si", "KHMER": "km", "LAO": "lo", "MYANMAR": "my", "ETHIOPIC": "am",
 }  # fmt: skip
 _SEVERAL = {"LATIN": ENGLISH, "CYRILLIC": "ru", "ARABIC": "ar", "DEVANAGARI": "hi", "BENGALI": "bn"}
-_lock = threading.Lock()
-if hasattr(os, "register_at_fork"):  # a child must not find it held by a thread that it does not have
-    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+DETECTING = threading.Lock()  # held by whoever asks the detector
 _detector: Callable[[str], dict[str, float]] | None = None
 
 
@@ -86,7 +83,7 @@ def _script(character: str) -> str:
 def _detected(text: str) -> dict[str, float]:
     """Return the likeliest languages with their scores, best first."""
     global _detector  # noqa: PLW0603
-    with _lock:
+    with DETECTING:
         if _detector is None:
             _detector = _loaded()
     return _detector(text)

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 
+from optillm_memory.conversation.language import DETECTING
 from optillm_memory.errors import AgentMemoryError
 from optillm_memory.host.failopen import FailOpen
 from optillm_memory.memory import Memory
@@ -90,3 +91,5 @@ def _leave_to_parent() -> None:
 atexit.register(_close)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_leave_to_parent)
+    # A child must not find it held by a thread that it does not have.
+    os.register_at_fork(before=DETECTING.acquire, after_in_parent=DETECTING.release, after_in_child=DETECTING.release)

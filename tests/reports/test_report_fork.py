@@ -255,6 +255,7 @@ def test_two_workers_lose_nothing(
 
 
 @pytest.mark.host
+@pytest.mark.long
 def test_a_parent_that_has_used_memory(upstream: RecordingUpstream, tmp_path: Path) -> None:
     """Workers of a parent with an open memory have one of their own, and so has who takes the place of a killed one.
 
@@ -377,7 +378,7 @@ print("WROTE", wrote[0] + 1)
         "reads",
         "recalls",
         "writes",
-        "writes+reads+grandchild",
+        pytest.param("writes+reads+grandchild", marks=pytest.mark.long),
     ],
 )
 def test_a_child_has_a_memory_of_its_own(db: Path, tmp_path: Path, busy: str) -> None:
