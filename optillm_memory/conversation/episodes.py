@@ -49,9 +49,9 @@ def locate(candidates: Iterable[Candidate], continued: str, continuation: str, n
     """Return the episode that goes on with this continuation of a prefix; None where no episode has the prefix.
 
     Many conversations begin alike ("hi", the same greeting). One that has not gone on from the prefix yet is taken
-    before one that went on in the same way (the same request again). Of several one that no caller has named, then one
-    that this process knows (elsewhere others may be going on with theirs), then the latest. A second, different
-    continuation is an episode of its own, and so is what follows an outcome or an hour of silence.
+    before one that went on in the same way (the same request again). Of several, those that no caller has named come
+    first, then those that this process has seen (other processes may be going on with the others), then the latest. A
+    second, different continuation is an episode of its own, and so is what follows an outcome or an hour of silence.
     """
     known = sorted(candidates, key=lambda c: (_is_own_name(c.episode_id), c.here, c.latest), reverse=True)
     if not known:
@@ -59,7 +59,7 @@ def locate(candidates: Iterable[Candidate], continued: str, continuation: str, n
     open_ones = [c for c in known if not c.closed and now - c.latest <= IDLE_S]
     fresh = [c for c in open_ones if not c.continuations or not continuation]
     same = [c for c in open_ones if continuation in c.continuations]
-    for found in (*fresh, *same):
+    if found := next(iter((*fresh, *same)), None):
         return Located(found.episode_id, found.inherits, continued, continuation)
     return Located(fork_of(known[0].episode_id), known[0].episode_id, continued, continuation)
 

