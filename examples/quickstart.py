@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 from openai import OpenAI
 
-from optillm_memory.bench.process import HostProcess
+from optillm_memory.testing.host import HostProcess
 
 
 def ask(client: OpenAI, model: str, question: str) -> str:

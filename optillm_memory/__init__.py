@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     )
     from optillm_memory.memory import Memory
     from optillm_memory.records import Feedback, FeedbackReceipt, Hit, MemoryRecord, Scope
+    from optillm_memory.request.turn import Turn
     from optillm_memory.settings import Settings
-    from optillm_memory.turn import Turn
 
 __version__ = "0.1.0"
 
@@ -46,7 +46,7 @@ __all__ = [
 _HOMES = {
     "Memory": "memory",
     "Settings": "settings",
-    "Turn": "turn",
+    "Turn": "request.turn",
     **dict.fromkeys(("Feedback", "FeedbackReceipt", "Hit", "MemoryRecord", "Scope"), "records"),
 }
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from typing_extensions import Self
 
-from optillm_memory.advising import Adviser
+from optillm_memory.background.encoder_service import EncoderService
+from optillm_memory.background.maintenance import Maintenance, limits_of
 from optillm_memory.conversation import parse as conversations
 from optillm_memory.conversation.episodes import root_of
 from optillm_memory.conversation.feedback import parse_feedback
@@ -28,20 +29,19 @@ from optillm_memory.inject.render import Rendering, in_form, placed_at
 from optillm_memory.learn import fold
 from optillm_memory.learn.conflicts import without_superseded
 from optillm_memory.learn.forms import form_named
-from optillm_memory.locating import Locator
 from optillm_memory.recall.encoder import Encoder, load_encoder
-from optillm_memory.recall.recaller import Recaller
-from optillm_memory.recall.service import EncoderService
-from optillm_memory.recording import Recorder
+from optillm_memory.recall.retriever import Retriever
 from optillm_memory.records import Feedback, FeedbackReceipt, Hit, MemoryRecord, Placement, Scope
-from optillm_memory.reusing import Reuser, Shadow
-from optillm_memory.routing import Router
+from optillm_memory.request.advise import Adviser
+from optillm_memory.request.locate import Locator
+from optillm_memory.request.record import Recorder
+from optillm_memory.request.reuse import Reuser, Shadow
+from optillm_memory.request.route import Router
+from optillm_memory.request.turn import Turn
 from optillm_memory.settings import Settings
-from optillm_memory.store.erase import forget
+from optillm_memory.store.maintenance.erase import forget
+from optillm_memory.store.maintenance.selection import Selection
 from optillm_memory.store.opening import open_store
-from optillm_memory.store.selection import Selection
-from optillm_memory.turn import Turn
-from optillm_memory.upkeep import Upkeep, limits_of
 
 OPERATOR = ""  # the tenant of whoever works at the machine: may speak of, and look at, every scope
 ACKNOWLEDGE_S = 15.0
@@ -68,13 +68,13 @@ class Memory:
         normal = form_named(self.settings.answer_form)
         self.store = open_store(self.settings.db, queue_size=self.settings.queue_size, normal=normal)
         self.encoder = EncoderService(encoder or (lambda: load_encoder(self.settings.encoder)), before=warm)
-        self._recaller = Recaller(self.store, self.store.index_files())
+        self._retriever = Retriever(self.store, self.store.index_files())
         self._locator = Locator(self.store, clock)
         self._salt: bytes | None = None
-        self._upkeep = Upkeep(self.store, self.encoder, limits_of(self.settings))
+        self._upkeep = Maintenance(self.store, self.encoder, limits_of(self.settings))
         self._recorder = Recorder(self.settings, self.encoder, self._locator.located, self._upkeep.note)
         self._adviser = Adviser(self.store, self.settings, clock)
-        self._reuser = Reuser(self.store, self._recaller, self.encoder, normal, self.settings.reuse_audit)
+        self._reuser = Reuser(self.store, self._retriever, self.encoder, normal, self.settings.reuse_audit)
         self._router = Router(self.store, self.settings, lambda: self.encoder.fingerprint)
         self._shadow = Shadow(self._considered, self._propose)
 
@@ -91,13 +91,13 @@ class Memory:
     @property
     def busy(self) -> bool:
         """Whether vectors are being taken in, written or examined behind the requests."""
-        return self._recaller.busy
+        return self._retriever.busy
 
     def close(self) -> None:
         """Write what is queued and let go of the file."""
         self._upkeep.close()
         self._shadow.close()
-        self._recaller.close()
+        self._retriever.close()
         self.encoder.close()
         self.store.close()
 
@@ -252,7 +252,7 @@ class Memory:
         key = conversations.key_of(query)
         encoder, scope = self.encoder, scope or Scope("local")
         vector = encoder.ask(key, timeout_s).vector
-        return self._recaller.recall(
+        return self._retriever.recall(
             scope, key, vector, fingerprint=encoder.fingerprint, unrelated=encoder.unrelated, limit=limit
         )
 
@@ -369,7 +369,7 @@ class Memory:
             return [], turn.skip("no_new_user_message")
         key = conversations.key_of(conversation.task)
         asked = self.encoder.ask(key, self._left_s(turn) * ENCODER_SHARE)
-        hits = self._recaller.recall(
+        hits = self._retriever.recall(
             turn.scope,
             key,
             asked.vector,

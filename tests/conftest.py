@@ -12,7 +12,7 @@ from hosting import Host, served
 from hypothesis import settings
 from postgres import Server, running
 
-from optillm_memory.bench.upstream import RecordingUpstream, echo
+from optillm_memory.testing.upstream import RecordingUpstream, echo
 
 settings.register_profile("long", max_examples=2_000, deadline=None)  # `.ci/full`
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 from openai import OpenAI
 
-from optillm_memory.bench.process import HostProcess
-from optillm_memory.bench.upstream import RecordingUpstream
+from optillm_memory.testing.host import HostProcess
+from optillm_memory.testing.upstream import RecordingUpstream
 
 KEY = "alice"  # no sk- in front: the server's own client answers, which spares each request a new one
 MODEL = "agent_memory-m"

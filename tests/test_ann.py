@@ -21,15 +21,18 @@ from vectors import FINGERPRINT, TableSource, Vectors, clustered, unit
 
 from optillm_memory import MemoryRecord, Scope
 from optillm_memory.conversation.options import Options
-from optillm_memory.recall import ann, build, codes, corpus
-from optillm_memory.recall import index as index_module
-from optillm_memory.recall.ann import Base, Draft, Header
-from optillm_memory.recall.corpora import Asked, Corpora
-from optillm_memory.recall.corpus import Batch, Change, Limits, ScopeIndex, header_for, without
-from optillm_memory.recall.index import VectorIndex, Wanted, highest, reach
-from optillm_memory.recall.recaller import Recaller
-from optillm_memory.store import index_files
-from optillm_memory.store.index_files import IndexFiles, folder_of
+from optillm_memory.recall.retriever import Retriever
+from optillm_memory.recall.vectors import flat as index_module
+from optillm_memory.recall.vectors import ivf as ann
+from optillm_memory.recall.vectors import ivf_writer as build
+from optillm_memory.recall.vectors import quantization as codes
+from optillm_memory.recall.vectors import scope_index as corpus
+from optillm_memory.recall.vectors.cache import Asked, IndexCache
+from optillm_memory.recall.vectors.flat import VectorIndex, Wanted, highest, reach
+from optillm_memory.recall.vectors.ivf import Base, Draft, Header
+from optillm_memory.recall.vectors.scope_index import Batch, Change, Limits, ScopeIndex, header_for, without
+from optillm_memory.store.sqlite import index_files
+from optillm_memory.store.sqlite.index_files import IndexFiles, folder_of
 
 SCOPE = Scope("local")
 SMALL = Limits(inline=150, large=200, share=0.25, most=400)
@@ -353,7 +356,7 @@ class Bench:
         """Open the folder."""
         self.source = source or TableSource()
         self.files = IndexFiles(folder)
-        self.corpora = Corpora(self.source, self.files, limits)
+        self.corpora = IndexCache(self.source, self.files, limits)
         self.asked = Asked(SCOPE, FINGERPRINT, WHOLE, UNRELATED)
         self.name = self.files.name(SCOPE, FINGERPRINT)
 
@@ -623,7 +626,7 @@ def test_where_files_cannot_be_written_memory_serves(tmp_path: Path, caplog: pyt
     bench.check(clustered(20, WHOLE, seed=2), least=1.0)
     bench.corpora.close()
     assert "not up to date" in caplog.text
-    corpora = Corpora(bench.source, None, SMALL)
+    corpora = IndexCache(bench.source, None, SMALL)
     deadline = time.monotonic() + 10
     asked = bench.asked
     while len(corpora.index(asked, bench.source.revision())) < 600 and time.monotonic() < deadline:  # type: ignore[arg-type]
@@ -891,7 +894,7 @@ def test_memories_of_a_store_are_found_through_its_file(tmp_path: Path) -> None:
         vector = memory.encoder.vector(asked, 5)
         assert vector is not None
         name = files.name(SCOPE, memory.encoder.fingerprint)
-        recaller = Recaller(memory.store, files, SMALL)
+        recaller = Retriever(memory.store, files, SMALL)
         deadline = time.monotonic() + 20
         while not files.exists(name) and time.monotonic() < deadline:
             recaller.near(SCOPE, vector, memory.store.revision(SCOPE), fingerprint=memory.encoder.fingerprint,
@@ -899,7 +902,7 @@ def test_memories_of_a_store_are_found_through_its_file(tmp_path: Path) -> None:
             time.sleep(0.01)
         recaller.close()
         for _ in range(2):
-            recaller = Recaller(memory.store, files, SMALL)
+            recaller = Retriever(memory.store, files, SMALL)
             hits = recaller.recall(SCOPE, asked, lambda: vector, fingerprint=memory.encoder.fingerprint)
             assert hits[0].memory.answer == "restarted 77"
             assert hits[0].cosine == pytest.approx(1, abs=1e-4)
@@ -926,7 +929,7 @@ def test_a_scope_is_brought_up_to_date_while_the_encoder_works() -> None:
 
     told = Told()
     told.rows, told.at = source.rows, source.at
-    recaller = Recaller(told, None, SMALL)
+    recaller = Retriever(told, None, SMALL)
 
     def asked(query: Vectors) -> list[int]:
         def encoded() -> Vectors:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from optillm_memory.bench import agent_sandbox
-from optillm_memory.bench.agent import scripted
-from optillm_memory.bench.agent_figures import Episode, Pass, figures, repeated, uplift
-from optillm_memory.bench.agent_policy import (
+from benchmarks import agent_sandbox
+from benchmarks.agent import scripted
+from benchmarks.agent_figures import Episode, Pass, figures, repeated, uplift
+from benchmarks.agent_policy import (
     DONE,
     GIVEN_UP,
     UNKNOWN_TASK,
@@ -32,8 +32,8 @@ from optillm_memory.bench.agent_policy import (
     understood,
     write,
 )
-from optillm_memory.bench.agent_sandbox import TOOLS, Sandbox
-from optillm_memory.bench.agent_tasks import TASKS
+from benchmarks.agent_sandbox import TOOLS, Sandbox
+from benchmarks.agent_tasks import TASKS
 from optillm_memory.bench.report import report
 from optillm_memory.cli.commands import main
 from optillm_memory.errors import HostError

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from optillm_memory.bench.commands import bench
 from optillm_memory.bench.fixes import Answer, Row, calibration_error, coverage, figures, load_rows, run
-from optillm_memory.cli.bench import bench
 from optillm_memory.errors import InvalidField
 
 

@@ -19,11 +19,11 @@ import httpx
 import openai
 import pytest
 
-from optillm_memory.bench import weights
-from optillm_memory.bench.process import HostProcess, child_environment
 from optillm_memory.bench.tasks import Task, load_tasks, shuffled
-from optillm_memory.bench.upstream import RecordingUpstream, Reply, ReplyFunction, echo, tool_call
 from optillm_memory.errors import AgentMemoryError, HostError, InvalidField
+from optillm_memory.testing import weights
+from optillm_memory.testing.host import HostProcess, child_environment
+from optillm_memory.testing.upstream import RecordingUpstream, Reply, ReplyFunction, echo, tool_call
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

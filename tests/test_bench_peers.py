@@ -10,13 +10,13 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from optillm_memory.bench.peer_kinds import PEERS, Ours
-from optillm_memory.bench.peer_parts import Known, Upstream
-from optillm_memory.bench.peers import table
+from benchmarks.peer_kinds import PEERS, Ours
+from benchmarks.peer_parts import Known, Upstream
+from benchmarks.peers import table
 from optillm_memory.bench.records import Records
+from optillm_memory.bench.store_commands import PEER_PACKAGES
 from optillm_memory.cli import main
-from optillm_memory.cli.bench_store import PEER_PACKAGES
-from optillm_memory.store.connection import connect
+from optillm_memory.store.sqlite.connection import connect
 
 KEYS = {
     "fill_per_s", "first_answer_s", "ask_p50_ms", "ask_p95_ms", "upstream_calls_per_ask", "finds", "add_per_s",
@@ -102,7 +102,7 @@ def test_guard_refuses_other_machines_and_installers() -> None:
     """In a watched process loopback is reached, other addresses and names are not, and no installer starts."""
     code = """
 import socket, subprocess, sys
-from optillm_memory.bench.peer_guard import watch
+from benchmarks.peer_guard import watch
 refused = watch()
 server = socket.create_server(("127.0.0.1", 0))
 socket.create_connection(server.getsockname()).close()

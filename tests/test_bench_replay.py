@@ -11,11 +11,11 @@ import pytest
 from builders import NOW, SCOPE, feedback, trace
 from click.testing import CliRunner
 
-from optillm_memory.cli.bench import bench
+from optillm_memory.bench.commands import bench
 from optillm_memory.learn import fold
 from optillm_memory.records import Scope
-from optillm_memory.store.evidence import read_decisions
-from optillm_memory.store.sqlite import SqliteStore
+from optillm_memory.store.sqlite.store import SqliteStore
+from optillm_memory.store.tables.exposures import read_decisions
 from optillm_memory.store.transaction import Transaction
 
 HALF = {"none@m": 0.5, "moa@m": 0.5}

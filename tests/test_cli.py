@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from postgres import Server
 
 from optillm_memory.cli import main
-from optillm_memory.store.postgres_schema import is_there
+from optillm_memory.store.postgres.schema import is_there
 
 ON_WHAT_IS_THERE = {
     "stats": (), "traces": (), "show": ("t1",), "why": ("t1",), "memories": (), "uplift": (), "policy": (),

@@ -15,16 +15,16 @@ from click.testing import CliRunner
 from postgres import Server
 
 from optillm_memory import InvalidField, Memory, NotFound, Settings, StoreError, StoreUnavailable
-from optillm_memory.bench.process import HostProcess
 from optillm_memory.cli import main
 from optillm_memory.learn.outcomes import normal_answer
-from optillm_memory.store import copying
 from optillm_memory.store.base import Store
-from optillm_memory.store.connection import connect, open_writer, sqlite3
-from optillm_memory.store.copying import copy
+from optillm_memory.store.maintenance import copying
+from optillm_memory.store.maintenance.copying import copy
 from optillm_memory.store.opening import open_store
-from optillm_memory.store.postgres_connection import PostgresConnection
-from optillm_memory.store.postgres_schema import TABLES
+from optillm_memory.store.postgres.connection import PostgresConnection
+from optillm_memory.store.postgres.schema import TABLES
+from optillm_memory.store.sqlite.connection import connect, open_writer, sqlite3
+from optillm_memory.testing.host import HostProcess
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_a_source_that_is_only_read_is_copied(file: str, tmp_path: Path, monkeyp
             raise StoreUnavailable(f"cannot write {path}: it is read-only")
         return open_writer(path)
 
-    monkeypatch.setattr("optillm_memory.store.copying.open_writer", refused)
+    monkeypatch.setattr("optillm_memory.store.maintenance.copying.open_writer", refused)
     assert copy(file, str(tmp_path / "copy.db"))["traces"] >= 6
     with contextlib.closing(connect(Path(file))) as db:
         db.execute("DELETE FROM _sqlite_migrations WHERE id = (SELECT max(id) FROM _sqlite_migrations)")

@@ -9,12 +9,12 @@ import pytest
 from click.testing import CliRunner
 from openai import OpenAI
 
-from optillm_memory.bench.demo import KEY, curve
-from optillm_memory.bench.process import HostProcess
 from optillm_memory.bench.stream import Result, ask, tell, wait_for_encoder
 from optillm_memory.bench.tasks import Task
-from optillm_memory.bench.weights import smollm2_directory
 from optillm_memory.cli.commands import main
+from optillm_memory.demo.run import KEY, curve
+from optillm_memory.testing.host import HostProcess
+from optillm_memory.testing.weights import smollm2_directory
 
 pytestmark = [pytest.mark.host, pytest.mark.model]
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from builders import lexical_memory, teach
 
+from benchmarks import acknowledged, durability, kills, soak
+from benchmarks.acknowledged import Faults
 from optillm_memory import HostError
-from optillm_memory.bench import acknowledged, durability, kills, soak
-from optillm_memory.bench.acknowledged import Faults
-from optillm_memory.store.turnstile import Turnstile
+from optillm_memory.store.sqlite.turnstile import Turnstile
 
 
 def test_killed_at_any_moment_no_acknowledged_feedback_is_lost(tmp_path: Path) -> None:
@@ -38,9 +38,9 @@ def test_processes_and_threads_write_at_once_and_nothing_is_lost(tmp_path: Path)
 
 def test_without_the_package_that_fails_disks_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where `apsw` is missing, the bench says what to install, before it has measured anything."""
-    for module in ("optillm_memory.bench.power", "optillm_memory.bench.faultdisk"):
+    for module in ("benchmarks.power", "benchmarks.faultdisk"):
         monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.delattr("optillm_memory.bench.power", raising=False)
+    monkeypatch.delattr("benchmarks.power", raising=False)
     monkeypatch.setitem(sys.modules, "apsw", None)
     with pytest.raises(HostError, match="pip install apsw"):
         durability.run(
@@ -109,7 +109,7 @@ def test_the_bench_reports_flat_figures(tmp_path: Path, monkeypatch: pytest.Monk
 PASSES = """
 import sys, time
 from pathlib import Path
-from optillm_memory.store.turnstile import Turnstile
+from optillm_memory.store.sqlite.turnstile import Turnstile
 turnstile = Turnstile(Path(sys.argv[1]))
 for _ in range(int(sys.argv[2])):
     with turnstile.passing():
@@ -168,7 +168,7 @@ def test_who_leaves_the_turnstile_does_not_pass_those_who_wait(tmp_path: Path) -
 
 def test_a_process_that_was_stopped_inside_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others open the file and write without their turn after a while, and leave the turnstile free behind them."""
-    monkeypatch.setattr("optillm_memory.store.turnstile.PATIENCE_S", 0.2)
+    monkeypatch.setattr("optillm_memory.store.sqlite.turnstile.PATIENCE_S", 0.2)
     place = tmp_path / "memory.db-turnstile"
     stopped = passing(place)
     assert says_in(stopped)

@@ -14,10 +14,10 @@ import pytest
 from builders import body, lexical_memory, response, teach
 from faults import asides, known, served, told
 
+from benchmarks.faultdisk import Disk, on
 from optillm_memory import Memory, StoreUnavailable
-from optillm_memory.bench.faultdisk import Disk, on
-from optillm_memory.store import connection as store_connection
-from optillm_memory.store.audit import integrity
+from optillm_memory.store.sqlite import connection as store_connection
+from optillm_memory.store.sqlite.audit import integrity
 from optillm_memory.store.transaction import Transaction
 
 
@@ -100,7 +100,7 @@ def test_a_checkpoint_that_fails_costs_nothing(
     tmp_path: Path, trouble: Trouble, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the WAL cannot be copied into the database it grows, and every acknowledged feedback is kept in it."""
-    monkeypatch.setattr("optillm_memory.store.sqlite_writer._CHECKPOINT_EVERY", 10)
+    monkeypatch.setattr("optillm_memory.store.sqlite.writer._CHECKPOINT_EVERY", 10)
     with lexical_memory(tmp_path) as memory:
         memory.settle()
         trouble.begin(EIO, "write", "sync", suffix="memory.db")

@@ -17,8 +17,8 @@ from hosting import until
 from optillm_memory import Memory, StoreError, StoreUnavailable, Turn
 from optillm_memory.decide.calibration import WRONG
 from optillm_memory.decide.gate import Book
-from optillm_memory.store.audit import integrity
-from optillm_memory.store.connection import open_writer, sqlite3
+from optillm_memory.store.sqlite.audit import integrity
+from optillm_memory.store.sqlite.connection import open_writer, sqlite3
 
 MANY = 60
 REFUND = "please help me with the refund for my account"
@@ -157,8 +157,8 @@ def test_a_file_that_is_cut_with_all_in_its_wal(path: Path, size: int, tmp_path:
 
 def test_a_file_is_not_opened_again_beside_those_who_still_read_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A WAL and its index were deleted while somebody reads by them: nothing is acknowledged that others do not see."""
-    monkeypatch.setattr("optillm_memory.store.connection._AWAY_S", 0.2)
-    monkeypatch.setattr("optillm_memory.store.connection._REOPENED_S", 0.01)
+    monkeypatch.setattr("optillm_memory.store.sqlite.connection._AWAY_S", 0.2)
+    monkeypatch.setattr("optillm_memory.store.sqlite.connection._REOPENED_S", 0.01)
     with lexical_memory(path.parent) as memory:
         first = teach(memory, "a task", "done")
         waiting = served(memory, "a task that feedback waits for")

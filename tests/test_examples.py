@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from optillm_memory.bench.process import HostProcess
 from optillm_memory.bench.stream import wait_for_encoder
-from optillm_memory.bench.upstream import RecordingUpstream
+from optillm_memory.testing.host import HostProcess
+from optillm_memory.testing.upstream import RecordingUpstream
 
 pytestmark = pytest.mark.host
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

@@ -23,8 +23,8 @@ from optillm_memory.learn import fold
 from optillm_memory.learn.attempts import inferred_id
 from optillm_memory.learn.fixes import Fix
 from optillm_memory.records import Injected, Trace
-from optillm_memory.store import steps as store_steps
-from optillm_memory.store.sqlite import SqliteStore
+from optillm_memory.store.sqlite.store import SqliteStore
+from optillm_memory.store.tables import steps as store_steps
 from optillm_memory.store.transaction import Transaction
 
 Event = Callable[[Transaction], Any]

@@ -20,10 +20,10 @@ from optillm_memory import InvalidField, Memory, NotFound, Scope
 from optillm_memory.cli import main
 from optillm_memory.conversation.options import Options
 from optillm_memory.settings import is_url
-from optillm_memory.store.connection import sqlite3
-from optillm_memory.store.erase import forget
-from optillm_memory.store.selection import Selection
-from optillm_memory.store.shrink import shrink
+from optillm_memory.store.maintenance.erase import forget
+from optillm_memory.store.maintenance.selection import Selection
+from optillm_memory.store.maintenance.shrink import shrink
+from optillm_memory.store.sqlite.connection import sqlite3
 
 BOTH = pytest.mark.parametrize("memory", ["sqlite", "postgres"], indirect=True)
 SECRET = "zwitscherlich"  # no word of any other text
@@ -398,7 +398,7 @@ def test_an_interrupted_one_is_finished_by_the_next(
     memory.settle()
     chosen = Selection(trace_id=turn.trace_id)
     with monkeypatch.context() as patch:
-        patch.setattr("optillm_memory.store.sqlite.shrink", lambda *_, **__: pytest.fail("killed"))
+        patch.setattr("optillm_memory.store.sqlite.store.shrink", lambda *_, **__: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
             forget(memory.store, chosen)
     assert holding(tmp_path)
@@ -435,7 +435,7 @@ def test_a_scope_that_was_forgotten_is_let_go_of_by_all_that_search_it(memory: M
             assert [hit.memory.answer for hit in one.recall("start the old server", scope=scope)] == ["new"] * 3
             vector, encoder = one.encoder.vector("start the old server", 5), one.encoder
             assert vector is not None
-            found = one._recaller.near(
+            found = one._retriever.near(
                 scope, vector, one.store.revision(scope), fingerprint=encoder.fingerprint, unrelated=encoder.unrelated,
                 count=50,
             )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hosting import JSON, MODEL, Host, served
 
-from optillm_memory.bench.upstream import Answer, RecordingUpstream, Reply, tool_call
+from optillm_memory.testing.upstream import Answer, RecordingUpstream, Reply, tool_call
 
 pytestmark = pytest.mark.host
 

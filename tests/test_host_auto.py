@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hosting import JSON, MODEL, Host, served
 
-from optillm_memory.bench.upstream import RecordingUpstream, Reply, tool_call
+from optillm_memory.testing.upstream import RecordingUpstream, Reply, tool_call
 
 pytestmark = pytest.mark.host
 

@@ -18,10 +18,10 @@ import pytest
 from hosting import KEY, MODEL, QUIET, Host, authorization, running, served, until
 from sqlite_utils import Database
 
-from optillm_memory.bench.process import HostProcess
-from optillm_memory.bench.upstream import RecordingUpstream
 from optillm_memory.memory import Memory
-from optillm_memory.store.connection import wal_is_safe
+from optillm_memory.store.sqlite.connection import wal_is_safe
+from optillm_memory.testing.host import HostProcess
+from optillm_memory.testing.upstream import RecordingUpstream
 
 pytestmark = pytest.mark.host
 

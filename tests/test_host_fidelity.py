@@ -11,8 +11,8 @@ import httpx
 import pytest
 from hosting import JSON, Host, chunks_of
 
-from optillm_memory.bench.upstream import Reply, tool_call
 from optillm_memory.conversation.text import SEPARATOR
+from optillm_memory.testing.upstream import Reply, tool_call
 
 pytestmark = pytest.mark.host
 

@@ -12,7 +12,7 @@ import pytest
 from hosting import JSON, MODEL, Host, chunks_of, served, until
 from openai.types.chat import ChatCompletionMessage
 
-from optillm_memory.bench.upstream import RecordingUpstream, Reply, tool_call
+from optillm_memory.testing.upstream import RecordingUpstream, Reply, tool_call
 
 pytestmark = pytest.mark.host
 

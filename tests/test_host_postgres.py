@@ -18,9 +18,9 @@ import pytest
 from hosting import QUIET, Host, served, until
 from postgres import Server
 
-from optillm_memory.bench import acknowledged
-from optillm_memory.bench.upstream import RecordingUpstream
-from optillm_memory.store.copying import copy
+from benchmarks import acknowledged
+from optillm_memory.store.maintenance.copying import copy
+from optillm_memory.testing.upstream import RecordingUpstream
 
 pytestmark = pytest.mark.host
 

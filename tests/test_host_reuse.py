@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hosting import JSON, MODEL, Host, chunks_of, served, until
 
-from optillm_memory.bench.upstream import RecordingUpstream
+from optillm_memory.testing.upstream import RecordingUpstream
 
 pytestmark = pytest.mark.host
 

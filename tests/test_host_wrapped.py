@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hosting import JSON, Host, chunks_of, served
 
-from optillm_memory.bench.upstream import RecordingUpstream, Reply
+from optillm_memory.testing.upstream import RecordingUpstream, Reply
 
 pytestmark = pytest.mark.host
 

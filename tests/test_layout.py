@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import inspect
 import re
 import subprocess
@@ -16,29 +17,25 @@ from optillm_memory import errors
 
 PACKAGE = Path(optillm_memory.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-# In the order of the data: a room imports from rooms above it and from the vocabulary.
+# Each line imports only from the lines below it and from the vocabulary.
 VOCABULARY = {"records", "errors", "settings"}
-ORDER = [
-    "conversation",
-    "recall",
-    "decide",
-    "inject",
-    "learn",
-    "store",
-    "turn",
-    "locating",
-    "advising",
-    "reusing",
-    "routing",
-    "recording",
-    "upkeep",
-    "memory",
-    "host",
-    "cli",
-    "bench",
+LAYERS = [
+    {"cli", "ui"},
+    {"demo", "bench"},
+    {"testing"},
+    {"host"},
+    {"adapters"},
+    {"memory"},
+    {"request"},
+    {"background"},
+    {"store"},
+    {"inject", "learn", "decide"},
+    {"recall"},
+    {"conversation"},
 ]
+PURE = {"inject", "learn", "decide", "recall", "conversation"}
 # Loaded into other people's processes: they import nothing of the package, and nothing that is not there anyway.
-CLIENTS = {"pytest_plugin": {"pytest"}}
+CLIENTS = {"adapters/pytest_plugin.py": {"pytest"}}
 
 
 def name_of(path: Path) -> str:
@@ -51,10 +48,11 @@ def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports_of(path: Path) -> set[str]:
-    """Return the modules that a module imports, anywhere in it."""
+def imports_of(path: Path, *, at_import: bool = False) -> set[str]:
+    """Return the modules that a module imports anywhere in it, or when it is itself imported."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in tree.body if at_import else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -72,24 +70,28 @@ def test_import_is_light() -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_rooms_import_only_from_rooms_above(path: Path) -> None:
-    """No room looks down: what it imports of the package is vocabulary, itself, or a room earlier in the data's way."""
-    room = room_of(path)
-    if room == "__init__":
+def test_packages_import_only_from_those_below(path: Path) -> None:
+    """What a module imports of the package is vocabulary, its own package, or a package on a lower line."""
+    package = room_of(path)
+    if package == "__init__":
         return
     used = {m.split(".")[1] for m in imports_of(path) if m.startswith("optillm_memory.")}
-    if room in VOCABULARY:
+    if package in VOCABULARY:
         assert used <= VOCABULARY
         return
-    if room in CLIENTS:
+    if (client := name_of(path)) in CLIENTS:
         outer = {m.split(".")[0] for m in imports_of(path)} - sys.stdlib_module_names
-        assert outer == CLIENTS[room]
+        assert outer == CLIENTS[client]
         return
-    rank = ORDER.index(room)
-    above = {*VOCABULARY, *ORDER[: rank + 1]}
-    if room in ("cli", "bench"):  # people's ways in lie side by side
-        above |= {"cli", "bench", "__version__"}
-    assert used <= above
+    rank = next(n for n, line in enumerate(LAYERS) if package in line)
+    assert used <= VOCABULARY.union(*LAYERS[rank:])
+
+
+def test_no_module_imports_in_a_circle() -> None:
+    """No module needs, at its own import, one that needs it."""
+    names = {f"optillm_memory.{name_of(p)[:-3].replace('/', '.')}".removesuffix(".__init__"): p for p in MODULES}
+    needs = {name: imports_of(path, at_import=True) & names.keys() - {name} for name, path in names.items()}
+    graphlib.TopologicalSorter(needs).prepare()  # raises CycleError with the circle
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -119,7 +121,7 @@ def test_rooms_are_pure_but_for_those_that_touch_the_world() -> None:
         "tempfile",
     }
     for path in MODULES:
-        if room_of(path) in ("conversation", "decide", "inject", "learn", "recall", "turn"):
+        if room_of(path) in PURE:
             assert not {m.split(".")[0] for m in imports_of(path)} & world, path
 
 
@@ -167,16 +169,15 @@ def test_only_the_store_holds_sql() -> None:
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and SQL.match(node.value):
                 found.add(name_of(path))
     inside = {name for name in found if name.startswith("store/")}
-    assert inside >= {"store/connection.py", "store/migrations.py", "store/sqlite.py", "store/transaction.py"}
-    tasks = {name for name in found if name.startswith("bench/agent_tasks")}
-    assert found - inside - tasks <= {"recall/encoder.py", "host/doctor.py"}
+    assert inside >= {"store/sqlite/connection.py", "store/sqlite/migrations.py", "store/transaction.py"}
+    assert found - inside <= {"recall/encoder.py", "host/doctor.py"}
     executes = {
         name_of(path)
         for path in MODULES
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in ("execute", "executemany", "executescript")
     }
-    assert {name for name in executes if not name.startswith("store/")} <= {"host/doctor.py", "bench/faultdisk.py"}
+    assert {name for name in executes if not name.startswith("store/")} <= {"host/doctor.py"}
 
 
 def test_one_place_fails_open() -> None:
@@ -191,9 +192,10 @@ def test_one_place_fails_open() -> None:
                 reraises = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
                 if not reraises:
                     broad.add(name_of(path))
-    rooms = {name for name in broad if name.split("/")[0] not in ("cli", "bench")}
+    rooms = {name for name in broad if name.split("/")[0] not in ("cli", "bench", "testing", "demo")}
     handed_on = {
-        "host/doctor.py", "host/hooks.py", "upkeep.py", "pytest_plugin.py", "recall/openvino.py", "recall/service.py",
-        "recall/behind.py", "store/writer.py", "reusing.py", "learn/forms.py",
+        "host/doctor.py", "host/hooks.py", "adapters/pytest_plugin.py", "recall/openvino.py",
+        "background/encoder_service.py", "background/maintenance.py", "background/worker.py", "request/reuse.py",
+        "store/writer.py", "learn/forms.py",
     }  # fmt: skip
     assert rooms <= {"host/failopen.py", *handed_on}

@@ -20,7 +20,7 @@ from optillm_memory.learn import fold
 from optillm_memory.learn.exemplars import exemplar_id, learn, status
 from optillm_memory.learn.outcomes import effective, outcome, same_answer
 from optillm_memory.records import Injected, Outcome, Trace
-from optillm_memory.store.sqlite import SqliteStore
+from optillm_memory.store.sqlite.store import SqliteStore
 from optillm_memory.store.transaction import Transaction
 
 FAILS = replace(feedback(), feedback_id="fb-2", value=False)

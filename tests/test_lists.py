@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from vectors import Vectors, clustered, unit
 
-from optillm_memory.recall import lists
-from optillm_memory.recall.lists import Assigner, Parts
+from optillm_memory.recall.vectors import kmeans as lists
+from optillm_memory.recall.vectors.kmeans import Assigner, Parts
 
 
 def rest() -> None:

@@ -15,7 +15,7 @@ from optillm_memory import Feedback, InvalidField, Memory, NotFound, Scope, Stor
 from optillm_memory.conversation.options import Options
 from optillm_memory.decide.holdout import assign
 from optillm_memory.recall.encoder import Encoder, HashingEncoder
-from optillm_memory.store.selection import Selection
+from optillm_memory.store.maintenance.selection import Selection
 
 TASK, ANSWER = "restart the nginx server", "systemctl restart nginx"
 READ = Options(mode="read")

@@ -15,11 +15,11 @@ from sqlite_utils import Database
 
 from optillm_memory import Memory, Settings, StoreTooNew
 from optillm_memory.learn import fold
-from optillm_memory.store import connection as store_connection
-from optillm_memory.store.connection import Connection, open_writer, sqlite3
-from optillm_memory.store.migrations import migrations
-from optillm_memory.store.sqlite import SqliteStore
-from optillm_memory.store.verify import verify
+from optillm_memory.store.maintenance.verify import verify
+from optillm_memory.store.sqlite import connection as store_connection
+from optillm_memory.store.sqlite.connection import Connection, open_writer, sqlite3
+from optillm_memory.store.sqlite.migrations import migrations
+from optillm_memory.store.sqlite.store import SqliteStore
 
 SCHEMAS = sorted(Path(__file__).parent.joinpath("schemas").glob("m*.sql"))
 LATEST = [m.name for m in migrations.pending(Database(memory=True))]
@@ -89,7 +89,7 @@ def test_a_released_schema_comes_up_to_date(schema: Path, tmp_path: Path) -> Non
 KILLED = """
 import os, signal, shutil, sys
 from pathlib import Path
-from optillm_memory.store import connection
+from optillm_memory.store.sqlite import connection
 
 class Killing(connection.sqlite3.Connection):
     left = 0
@@ -167,7 +167,7 @@ def test_opening_a_file_of_this_release_needs_no_library_of_migrations(tmp_path:
     open_writer(path).close()
     code = f"""
 import sys
-from optillm_memory.store.connection import open_writer
+from optillm_memory.store.sqlite.connection import open_writer
 from pathlib import Path
 open_writer(Path({str(path)!r})).close()
 print([name for name in ("sqlite_utils", "pandas") if name in sys.modules])

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from optillm_memory.decide.clusters import LIMIT, NOWHERE, Clusters
-from optillm_memory.decide.learner import Learner, Row
 from optillm_memory.decide.policy import AUDITIONED, Chosen, Known, Policy, Situation, Terms
+from optillm_memory.decide.policy_updater import PolicyUpdater, Row
 from optillm_memory.errors import InvalidField
 from optillm_memory.records import Arm
 from optillm_memory.settings import Settings
@@ -258,7 +258,7 @@ def test_clusters_follow_the_requests() -> None:
     assert 1 < clusters.count <= many.count == LIMIT
 
 
-def rows_of(learner: Learner, count: int, first: int = 0) -> list[Row]:
+def rows_of(learner: PolicyUpdater, count: int, first: int = 0) -> list[Row]:
     """Return rows in which the small arm is right and the large one is not."""
     arms = [arm.name for arm in learner.policy.arms]
     return [
@@ -269,7 +269,7 @@ def rows_of(learner: Learner, count: int, first: int = 0) -> list[Row]:
 
 def test_the_learner_takes_rows_once() -> None:
     """A row that comes again with its reward is the same row; tokens become cost at the arm's price."""
-    learner = Learner((LARGE, SMALL), Terms())
+    learner = PolicyUpdater((LARGE, SMALL), Terms())
     rows = rows_of(learner, 40)
     silent = [Row(r.trace_id, r.chosen, None, r.tokens, r.latency_ms) for r in rows]
     learner.take(learner.since, 1, silent)
@@ -285,7 +285,7 @@ def test_the_learner_takes_rows_once() -> None:
 
 def test_the_learner_takes_no_batch_that_another_overtook() -> None:
     """Read before a reward came but taken after it, a batch would undo what nobody tells of again."""
-    learner = Learner((LARGE, SMALL), Terms())
+    learner = PolicyUpdater((LARGE, SMALL), Terms())
     rows = rows_of(learner, 40)
     assert learner.take(-1, 12, rows)
     assert not learner.take(-1, 11, [replace(row, reward=None) for row in rows])
@@ -295,12 +295,12 @@ def test_the_learner_takes_no_batch_that_another_overtook() -> None:
 
 def test_many_rows_that_come_later_are_folded_into_what_is_there() -> None:
     """Another process may bring thousands at once: what was learned before still counts."""
-    learner = Learner((LARGE, SMALL), Terms())
+    learner = PolicyUpdater((LARGE, SMALL), Terms())
     learner.take(learner.since, 1, rows_of(learner, 40))
     learner.take(learner.since, 2, rows_of(learner, 3000, first=40))
     learner.wait(30)
     assert learner.policy.count == 3040
-    whole = Learner((LARGE, SMALL), Terms())
+    whole = PolicyUpdater((LARGE, SMALL), Terms())
     whole.take(whole.since, 2, rows_of(whole, 3040))
     whole.wait(30)
     assert learner.policy.beliefs() == whole.policy.beliefs()
@@ -308,7 +308,7 @@ def test_many_rows_that_come_later_are_folded_into_what_is_there() -> None:
 
 def test_many_rows_are_folded_behind() -> None:
     """A log of thousands of choices does not hold a request up, and is there soon after."""
-    learner = Learner((LARGE, SMALL), Terms())
+    learner = PolicyUpdater((LARGE, SMALL), Terms())
     learner.take(learner.since, 1, rows_of(learner, 3000))
     assert learner.busy or learner.policy.count == 3000
     learner.wait(30)
@@ -321,7 +321,7 @@ def test_many_rows_are_folded_behind() -> None:
 
 def test_requests_that_are_not_recorded_explore_nothing() -> None:
     """Nothing is learned from them, so nothing is risked for it; what is recorded is charged at once."""
-    learner = Learner((LARGE, SMALL, HEAVY), Terms())
+    learner = PolicyUpdater((LARGE, SMALL, HEAVY), Terms())
     taught(learner.policy, {LARGE.name: 0.6, SMALL.name: 0.55, HEAVY.name: 0.5}, 40)
     names = {arm.name for arm in learner.policy.arms}
     assert learner.choose("a", ANYTHING, 0.0, names, recorded=False).stake == 0

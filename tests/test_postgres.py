@@ -24,11 +24,13 @@ from optillm_memory import Memory, Settings, StoreError, StoreTooNew
 from optillm_memory.learn import fold
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.settings import shown
-from optillm_memory.store import postgres, postgres_schema, rows
 from optillm_memory.store.base import Store
 from optillm_memory.store.opening import open_store
-from optillm_memory.store.postgres_connection import PostgresConnection
-from optillm_memory.store.rows import key_hash
+from optillm_memory.store.postgres import schema as postgres_schema
+from optillm_memory.store.postgres import store as postgres
+from optillm_memory.store.postgres.connection import PostgresConnection
+from optillm_memory.store.tables import rows
+from optillm_memory.store.tables.rows import key_hash
 
 T = TypeVar("T")
 FORK = multiprocessing.get_context("spawn")
@@ -369,7 +371,7 @@ def test_threads_read_while_one_writes(url: str) -> None:
 
 def test_errors_are_those_that_the_store_knows(url: str) -> None:
     """A statement that is wrong, and one record that is, raise as they do with SQLite."""
-    from optillm_memory.store import connection as sqlite
+    from optillm_memory.store.sqlite import connection as sqlite
 
     connection = PostgresConnection(url)
     with pytest.raises(sqlite.OperationalError):

@@ -21,11 +21,12 @@ from test_postgres import opened_at
 from test_store import add, verified
 
 from optillm_memory import StoreUnavailable
-from optillm_memory.store import postgres, postgres_connection
 from optillm_memory.store.base import Store
-from optillm_memory.store.postgres_connection import PostgresConnection
-from optillm_memory.store.postgres_schema import TABLES
-from optillm_memory.store.rows import key_hash
+from optillm_memory.store.postgres import connection as postgres_connection
+from optillm_memory.store.postgres import store as postgres
+from optillm_memory.store.postgres.connection import PostgresConnection
+from optillm_memory.store.postgres.schema import TABLES
+from optillm_memory.store.tables.rows import key_hash
 
 DIMENSION, VECTORS = 64, 3_000
 ROLES = itertools.count(1)

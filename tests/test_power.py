@@ -10,8 +10,8 @@ from typing import Any
 import apsw
 import pytest
 
-from optillm_memory.bench import faultdisk, power
-from optillm_memory.bench.faultdisk import PowerFailure
+from benchmarks import faultdisk, power
+from benchmarks.faultdisk import PowerFailure
 from optillm_memory.store.writer import Writer
 
 

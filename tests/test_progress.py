@@ -125,7 +125,7 @@ def test_ctrl_c_while_the_encoder_loads_is_told_as_well(tmp_path: Path, monkeypa
     def stopped(_self: object, _timeout_s: float) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("optillm_memory.recall.service.EncoderService.wait", stopped)
+    monkeypatch.setattr("optillm_memory.background.encoder_service.EncoderService.wait", stopped)
     done = CliRunner().invoke(main, ["reembed", "--db", str(tmp_path / "memory.db")])
     assert done.exit_code == 1
     assert "run it again to go on" in done.output

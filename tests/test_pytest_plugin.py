@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from hosting import KEY, Host
 
-from optillm_memory import pytest_plugin
+from optillm_memory.adapters import pytest_plugin
 from optillm_memory.settings import CLIENT_VARIABLES, ENV_PREFIX
 
 TRACE = "chatcmpl-" + "0" * 32
@@ -519,7 +519,7 @@ def test_the_time_is_bounded_in_all(receiver: Receiver, handle: Handle) -> None:
 @pytest.mark.parametrize("part", ["post", "message"])
 def test_a_bug_of_ours_reaches_no_test(receiver: Receiver, tmp_path: Path, part: str) -> None:
     """Where the plugin itself breaks, it says so in its line, claims nothing, and the exit status stays."""
-    conftest = f"import optillm_memory.pytest_plugin as p\ndef broken(*_): 1 / 0\np.{part} = broken\n"
+    conftest = f"import optillm_memory.adapters.pytest_plugin as p\ndef broken(*_): 1 / 0\np.{part} = broken\n"
     done = run(tmp_path, FAILING, conftest=conftest, URL=receiver.url, TRACE=TRACE)
     assert done.returncode == 1
     assert line_of(done) == "agent memory: nothing reported: ZeroDivisionError: division by zero"

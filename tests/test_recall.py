@@ -18,6 +18,7 @@ from corpora import remembered, unrelated
 from numpy.typing import NDArray
 
 from optillm_memory import EncoderUnavailable, Memory
+from optillm_memory.background.encoder_service import BATCH, EncoderService
 from optillm_memory.conversation.options import Options
 from optillm_memory.recall.encoder import (
     REFERENCE,
@@ -28,8 +29,7 @@ from optillm_memory.recall.encoder import (
     load_encoder,
 )
 from optillm_memory.recall.openvino import FIDELITY, OpenVinoEncoder, accelerated
-from optillm_memory.recall.rank import DROP_OFF, FOLLOWER_SLACK, coverage, fuse, rank, words
-from optillm_memory.recall.service import BATCH, EncoderService
+from optillm_memory.recall.ranking import DROP_OFF, FOLLOWER_SLACK, coverage, fuse, rank, words
 
 Vectors = NDArray[np.float32]
 

@@ -13,15 +13,15 @@ from builders import NOW, feedback, hashing_memory, lexical_memory, settings, tr
 from click.testing import CliRunner
 
 from optillm_memory import InvalidField, Memory, Settings
+from optillm_memory.background.maintenance import prune_vectors, reembed
 from optillm_memory.cli import main
 from optillm_memory.learn import fold
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.recall.encoder import HashingEncoder, Vectors
 from optillm_memory.records import Trace, new_trace_id
 from optillm_memory.store.base import Store
+from optillm_memory.store.maintenance.retention import Limits, retain
 from optillm_memory.store.opening import open_store
-from optillm_memory.store.retention import Limits, retain
-from optillm_memory.upkeep import prune_vectors, reembed
 
 DAY_S = 86_400.0
 ENDED = NOW + 100 * DAY_S
@@ -138,7 +138,7 @@ def test_an_episode_goes_whole_when_all_of_it_is_old(store: Store) -> None:
 
 def test_upkeep_applies_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a limit set, an open memory deletes behind everything else; by default nothing ever goes."""
-    monkeypatch.setattr("optillm_memory.upkeep._LOOK_S", 0.05)
+    monkeypatch.setattr("optillm_memory.background.maintenance._LOOK_S", 0.05)
     assert not Limits(Settings().retention_days, Settings().max_traces, Settings().max_bytes)
     with lexical_memory(tmp_path, retention_days=1) as memory:
         add(memory.store, "old", 0)
@@ -186,7 +186,7 @@ def test_vectors_of_another_encoder_never_mix(
 ) -> None:
     """With another encoder, recall goes on by words; as vectors come in, only its own are searched."""
     taught(tmp_path, 5, **either)
-    monkeypatch.setattr("optillm_memory.upkeep.Upkeep._fill", lambda _self: None)
+    monkeypatch.setattr("optillm_memory.background.maintenance.Maintenance._fill", lambda _self: None)
     with Memory(settings(tmp_path, **either), encoder=Other) as memory:
         assert memory.encoder.wait(10) == "ready"
         (best, *_) = memory.recall("question number 3")
@@ -206,7 +206,7 @@ def test_embedding_anew_can_be_broken_off(
 ) -> None:
     """What was embedded before an interruption is kept; the next run does the rest, and says how much it was."""
     taught(tmp_path, 150, **either)
-    monkeypatch.setattr("optillm_memory.upkeep.Upkeep._fill", lambda _self: None)
+    monkeypatch.setattr("optillm_memory.background.maintenance.Maintenance._fill", lambda _self: None)
     lines: list[str] = []
 
     def stop_soon(line: str) -> None:

@@ -18,7 +18,7 @@ from optillm_memory.conversation.parse import parse
 from optillm_memory.conversation.partition import partition_of
 from optillm_memory.decide.calibration import WRONG
 from optillm_memory.decide.gate import Gate, Label
-from optillm_memory.decide.keeper import Change, Keeper
+from optillm_memory.decide.gate_updater import Change, GateUpdater
 from optillm_memory.errors import InvalidField
 from optillm_memory.learn.forms import form_named
 
@@ -286,7 +286,7 @@ LABELS = st.lists(
 @given(LABELS, st.randoms(use_true_random=False))
 def test_the_gate_does_not_depend_on_the_order_of_arrival(labels: list[Label], chance: random.Random) -> None:
     """Labels that come late, change or are taken back leave the gate that a fold in the order of requests gives."""
-    keeper = Keeper()
+    keeper = GateUpdater()
     rows = [Change(f"{i:04d}", label, served=label.correct is None) for i, label in enumerate(labels)]
     arriving = sorted(rows, key=lambda row: int(row.trace_id) + chance.choice([0, 0, 0, 5, 90]))
     for change in arriving:

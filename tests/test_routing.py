@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from optillm_memory.conversation.options import Options
-from optillm_memory.decide.learner import Row
+from optillm_memory.decide.policy_updater import Row
 from optillm_memory.memory import Memory
 from optillm_memory.records import Arm, Scope
-from optillm_memory.routing import can_answer, chance, length_of
-from optillm_memory.turn import Turn
+from optillm_memory.request.route import can_answer, chance, length_of
+from optillm_memory.request.turn import Turn
 
 ARMS = "none@default, none@small=0.1, moa@default=2"
 WORDS, PLAIN = Arm("moa@m", "moa", "m"), Arm("none@m", "none", "m")

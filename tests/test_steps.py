@@ -22,7 +22,7 @@ from optillm_memory.conversation.parse import Conversation, parse
 from optillm_memory.conversation.steps import command_in
 from optillm_memory.inject.advice import Advice, as_advice
 from optillm_memory.records import Step
-from optillm_memory.store.migrations import migrations
+from optillm_memory.store.sqlite.migrations import migrations
 
 SYSTEM = {"role": "system", "content": "You act."}
 FENCED = "I look first.\n```bash\nls src\n```"

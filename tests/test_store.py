@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from optillm_memory import Feedback, InvalidField, Scope, StoreUnavailable
 from optillm_memory.learn import fold
 from optillm_memory.learn.outcomes import normal_answer
-from optillm_memory.recall.recaller import Source
+from optillm_memory.recall.retriever import Source
 from optillm_memory.records import Injected, Placement, Step, Trace
 from optillm_memory.store.base import Store
 from optillm_memory.store.opening import open_store
-from optillm_memory.store.rows import key_hash
-from optillm_memory.store.sqlite import SqliteStore
+from optillm_memory.store.sqlite.store import SqliteStore
+from optillm_memory.store.tables.rows import key_hash
 from optillm_memory.store.transaction import PENDING_S, Transaction
 
 Opener = Callable[..., Store]
@@ -252,7 +252,7 @@ def test_every_read_for_recall_takes_a_scope() -> None:
 
 def test_reading_ahead_goes_through_everything_and_ends(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every memory and every posting is read once, in pieces; a server is left to itself."""
-    monkeypatch.setattr("optillm_memory.store.sqlite._PIECE", 2)
+    monkeypatch.setattr("optillm_memory.store.sqlite.store._PIECE", 2)
     for number in range(5):
         verified(store, f"task {number}")
     pieces = len(list(store.read_ahead()))

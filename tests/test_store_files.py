@@ -17,8 +17,8 @@ import pytest
 from builders import SCOPE, trace
 
 from optillm_memory import Memory, Settings, StoreTooNew, StoreUnavailable
-from optillm_memory.store.connection import open_writer, sqlite3, sqlite_version, wal_is_safe
-from optillm_memory.store.sqlite import SqliteStore
+from optillm_memory.store.sqlite.connection import open_writer, sqlite3, sqlite_version, wal_is_safe
+from optillm_memory.store.sqlite.store import SqliteStore
 from optillm_memory.store.transaction import Transaction
 
 
@@ -94,7 +94,7 @@ def test_wal_is_used_where_the_library_is_mended(version: str, safe: bool) -> No
 def test_journal_follows_the_library(path: Path, safe: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an affected library there is a rollback journal, also for a file that was in WAL; every commit is synced."""
     SqliteStore(path).close()
-    monkeypatch.setattr("optillm_memory.store.connection.wal_is_safe", lambda: safe)
+    monkeypatch.setattr("optillm_memory.store.sqlite.connection.wal_is_safe", lambda: safe)
     connection = open_writer(path)
     assert connection.execute("PRAGMA journal_mode").fetchone()[0] == ("wal" if safe else "delete")
     assert connection.execute("PRAGMA synchronous").fetchone()[0] == 3
@@ -140,7 +140,7 @@ def test_a_new_file_that_another_process_is_writing_is_waited_for(path: Path) ->
 OPEN_AT_ONCE = """
 import sys, time, pathlib
 from builders import trace
-from optillm_memory.store.sqlite import SqliteStore
+from optillm_memory.store.sqlite.store import SqliteStore
 print("ready", flush=True)
 sys.stdin.readline()
 for path in sys.argv[1:]:
@@ -286,7 +286,7 @@ DISK_FULL = """
 import pathlib, resource, signal, sys
 from builders import trace
 from optillm_memory import StoreUnavailable
-from optillm_memory.store.sqlite import SqliteStore
+from optillm_memory.store.sqlite.store import SqliteStore
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 store = SqliteStore(pathlib.Path(sys.argv[1]))
 written, (soft, hard) = 0, resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -19,7 +19,7 @@ from optillm_memory.decide.policy import Choice
 from optillm_memory.learn import fold
 from optillm_memory.learn.exemplars import exemplar_id
 from optillm_memory.records import Arm, Feedback, Injected, Trace
-from optillm_memory.store.sqlite import SqliteStore
+from optillm_memory.store.sqlite.store import SqliteStore
 from optillm_memory.store.transaction import PENDING_S, Transaction
 
 Event = Callable[[Transaction], Any]

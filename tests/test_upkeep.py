@@ -1,4 +1,4 @@
-"""Upkeep: whatever has no vector gets one, and is found by meaning then, whoever learned it and whatever went wrong."""
+"""Missing vectors are filled in: each memory gets one and is found by meaning, whoever learned it and whatever failed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from builders import ask, body, hashing_memory, lexical_memory, response, teach,
 from hosting import until
 
 from optillm_memory.errors import StoreError
-from optillm_memory.store.sqlite import SqliteStore
+from optillm_memory.store.sqlite.store import SqliteStore
 
 
 def test_a_request_does_not_hide_a_memory_that_has_no_vector_yet(
@@ -40,8 +40,8 @@ def test_upkeep_goes_on_after_a_fault_and_sees_what_others_learn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A read that failed is tried again, and what another process learned gets its vector though nobody says so."""
-    monkeypatch.setattr("optillm_memory.upkeep._LOOK_S", 0.05)
-    monkeypatch.setattr("optillm_memory.upkeep._ANEW_S", 0.05)
+    monkeypatch.setattr("optillm_memory.background.maintenance._LOOK_S", 0.05)
+    monkeypatch.setattr("optillm_memory.background.maintenance._ANEW_S", 0.05)
     failures, look = [StoreError("broken off")], SqliteStore.without_vectors
 
     def failing(store: SqliteStore, fingerprint: str, after: int, limit: int) -> Any:
@@ -68,7 +68,7 @@ def test_what_is_learned_does_not_wait_until_all_is_looked_through(
     with lexical_memory(tmp_path) as memory:
         for number in range(2):
             teach(memory, f"stop daemon number {number}", "done")
-    monkeypatch.setattr("optillm_memory.upkeep._REST", 1e6)
+    monkeypatch.setattr("optillm_memory.background.maintenance._REST", 1e6)
     looks: list[int] = []
     look = SqliteStore.without_vectors
 
@@ -85,6 +85,6 @@ def test_what_is_learned_does_not_wait_until_all_is_looked_through(
         assert until(lambda: memory.stats()["memories_without_vector"] == 2)
         assert [m.cosine for m in memory.recall("stop daemon number 1")][:1] == [None]
     assert 2 not in looks
-    monkeypatch.setattr("optillm_memory.upkeep._REST", 0.0)
+    monkeypatch.setattr("optillm_memory.background.maintenance._REST", 0.0)
     with hashing_memory(tmp_path) as memory:
         assert until(lambda: memory.stats()["memories_without_vector"] == 0)

@@ -16,15 +16,15 @@ from builders import NOW, SCOPE, body, feedback, lexical_memory, response, teach
 from click.testing import CliRunner
 from hosting import KEY, served
 
-from optillm_memory.bench.upstream import RecordingUpstream
 from optillm_memory.cli.commands import main
 from optillm_memory.learn import confidence, fold
 from optillm_memory.learn.confidence import Counts, difference
 from optillm_memory.learn.uplift import Episode, Tasks, flipped_tasks, report, standing, summary, tabulated, uplift
 from optillm_memory.records import Injected, Scope, Trace
-from optillm_memory.store.evidence import episodes_of
-from optillm_memory.store.sqlite import SqliteStore
+from optillm_memory.store.sqlite.store import SqliteStore
+from optillm_memory.store.tables.exposures import episodes_of
 from optillm_memory.store.transaction import Transaction
+from optillm_memory.testing.upstream import RecordingUpstream
 
 MEMORY = ("mem-1", "exemplar")
 RUNS = 200

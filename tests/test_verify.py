@@ -21,12 +21,12 @@ from postgres import Server
 from optillm_memory import Memory, StoreError
 from optillm_memory.cli import main
 from optillm_memory.learn.outcomes import normal_answer
-from optillm_memory.store.backup import backup, counts_of
-from optillm_memory.store.connection import sqlite3
+from optillm_memory.store.maintenance.backup import backup, counts_of
+from optillm_memory.store.maintenance.verify import ORPHANS, mend, verify
 from optillm_memory.store.opening import open_store
-from optillm_memory.store.postgres_connection import PostgresConnection
-from optillm_memory.store.sqlite import SqliteStore
-from optillm_memory.store.verify import ORPHANS, mend, verify
+from optillm_memory.store.postgres.connection import PostgresConnection
+from optillm_memory.store.sqlite.connection import sqlite3
+from optillm_memory.store.sqlite.store import SqliteStore
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optillm_memory import MemoryRecord, Scope
-from optillm_memory.recall.recaller import Change, Version
+from optillm_memory.recall.retriever import Change, Version
 
 Vectors = NDArray[np.float32]
 FINGERPRINT = "test-vectors"

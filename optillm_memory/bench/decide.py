@@ -16,14 +16,14 @@ import httpx
 from openai import OpenAI
 
 from optillm_memory.bench.latency import KEY, fill, fresh_texts
-from optillm_memory.bench.process import HostProcess
 from optillm_memory.bench.report import quantile
 from optillm_memory.bench.stream import wait_for_encoder
 from optillm_memory.bench.tasks import Task
-from optillm_memory.bench.upstream import RecordingUpstream
 from optillm_memory.conversation.parse import key_of
 from optillm_memory.host.incoming import tenant_of_key
 from optillm_memory.memory import Memory
+from optillm_memory.testing.host import HostProcess
+from optillm_memory.testing.upstream import RecordingUpstream
 
 REUSE = {"reuse": {"max_error": 0.05}}
 QUIET = {"OPTILLM_AGENT_MEMORY_HOLDOUT": "0", "OPTILLM_AGENT_MEMORY_REUSE_AUDIT": "0"}

@@ -11,15 +11,15 @@ from typing import Any
 
 from openai import OpenAI
 
-from optillm_memory.bench.process import HostProcess
 from optillm_memory.bench.report import quantile
 from optillm_memory.bench.stream import wait_for_encoder
 from optillm_memory.bench.tasks import Task
-from optillm_memory.bench.upstream import RecordingUpstream
 from optillm_memory.conversation.parse import key_of
 from optillm_memory.host.incoming import tenant_of_key
 from optillm_memory.memory import Memory
 from optillm_memory.recall.encoder import load_encoder
+from optillm_memory.testing.host import HostProcess
+from optillm_memory.testing.upstream import RecordingUpstream
 
 KEY = "sk-bench"
 

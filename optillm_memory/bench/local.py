@@ -18,8 +18,8 @@ from optillm_memory.conversation.parse import key_of
 from optillm_memory.errors import EncoderUnavailable
 from optillm_memory.memory import Memory
 from optillm_memory.recall.encoder import Encoder, Vectors, load_encoder
+from optillm_memory.request.turn import Turn
 from optillm_memory.settings import Settings
-from optillm_memory.turn import Turn
 
 _ENCODED_AT_ONCE = 256
 _FAST = Path("/dev/shm")  # decisions are measured here, not the disk

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from optillm_memory.learn import fold
 from optillm_memory.records import Feedback, Scope, Trace
-from optillm_memory.store.rows import key_hash
+from optillm_memory.store.tables.rows import key_hash
 from optillm_memory.store.transaction import Transaction
 
 LARGE, SMALL = Scope("bench"), Scope("bench", "small")

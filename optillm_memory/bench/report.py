@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from optillm_memory.store.connection import sqlite_version
+from optillm_memory.store.sqlite.connection import sqlite_version
 
 _PACKAGES = ("optillm-memory", "optillm", "openai", "sentence-transformers", "torch", "transformers", "numpy")
 

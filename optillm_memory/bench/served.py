@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from optillm_memory.bench.peer_parts import Known, Vector
+from benchmarks.peer_parts import Known, Vector
 from optillm_memory.bench.records import FINGERPRINT
 from optillm_memory.host import runtime
 from optillm_memory.host.launcher import serve

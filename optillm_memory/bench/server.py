@@ -10,9 +10,9 @@ from urllib.parse import quote
 
 from optillm_memory.errors import HostError, StoreError
 from optillm_memory.settings import shown
-from optillm_memory.store.connection import DatabaseError
-from optillm_memory.store.postgres_connection import SCHEMA, driver
-from optillm_memory.store.postgres_schema import drop, is_there
+from optillm_memory.store.postgres.connection import SCHEMA, driver
+from optillm_memory.store.postgres.schema import drop, is_there
+from optillm_memory.store.sqlite.connection import DatabaseError
 
 
 @contextlib.contextmanager

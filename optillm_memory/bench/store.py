@@ -24,9 +24,9 @@ from optillm_memory.bench.server import emptied
 from optillm_memory.bench.store_host import KEPT, measure, rss_mb
 from optillm_memory.errors import StoreError, StoreUnavailable
 from optillm_memory.learn.outcomes import normal_answer
-from optillm_memory.recall.corpus import Limits
-from optillm_memory.recall.index import UNRELATED
-from optillm_memory.recall.recaller import Recaller
+from optillm_memory.recall.retriever import Retriever
+from optillm_memory.recall.vectors.flat import UNRELATED
+from optillm_memory.recall.vectors.scope_index import Limits
 from optillm_memory.records import Scope
 from optillm_memory.settings import is_url
 from optillm_memory.store.base import Store
@@ -132,7 +132,7 @@ def _index(db: str, size: int, seed: int) -> dict[str, float]:
     """Have the index of the large scope made, as the first requests after so many records would."""
     query = Records(size, seed).queries(1)[0][1]
     started = time.perf_counter()
-    with _opened(db) as store, _recaller(store) as recaller:
+    with _opened(db) as store, _retriever(store) as recaller:
         quiet = 0
         while quiet < 5:  # looked at a few times: one piece of work behind may ask for another
             _near(store, recaller, LARGE, query)
@@ -153,7 +153,7 @@ def _recall(db: str, size: int, seed: int, *, per_s: float) -> dict[str, float]:
     before = rss_mb(os.getpid())
     figures: dict[str, float] = {}
     started = time.perf_counter()
-    with _opened(db) as store, _recaller(store) as recaller:
+    with _opened(db) as store, _retriever(store) as recaller:
         while not _hits(recaller, LARGE, *queries[-1]) and time.perf_counter() - started < 60:
             pass
         figures["startup_s"] = time.perf_counter() - started
@@ -175,7 +175,7 @@ def _recall(db: str, size: int, seed: int, *, per_s: float) -> dict[str, float]:
     return figures
 
 
-def _asked(recaller: Recaller, scope: Scope, text: str, vector: np.ndarray[Any, Any]) -> float:
+def _asked(recaller: Retriever, scope: Scope, text: str, vector: np.ndarray[Any, Any]) -> float:
     """Return what recall takes beyond the encoder, in ms: words are looked up while that works, as in a request."""
     started = time.perf_counter()
     moments = []
@@ -190,15 +190,15 @@ def _asked(recaller: Recaller, scope: Scope, text: str, vector: np.ndarray[Any, 
     return (time.perf_counter() - moments[1] + moments[0]) * 1000
 
 
-def _hits(recaller: Recaller, scope: Scope, text: str, vector: np.ndarray[Any, Any]) -> list[Any]:
+def _hits(recaller: Retriever, scope: Scope, text: str, vector: np.ndarray[Any, Any]) -> list[Any]:
     return _recalled(recaller, scope, text, lambda: vector)
 
 
-def _recalled(recaller: Recaller, scope: Scope, text: str, vector: Callable[[], Any]) -> list[Any]:
+def _recalled(recaller: Retriever, scope: Scope, text: str, vector: Callable[[], Any]) -> list[Any]:
     return recaller.recall(KEPT[scope], text, vector, fingerprint=FINGERPRINT, episode_id="asking", limit=NEAREST)
 
 
-def _near(store: Store, recaller: Recaller, scope: Scope, vector: np.ndarray[Any, Any]) -> list[int]:
+def _near(store: Store, recaller: Retriever, scope: Scope, vector: np.ndarray[Any, Any]) -> list[int]:
     kept = KEPT[scope]
     found = recaller.near(
         kept, vector, store.revision(kept), fingerprint=FINGERPRINT, unrelated=UNRELATED, count=NEAREST
@@ -269,8 +269,8 @@ def _opened(db: str) -> Iterator[Store]:
 
 
 @contextlib.contextmanager
-def _recaller(store: Store) -> Iterator[Recaller]:
-    recaller = Recaller(store, store.index_files())
+def _retriever(store: Store) -> Iterator[Retriever]:
+    recaller = Retriever(store, store.index_files())
     try:
         yield recaller
     finally:

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import httpx
 
-from optillm_memory.bench.process import HostProcess, child_environment
 from optillm_memory.bench.records import LARGE, SMALL, Records
 from optillm_memory.bench.served import keep
-from optillm_memory.bench.upstream import RecordingUpstream
 from optillm_memory.errors import HostError
 from optillm_memory.host.incoming import tenant_of_key
 from optillm_memory.records import Scope
+from optillm_memory.testing.host import HostProcess, child_environment
+from optillm_memory.testing.upstream import RecordingUpstream
 
 STARTS, REQUESTS = 5, 100
 _PATIENCE_S, _REST_S, _POLL_S = 60.0, 1.0, 0.02

@@ -15,11 +15,11 @@ from typing import Any, Literal
 import httpx
 from openai import OpenAI
 
-from optillm_memory.bench.process import HostProcess
 from optillm_memory.bench.tasks import Task
-from optillm_memory.bench.upstream import RecordingUpstream
-from optillm_memory.bench.weights import smollm2_directory
 from optillm_memory.errors import InvalidField
+from optillm_memory.testing.host import HostProcess
+from optillm_memory.testing.upstream import RecordingUpstream
+from optillm_memory.testing.weights import smollm2_directory
 
 FeedbackKind = Literal["demonstration", "binary", "none"]
 MAX_TOKENS = 24

@@ -151,7 +151,7 @@ def policy(
     tenant: str | None, namespace: str, user_id: str, agent_id: str, db: str | None, *, as_json: bool
 ) -> None:  # fmt: skip
     """Show the arms of approach `auto`, what is believed of each, and why."""
-    from optillm_memory.routing import summary
+    from optillm_memory.request.route import summary
 
     with opened(db, encoder=None) as memory:
         memory.encoder.wait(120)
@@ -241,11 +241,11 @@ def settings(*, as_json: bool) -> None:
 
 
 def _add_later_commands() -> None:
-    from optillm_memory.cli import bench_store
-    from optillm_memory.cli.bench import bench
+    from optillm_memory.bench import store_commands as bench_store
+    from optillm_memory.bench.commands import bench
     from optillm_memory.cli.copy import copy
-    from optillm_memory.cli.demo import demo
     from optillm_memory.cli.maintain import COMMANDS
+    from optillm_memory.demo.command import demo
 
     bench_store.add_to(bench)
     for command in (demo, bench, copy, *COMMANDS):

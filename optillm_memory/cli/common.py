@@ -17,7 +17,7 @@ from optillm_memory.errors import NotFound
 from optillm_memory.memory import Memory
 from optillm_memory.records import Scope
 from optillm_memory.settings import Settings, is_url
-from optillm_memory.store.connection import DatabaseError
+from optillm_memory.store.sqlite.connection import DatabaseError
 
 _TELL_EVERY_S = 2.0
 
@@ -70,7 +70,7 @@ def refuse_missing(settings: Settings) -> None:
 def _is_there(settings: Settings) -> bool:
     if not is_url(settings.db):
         return settings.path.is_file()
-    from optillm_memory.store.postgres_schema import is_there
+    from optillm_memory.store.postgres.schema import is_there
 
     try:
         return is_there(settings.db)

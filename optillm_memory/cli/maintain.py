@@ -24,7 +24,7 @@ _DAY_S = 86_400
 def verify(db: str | None, *, deep: bool, mend: bool, as_json: bool) -> None:
     """Check the database, its indexes and what is derived; exit with 1 where something is wrong."""
     from optillm_memory.learn.forms import form_named
-    from optillm_memory.store import verify as checks
+    from optillm_memory.store.maintenance import verify as checks
 
     settings = settings_for(db)
     place = settings.db if is_url(settings.db) else file_of(settings)
@@ -48,7 +48,7 @@ def verify(db: str | None, *, deep: bool, mend: bool, as_json: bool) -> None:
 @database_file
 def backup(destination: Path, db: str | None, *, as_json: bool) -> None:
     """Copy the database to DESTINATION while it is in use, and check the copy."""
-    from optillm_memory.store import backup as copies
+    from optillm_memory.store.maintenance import backup as copies
 
     source, started = file_of(settings_for(db)), time.monotonic()
     with progress() as told:
@@ -77,8 +77,8 @@ def forget(
     db: str | None, *, days: float | None, with_set_aside: bool, dry_run: bool, yes: bool, as_json: bool, **named: Any
 ) -> None:
     """Delete for good what all the options given have in common: rows, vectors, words, free pages, journal."""
-    from optillm_memory.store import erase
-    from optillm_memory.store.selection import Selection
+    from optillm_memory.store.maintenance import erase
+    from optillm_memory.store.maintenance.selection import Selection
 
     selection = Selection(**named, before=None if days is None else time.time() - days * _DAY_S)
     with opened(db) as memory:
@@ -103,8 +103,8 @@ def forget(
 @database
 def reembed(db: str | None, *, prune: bool, as_json: bool) -> None:
     """Give every memory its vector by the encoder that is set; may be interrupted and run again."""
-    from optillm_memory.upkeep import prune_vectors
-    from optillm_memory.upkeep import reembed as embed
+    from optillm_memory.background.maintenance import prune_vectors
+    from optillm_memory.background.maintenance import reembed as embed
 
     found: dict[str, Any] = {}
     try:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from optillm_memory.conversation.language import ENGLISH, language_of
 from optillm_memory.conversation.lexicon import LANGUAGES, compiled, fold
 from optillm_memory.decide.present import present_in_any
-from optillm_memory.recall.rank import STOP_WORDS
+from optillm_memory.recall.ranking import STOP_WORDS
 
 LONGEST = 8_000
 _ROTATIONS = 8

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from optillm_memory.conversation.text import text_of
 from optillm_memory.host.failopen import FailOpen
-from optillm_memory.store.calls import ModelCall
+from optillm_memory.store.tables.calls import ModelCall
 
 T = TypeVar("T")
 REFUSED = frozenset((400, 413, 422))  # the prompt does not suit; not who asks, how often, or the upstream itself

@@ -22,9 +22,9 @@ from optillm_memory.host.server import NAMES
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.recall.encoder import WEIGHTS_PACKAGE, encoder_source
 from optillm_memory.settings import Settings, is_url
-from optillm_memory.store.connection import open_writer, sqlite_version, wal_is_safe
 from optillm_memory.store.opening import open_store
-from optillm_memory.store.vectors import coverage_in
+from optillm_memory.store.sqlite.connection import open_writer, sqlite_version, wal_is_safe
+from optillm_memory.store.tables.vectors import coverage_in
 
 Level = Literal["ok", "warn", "fail"]
 

@@ -27,7 +27,7 @@ from optillm_memory.host.runtime import Runtime
 from optillm_memory.inject.place import append_text
 from optillm_memory.memory import Memory
 from optillm_memory.records import FeedbackReceipt, Placement
-from optillm_memory.turn import Turn
+from optillm_memory.request.turn import Turn
 
 RECEIPT_WAIT_S = 0.2
 LEAST_WAIT_S = 1.0  # for an answer to the client's own prompt, however late the refusal came

@@ -16,7 +16,7 @@ from optillm_memory.host.server import host
 from optillm_memory.learn.uplift import report
 from optillm_memory.memory import OPERATOR, Memory
 from optillm_memory.records import Hit, MemoryRecord
-from optillm_memory.store.selection import Selection
+from optillm_memory.store.maintenance.selection import Selection
 
 FEEDBACK_BYTES = 1_000_000
 PAGE = 50

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from optillm_memory.conversation.language import language_of
-from optillm_memory.recall.index import reach, spread_of
+from optillm_memory.recall.vectors.flat import reach, spread_of
 from optillm_memory.records import Scope
 
 SAMPLE = 256  # the latest memories of a scope

@@ -20,7 +20,7 @@ import stopwordsiso
 
 from optillm_memory.conversation.language import ENGLISH, language_of
 from optillm_memory.conversation.lexicon import LANGUAGES, compiled, fold
-from optillm_memory.recall.rank import words
+from optillm_memory.recall.ranking import words
 
 # Trigram likeness that a text needs by the number of content words that it shares: chosen on paraphrases and unrelated
 # requests in 12 languages, where 2 % of the unrelated ones pass.

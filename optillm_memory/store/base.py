@@ -13,21 +13,21 @@ from typing import Any, TypeVar
 
 from optillm_memory.conversation.episodes import root_of
 from optillm_memory.conversation.parse import key_of
-from optillm_memory.recall.recaller import Change, Version
+from optillm_memory.recall.retriever import Change, Version
 from optillm_memory.records import Injected, MemoryRecord, Placement, Scope, Trace
-from optillm_memory.store import rows
-from optillm_memory.store.calls import model_calls
-from optillm_memory.store.candidates import CandidateReads
-from optillm_memory.store.connection import Connection, marks, objects
-from optillm_memory.store.decisions import DecisionReads, decision_of
-from optillm_memory.store.evidence import EpisodeReads
-from optillm_memory.store.fixes import FixReads
-from optillm_memory.store.index_files import IndexFiles
-from optillm_memory.store.proposals import ProposalReads, proposal_of
-from optillm_memory.store.selection import ForgetReads
+from optillm_memory.store.maintenance.selection import ForgetReads
+from optillm_memory.store.sqlite.connection import Connection, marks, objects
+from optillm_memory.store.sqlite.index_files import IndexFiles
+from optillm_memory.store.tables import rows
+from optillm_memory.store.tables.calls import model_calls
+from optillm_memory.store.tables.decisions import DecisionReads, decision_of
+from optillm_memory.store.tables.episodes import CandidateReads
+from optillm_memory.store.tables.exposures import EpisodeReads
+from optillm_memory.store.tables.fixes import FixReads
+from optillm_memory.store.tables.proposals import ProposalReads, proposal_of
+from optillm_memory.store.tables.vectors import VectorReads
+from optillm_memory.store.tables.words import WordReads
 from optillm_memory.store.transaction import Transaction
-from optillm_memory.store.vectors import VectorReads
-from optillm_memory.store.words import WordReads
 from optillm_memory.store.writer import Writer
 
 T = TypeVar("T")

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from optillm_memory.settings import expanded, is_url
 from optillm_memory.store.base import Store
-from optillm_memory.store.sqlite import SqliteStore
+from optillm_memory.store.sqlite.store import SqliteStore
 
 
 def open_store(db: str, *, queue_size: int, normal: Callable[[str], str]) -> Store:
     """Open the store that a `postgresql://` URL or a path names. Raises StoreTooNew and StoreUnavailable."""
     if is_url(db):
-        from optillm_memory.store.postgres import PostgresStore  # noqa: PLC0415 - a file needs nothing of it
+        from optillm_memory.store.postgres.store import PostgresStore  # noqa: PLC0415 - a file needs nothing of it
 
         return PostgresStore(db, queue_size=queue_size, normal=normal)
     return SqliteStore(expanded(db), queue_size=queue_size, normal=normal)

@@ -10,16 +10,16 @@ from optillm_memory.errors import InvalidField
 from optillm_memory.learn.attempts import environment_of
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.records import Feedback, FeedbackStatus, Injected, Placement, Scope, Trace, Verdict
-from optillm_memory.store import rows
-from optillm_memory.store.calls import CallTables
-from optillm_memory.store.connection import Connection
-from optillm_memory.store.decisions import DecisionTables
-from optillm_memory.store.evidence import ExposureTables
-from optillm_memory.store.exemplars import ExemplarTables
-from optillm_memory.store.forget import ForgetTables
-from optillm_memory.store.proposals import ProposalTables
-from optillm_memory.store.steps import StepTables
-from optillm_memory.store.vectors import VectorTables
+from optillm_memory.store.maintenance.forget import ForgetTables
+from optillm_memory.store.sqlite.connection import Connection
+from optillm_memory.store.tables import rows
+from optillm_memory.store.tables.calls import CallTables
+from optillm_memory.store.tables.decisions import DecisionTables
+from optillm_memory.store.tables.exemplars import ExemplarTables
+from optillm_memory.store.tables.exposures import ExposureTables
+from optillm_memory.store.tables.proposals import ProposalTables
+from optillm_memory.store.tables.steps import StepTables
+from optillm_memory.store.tables.vectors import VectorTables
 
 PENDING_S = 7 * 86_400.0
 _SHARED_BY = 256  # changes that have one revision: whoever reads them takes all of it at once

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from optillm_memory.errors import AgentMemoryError, StoreTooNew, StoreUnavailable
-from optillm_memory.store.connection import Connection, DatabaseError, IntegrityError
+from optillm_memory.store.sqlite.connection import Connection, DatabaseError, IntegrityError
 
 logger = logging.getLogger(__name__)
 

@@ -25,9 +25,9 @@ import httpx
 import pytest
 from hosting import JSON, MODEL, QUIET, authorization, until
 
-from optillm_memory.bench.process import HostProcess, child_environment
-from optillm_memory.bench.upstream import RecordingUpstream
-from optillm_memory.store.verify import verify
+from optillm_memory.store.maintenance.verify import verify
+from optillm_memory.testing.host import HostProcess, child_environment
+from optillm_memory.testing.upstream import RecordingUpstream
 
 KEY = "alice"
 WORKERS, THREADS = 2, 8

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from hosting import JSON, MODEL, Host, chunks_of
 
-from optillm_memory.bench.upstream import Answer, Reply, tool_call
+from optillm_memory.testing.upstream import Answer, Reply, tool_call
 
 pytestmark = pytest.mark.host
 

@@ -19,10 +19,10 @@ import httpx
 import pytest
 from hosting import JSON, Host, chunks_of
 
-from optillm_memory.bench.upstream import Reply, tool_call
 from optillm_memory.inject.refusals import FORMS as FORMS_OF_MEMORY
 from optillm_memory.inject.refusals import REFUSED_FOR_S, Refusals
 from optillm_memory.records import Scope
+from optillm_memory.testing.upstream import Reply, tool_call
 
 pytestmark = pytest.mark.host
 

@@ -26,8 +26,8 @@ from hosting import JSON, KEY, MODEL, QUIET, Host, authorization
 from test_pytest_plugin import FAILING, PASSING, line_of, run
 
 from optillm_memory import Memory, Turn
-from optillm_memory.bench.process import HostProcess, child_environment
-from optillm_memory.bench.upstream import RecordingUpstream, Reply, tool_call
+from optillm_memory.testing.host import HostProcess, child_environment
+from optillm_memory.testing.upstream import RecordingUpstream, Reply, tool_call
 
 TASK = "Which valve feeds the north greenhouse?"
 PAGE = b"<!DOCTYPE html><html><head><title>Sign in</title></head><body>Please sign in to go on.</body></html>"
@@ -393,7 +393,7 @@ assert "agent_memory" in server.plugin_approaches
 server.app.run(host="127.0.0.1", port=int(port))
 """
 IMPORTING = """
-import optillm_memory, optillm_memory.memory, optillm_memory.pytest_plugin, optillm_memory.cli
+import optillm_memory, optillm_memory.memory, optillm_memory.adapters.pytest_plugin, optillm_memory.cli
 from optillm_memory.host.runtime import runtime
 from optillm_memory.settings import Settings
 Settings.from_env()

@@ -17,8 +17,8 @@ import httpx
 import pytest
 from hosting import JSON, MODEL, Host, served, until
 
-from optillm_memory.bench.upstream import RecordingUpstream
 from optillm_memory.conversation.options import Options, identified, parse_options
+from optillm_memory.testing.upstream import RecordingUpstream
 
 TASK = "Which locker holds my spare keys for the boathouse?"
 ANSWER = "Locker seventeen, behind the canoe rack."

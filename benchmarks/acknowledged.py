@@ -1,0 +1,75 @@
+"""What a database file acknowledged, and whether it still holds that: whole, each once, learned as the log says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from typing_extensions import Self
+
+from optillm_memory.errors import AgentMemoryError
+from optillm_memory.memory import Memory
+from optillm_memory.settings import Settings
+from optillm_memory.store.sqlite.audit import feedback_in, integrity
+
+
+@dataclass
+class Faults:
+    """What is wrong with a file after what was done to it; all zero when nothing is."""
+
+    lost: int = 0  # acknowledged, and not there
+    doubled: int = 0  # there, or learned, more than once
+    corrupt: int = 0  # files that fail SQLite's own check, cannot be opened, or were set aside
+    differing: int = 0  # files whose learned state is not what a rebuild of their log gives
+
+    def __add__(self, other: Self) -> Faults:
+        """Return both together."""
+        return Faults(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+def opened(path: Path) -> Memory:
+    """Open a memory that needs no model and leaves no request without memory."""
+    return Memory(Settings(db=str(path), encoder="none", holdout=0.0))
+
+
+def damage(path: Path) -> Faults:
+    """Check the file itself, as quick as its size allows."""
+    aside = list(path.parent.glob(f"{path.name}.corrupt-*"))
+    return Faults(corrupt=int(bool(aside) or (path.exists() and integrity(path) != "ok")))
+
+
+def check(path: Path, said: Mapping[str, str]) -> Faults:
+    """Check a file that no process works on against what it acknowledged: feedback ids with their traces' ids.
+
+    Every task was asked once, so that a memory rests on one success.
+    """
+    found = damage(path)
+    with opened(path) as memory:
+        if memory.store.fault:
+            return found + Faults(lost=len(said), corrupt=1)
+        present = feedback_in(path)
+        found += Faults(
+            lost=sum(not present[pair] for pair in said.items()), doubled=sum(n > 1 for n in present.values())
+        )
+        learned = memory.store.list_memories(None, limit=1 << 40)
+        found += Faults(doubled=sum(record.successes > 1 for record in learned))
+        before = memory.store.derived()
+        try:
+            memory.rebuild()
+        except AgentMemoryError:
+            return found + Faults(corrupt=1)
+        return found + Faults(differing=int(memory.store.derived() != before))
+
+
+def request(memory: Memory, task: str) -> str:
+    """Take a request through memory; return its trace's id."""
+    turn = memory.begin({"model": "m", "messages": [{"role": "user", "content": task}]})
+    memory.finish(turn, {"choices": [{"message": {"role": "assistant", "content": f"done: {task}"}}]})
+    return turn.trace_id
+
+
+def tell(memory: Memory, trace_id: str) -> str:
+    """Tell of a request that it went well; return the id of the feedback, which was acknowledged."""
+    (receipt,) = memory.feedback({"trace_id": trace_id, "metric": "success", "value": True, "source": "code"})
+    return receipt.feedback_id

@@ -1,0 +1,1 @@
+"""Every thread that memory starts, and the order in which they are closed."""

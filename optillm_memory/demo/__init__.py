@@ -1,0 +1,1 @@
+"""The demo: a small model behind a real optillm, taught and asked again."""

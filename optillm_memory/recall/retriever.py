@@ -1,0 +1,175 @@
+"""Recall in one scope: words and meaning searched, fused, weighed; only what is relevant comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optillm_memory.conversation.language import ENGLISH, language_of
+from optillm_memory.recall import language_floors
+from optillm_memory.recall.language_floors import LanguageFloors
+from optillm_memory.recall.ranking import Candidate, Ranked, fuse, rank
+from optillm_memory.recall.vectors import cache as corpora
+from optillm_memory.recall.vectors.cache import Asked, IndexCache
+from optillm_memory.recall.vectors.flat import UNRELATED
+from optillm_memory.recall.vectors.ivf import Files
+from optillm_memory.recall.vectors.scope_index import NEVER, Change, Index, Limits, Version
+from optillm_memory.recall.word_agreement import agreements, terms
+from optillm_memory.records import Hit, MemoryRecord, Scope
+
+__all__ = ["NEVER", "Change", "Retriever", "Source", "Version"]
+
+BREADTH, LEXICAL_BREADTH, _TERMS = 50, 20, 64
+# Another system prompt, tool set or response format: the answer may not suit, so the same frame goes first.
+OTHER_FRAME = 0.8
+# A cosine so little above the floor is no proof by itself: then the words have to agree, too.
+_UNSURE = 0.1
+_OWN = 3  # hits that may turn out to rest on the episode itself
+
+
+class Source(corpora.Source, language_floors.Source, Protocol):
+    """What recall reads; every call is bound to one scope."""
+
+
+class Retriever:
+    """Searches one scope at a time; the vectors of recently used scopes are at hand."""
+
+    def __init__(self, source: Source, files: Files | None = None, limits: Limits | None = None) -> None:
+        """Start with nothing loaded; a scope is opened at its first recall. `files` are for large scopes."""
+        self._source = source
+        self._corpora = IndexCache(source, files, limits or Limits())
+        self._floors = LanguageFloors(source)
+        self._dimensions: dict[str, int] = {}  # of the vectors of each encoder that was heard of
+
+    def close(self) -> None:
+        """End what is done behind the requests."""
+        self._corpora.close()
+
+    def recall(
+        self,
+        scope: Scope,
+        key: str,
+        vector: Callable[[], NDArray[np.float32] | None],
+        *,
+        fingerprint: str = "",
+        unrelated: tuple[float, float] = UNRELATED,
+        episode_id: str = "",
+        frame: str = "",
+        limit: int = 10,
+    ) -> list[Hit]:
+        """Return up to `limit` relevant hits, best first.
+
+        `vector` fetches the key's vector, and is called when words have been looked up and the scope is up to date: the
+        encoder works meanwhile. Where it gives None, recall is lexical.
+        An episode's own traces are left out, so that an answer is never its own evidence.
+        """
+        lexical = self._source.lexical(scope, terms(key, _TERMS), LEXICAL_BREADTH, alone=not fingerprint)
+        dense: list[tuple[int, float]] = []
+        cosines: dict[int, float] = {}
+        floor = 0.0
+        dimension = self._dimensions.get(fingerprint, 0)
+        # After the words: what they found is in the index, too.
+        index = self._index(Asked(scope, fingerprint, dimension, unrelated)) if dimension else None
+        if (query := vector()) is not None:
+            if len(query) != dimension:
+                self._dimensions[fingerprint] = len(query)
+                index = self._index(Asked(scope, fingerprint, len(query), unrelated))
+            if index is not None:
+                floor = index.floor
+                dense = index.search(query, BREADTH)
+                cosines = index.cosines(query, [n for n, _ in lexical])
+        language = language_of(key)
+        if language != ENGLISH:
+            known = self._floors.floor(scope, language, fingerprint, self._source.revision(scope).revision, unrelated)
+            if known is None or not dense:
+                return self._by_words(scope, key, dense, lexical, cosines, episode_id, frame, limit)
+            floor = max(floor, known)
+        ranked = rank(dense, lexical, cosines, floor)[: 2 * limit + _OWN]
+        if not ranked:
+            return []
+        found = self._source.memories(scope, [r.candidate.number for r in ranked])
+        if not _is_sure(key, ranked, found, floor):
+            return []
+        return self._hits(scope, ranked, found, episode_id, frame, limit)
+
+    def _by_words(
+        self,
+        scope: Scope,
+        key: str,
+        dense: Sequence[tuple[int, float]],
+        lexical: Sequence[tuple[int, float]],
+        cosines: Mapping[int, float],
+        episode_id: str,
+        frame: str,
+        limit: int,
+    ) -> list[Hit]:
+        """Return what agrees with a query by its words: the encoder is absent, or does not know the language."""
+        cosine_of = {**dict(dense), **cosines}
+        coverage_of = dict(lexical)
+        found = self._source.memories(scope, dict.fromkeys((*coverage_of, *cosine_of)))
+        agreed = dict(zip(found, agreements(key, [memory.task for memory in found.values()]), strict=True))
+        best = sorted((n for n, a in agreed.items() if a.holds), key=lambda n: (-agreed[n].likeness, n))
+        relevance = fuse([(best, 1.0)])
+        ranked = [Ranked(Candidate(n, cosine_of.get(n), coverage_of.get(n)), relevance[n]) for n in best]
+        return self._hits(scope, ranked, found, episode_id, frame, limit)
+
+    def _hits(
+        self,
+        scope: Scope,
+        ranked: Sequence[Ranked],
+        found: Mapping[int, MemoryRecord],
+        episode_id: str,
+        frame: str,
+        limit: int,
+    ) -> list[Hit]:
+        """Return the hits, weighed by value, less what rests on the episode alone."""
+        hits = []
+        for item in ranked:
+            memory = found.get(item.candidate.number)
+            if memory is not None:
+                weight = memory.value * (1.0 if memory.frame == frame or not frame else OTHER_FRAME)
+                hits.append(Hit(memory, item.relevance * weight, item.candidate.cosine, item.candidate.lexical))
+        hits = sorted(hits, key=lambda h: (-h.score, h.memory.memory_id))[: limit + _OWN]
+        if episode_id and hits:
+            own = self._source.of_episode_alone(scope, [h.memory.memory_id for h in hits], episode_id)
+            hits = [h for h in hits if h.memory.memory_id not in own]
+        return hits[:limit]
+
+    def _index(self, asked: Asked) -> Index | None:
+        return self._corpora.index(asked, self._source.revision(asked.scope))
+
+    @property
+    def busy(self) -> bool:
+        """Whether vectors are being taken in, written or examined behind the requests."""
+        return self._corpora.busy
+
+    def near(
+        self,
+        scope: Scope,
+        query: NDArray[np.float32],
+        version: Version,
+        *,
+        fingerprint: str,
+        unrelated: tuple[float, float],
+        count: int,
+    ) -> list[tuple[int, float, int]]:
+        """Return (number, cosine, revision) of the scope's nearest memories, best first, whatever their relevance.
+
+        `version` is the source's for this scope, as the caller just read it.
+        """
+        index = self._corpora.index(Asked(scope, fingerprint, len(query), unrelated), version)
+        if index is None:
+            return []
+        return [(number, cosine, index.revision(number)) for number, cosine in index.search(query, count)]
+
+
+def _is_sure(key: str, ranked: Sequence[Ranked], found: Mapping[int, MemoryRecord], floor: float) -> bool:
+    """Whether the nearest is near beyond doubt, or one that is near enough shares the query's words."""
+    near = [r.candidate for r in ranked if r.candidate.cosine is not None and r.candidate.cosine >= floor]
+    if not near or max(c.cosine or 0.0 for c in near) >= floor + _UNSURE:
+        return True
+    texts = [found[c.number].task for c in near if c.number in found]
+    return any(a.shared for a in agreements(key, texts))

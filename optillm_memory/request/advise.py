@@ -1,0 +1,208 @@
+"""Advising: what memory knows of a failing action, when its error is seen and when it is about to be done again."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from optillm_memory.conversation.actions import Action, action_of, normal_action
+from optillm_memory.conversation.observation import read
+from optillm_memory.conversation.parse import Conversation
+from optillm_memory.conversation.redact import storable
+from optillm_memory.conversation.steps import TEXT_TOOL, calls_of, command_in
+from optillm_memory.conversation.text import text_of
+from optillm_memory.decide.guard import known_to_fail, of_same_form, same_but_for_names
+from optillm_memory.inject.advice import Advice
+from optillm_memory.learn.attempts import environment_of, message_of
+from optillm_memory.learn.suggest import Example, Suggestion
+from optillm_memory.learn.suggester import Books
+from optillm_memory.records import KnownFix, PastAttempt, Scope, Step
+from optillm_memory.request.turn import Turn
+from optillm_memory.settings import Settings
+
+_NAME = re.compile(r"\w{2,}")
+_PROVEN = 0.5  # the value from which on a fix of this very action needs no other's word
+_LOOKED_AT = 16  # calls of one answer; a block holds a few items
+_REMEMBERED = 200  # steps back that a conversation is taken to remember what it tried
+_DAY_S = 86_400.0
+
+
+class Source(Protocol):
+    """What advice is made from; every call is bound to one scope."""
+
+    def known_fixes(
+        self,
+        scope: Scope,
+        tool: str,
+        signature: str,
+        *,
+        environment: str,
+        episode_id: str,
+        start: str = "",
+        limit: int = 200,
+    ) -> list[KnownFix]:
+        """Return the fixes of a tool's failures that may be suggested; `start` is what their actions begin with."""
+
+    def worked(self, scope: Scope, action_key: str, *, environment: str, limit: int = 200) -> list[str]:
+        """Return the texts of actions that worked and start with the same word as this one."""
+
+    def past_attempts(self, scope: Scope, action_key: str, *, environment: str, limit: int = 50) -> list[PastAttempt]:
+        """Return the earlier tries of an action."""
+
+
+class Adviser:
+    """Suggests fixes in one scope at a time; keeps the books of recently asked tools."""
+
+    def __init__(self, source: Source, settings: Settings, clock: Callable[[], float]) -> None:
+        """Read from a source; build a book of fixes when it is first asked."""
+        self._source = source
+        self._settings = settings
+        self._clock = clock
+        self._books = Books()
+
+    def on_results(self, turn: Turn, conversation: Conversation, pending: Sequence[Advice] = ()) -> list[Advice]:
+        """Return advice on the actions whose results came with this request and show a failure.
+
+        `pending` is advice on what was asked for; what the results have settled is left out of it.
+        """
+        found = []
+        settled = set()
+        tried = self._tried(conversation)
+        for step in conversation.observed[:_LOOKED_AT]:
+            reading = read(step.observation or "", tool=step.tool, arguments=step.arguments)
+            action = self._action(step.tool, step.arguments)
+            if reading.verdict == "success":
+                settled.add(_words(action, action.text))
+            if reading.verdict != "failure":
+                continue
+            signature = reading.signature.key if reading.signature else ""
+            error = message_of(reading, step.observation or "")
+            fixes = self._suggested(turn, action, step.observation or "", signature)
+            past = self._source.past_attempts(turn.scope, action.key, environment=environment_of(turn.options.tags))
+            count = 1 + sum(p.verdict == "failure" and p.step_id != step.step_id for p in past)
+            for fix, text, confidence in fixes:
+                # What this conversation has tried already is no news to it.
+                if fix.relation == "note" or _words(action, text) not in tried:
+                    found.append(_advice(action, count, error, fix, text, confidence))
+                    settled.add(_words(action, action.text))
+                    break
+        return [*(a for a in pending if (a.tool, a.field, normal_action(a.action)) not in settled), *found]
+
+    def on_answer(self, turn: Turn, conversation: Conversation, message: Mapping[str, Any]) -> list[Advice]:
+        """Return advice on the actions of an answer that are known to fail; empty where there are none."""
+        found = []
+        tried = self._tried(conversation)
+        for tool, arguments in actions_in(message, conversation)[:_LOOKED_AT]:
+            action = self._action(tool, arguments)
+            failures = self.failures_of(turn, action, conversation.steps)
+            if not failures:
+                found += self._alike(turn, action, tried)
+                continue
+            latest = failures[0]
+            fixes = self._suggested(turn, action, latest.output, latest.signature)
+            if any(fix.relation == "first" and _words(action, text) in tried for fix, text, _ in fixes):
+                continue  # what was missing has been done
+            told = {_words(action, action.text), *tried}
+            news = [f for f in fixes if f[0].relation == "note" or _words(action, f[1]) not in told]
+            fix, text, confidence = news[0] if news else (None, "", 0.0)
+            found.append(_advice(action, len(failures), latest.message, fix, text, confidence))
+        return found
+
+    def _alike(self, turn: Turn, action: Action, tried: set[tuple[str, str, str]]) -> list[Advice]:
+        """Return advice where an action with other names failed for a reason that has nothing to do with its names.
+
+        None where an action of this form has worked, or the error speaks of a name: then it may well work with others.
+        """
+        words = action.text.split()
+        if not words or _words(action, action.text) in tried:
+            return []
+        for fix in self._fixes(turn, action.tool, "", start=words[0]):
+            places = same_but_for_names(action.text, fix.action) if fix.field == action.field else None
+            if places is None or fix.relation == "note":
+                continue
+            error = message_of(read(fix.output, tool=fix.tool, arguments=fix.action), fix.output)
+            names = [fix.action.split()[place] for place in places]
+            if not error or any(part in error for name in names for part in _NAME.findall(name)):
+                continue
+            worked = self._source.worked(turn.scope, action.key, environment=environment_of(turn.options.tags))
+            if any(of_same_form(action.text, text, places) for text in worked):
+                return []
+            said = [
+                s for s in self._suggested(turn, action, fix.output, fix.signature) if _words(action, s[1]) not in tried
+            ]
+            return [_advice(action, 1, error, *said[0])] if said else []
+        return []
+
+    def failures_of(self, turn: Turn, action: Action, here: Sequence[Step]) -> list[PastAttempt]:
+        """Return the failures that speak against an action now."""
+        past = self._source.past_attempts(turn.scope, action.key, environment=environment_of(turn.options.tags))
+        expiry_s = self._settings.guard_expiry_days * _DAY_S
+        return known_to_fail(past, here, episode_id=turn.episode_id, now=self._clock(), expiry_s=expiry_s)
+
+    def _tried(self, conversation: Conversation) -> set[tuple[str, str, str]]:
+        actions = [self._action(s.tool, s.arguments) for s in conversation.steps[-_REMEMBERED:]]
+        return {_words(action, action.text) for action in actions}
+
+    def _action(self, tool: str, arguments: str) -> Action:
+        # As it is stored, for that is what it is compared with.
+        limit, secrets = self._settings.max_text, self._settings.redact
+        return action_of(storable(tool, limit, secrets=secrets), storable(arguments, limit, secrets=secrets))
+
+    def _fixes(self, turn: Turn, tool: str, signature: str, start: str = "") -> list[KnownFix]:
+        environment = environment_of(turn.options.tags)
+        return self._source.known_fixes(
+            turn.scope, tool, signature, environment=environment, episode_id=turn.episode_id, start=start
+        )
+
+    def _suggested(self, turn: Turn, action: Action, output: str, signature: str) -> list[tuple[KnownFix, str, float]]:
+        """Return (fix that it rests on, corrected action, confidence), best first."""
+        fixes = self._fixes(turn, action.tool, signature)
+        same = [f for f in fixes if f.relation == "note" and f.signature == signature and signature]
+        own = _words(action, action.text)
+        noted = [(f, f.text, f.value) for f in same if _words(Action(f.tool, f.field, ""), f.action) == own]
+        proven = [f for f in fixes if f.relation != "note" and _words(Action(f.tool, f.field, ""), f.action) == own]
+        if proven and (best := max(proven, key=lambda f: (f.signature == signature, f.value))).value >= _PROVEN:
+            return [(best, best.text, best.value), *noted[:1]]  # this very action: what worked, word for word
+        suggestion: Suggestion | None = None
+        usable = [f for f in fixes if f.relation != "note"]
+        if usable:
+            suggestion = self._books.suggest(
+                (turn.scope, action.tool),
+                # A value that moves a little makes no other book.
+                [Example(f.action, f.output, f.text, max(round(f.value, 1), 0.1)) for f in usable],
+                action.text,
+                output,
+                min_confidence=self._settings.fix_confidence,
+            )
+        if suggestion is None:
+            return noted[:1]
+        rests_on = usable[suggestion.support[0]]
+        if rests_on.field != action.field:
+            return noted[:1]
+        return [(rests_on, suggestion.action, suggestion.confidence), *noted[:1]]
+
+
+def actions_in(message: Mapping[str, Any], conversation: Conversation) -> list[tuple[str, str]]:
+    """Return (tool, arguments) of what an answer asks for: its calls, or the command in its text if that is the way."""
+    calls = [(tool, arguments) for _, tool, arguments in calls_of(message, 0)]
+    if calls or not any(s.tool == TEXT_TOOL and s.call_id.startswith("text-") for s in conversation.steps):
+        return calls
+    command = command_in(text_of(message))
+    return [(TEXT_TOOL, command)] if command else []
+
+
+def _words(action: Action, text: str) -> tuple[str, str, str]:
+    # Another folder or limit does not make a suggestion new.
+    return action.tool, action.field, normal_action(text)
+
+
+def _advice(action: Action, count: int, error: str, fix: KnownFix | None, text: str, confidence: float) -> Advice:
+    if fix is None:
+        digest = hashlib.blake2b(action.key.encode("utf-8", "replace"), digest_size=12).hexdigest()
+        return Advice(f"failure-{digest}", action.tool, action.field, action.text, count, error)
+    return Advice(
+        fix.memory_id, action.tool, action.field, action.text, count, error, text, fix.relation,
+        fix.status == "verified", confidence,
+    )  # fmt: skip

@@ -1,0 +1,98 @@
+"""Locating: which episode a request belongs to, and what stands in that episode's prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from optillm_memory.conversation import parse as conversations
+from optillm_memory.conversation.episodes import Candidate, Located, locate, merged
+from optillm_memory.conversation.parse import Conversation
+from optillm_memory.conversation.recent import Recent
+from optillm_memory.conversation.text import BLOCK_OPEN, text_of
+from optillm_memory.inject.place import still_anchored
+from optillm_memory.inject.refusals import Refusals
+from optillm_memory.records import Placement, Scope
+from optillm_memory.request.turn import Turn
+
+
+class Source(Protocol):
+    """What is on disk of episodes; every call is bound to one scope."""
+
+    def episodes_of(self, scope: Scope, prefix: str) -> list[Candidate]:
+        """Return the latest episodes that have a conversation prefix."""
+
+    def episode_with_step(self, scope: Scope, steps: Sequence[str]) -> Candidate | None:
+        """Return the latest episode that has one of these steps."""
+
+    def ledger(self, scope: Scope, episode_id: str) -> list[Placement]:
+        """Return what was injected in an episode before, in order."""
+
+    def unforgotten(self, placements: Sequence[Placement]) -> Sequence[Placement]:
+        """Return the placements less what has been forgotten since."""
+
+
+class Locator:
+    """Finds episodes and their insertions on disk, and among what this process has under way."""
+
+    def __init__(self, source: Source, clock: Callable[[], float]) -> None:
+        """Start with nothing under way."""
+        self._source = source
+        self._clock = clock
+        self.recent = Recent()
+        self.refusals = Refusals()
+
+    def located(self, turn: Turn) -> Turn:
+        """Return the turn in its episode: named by the caller, else the one whose conversation this continues."""
+        conversation = turn.conversation
+        assert conversation is not None
+        located = self._found(turn, conversation)
+        if located is not None:
+            if located.continued:
+                self.recent.take(turn.scope, located, self._clock())
+            turn = replace(turn, episode_id=located.episode_id, located=located)
+        if not any(BLOCK_OPEN in text_of(message) for message in conversation.messages):
+            return turn
+        # A client may send back what memory itself had put there.
+        blocks = [p.payload for p in self._ledger(turn, turn.episode_id) if isinstance(p.payload, str)]
+        return replace(turn, conversation=conversations.parse(turn.body, blocks)) if blocks else turn
+
+    def settle(self, turn: Turn, prefixes: Sequence[str], *, answered: bool) -> None:
+        """Note what became of a turn, and the prefixes with which its conversation goes on."""
+        if answered:
+            self.recent.remember(turn.scope, turn.episode_id, prefixes, turn.for_ledger, self._clock())
+        if turn.located is not None and turn.located.continued:
+            self.recent.settle(turn.scope, turn.located, answered=answered)
+
+    def standing(self, turn: Turn, refused: frozenset[str]) -> list[Placement]:
+        """Return what earlier requests put into this conversation, where it still stands as it did."""
+        conversation = turn.conversation
+        assert conversation is not None
+        if turn.located is None and turn.options.episode_id is None:
+            return []
+        inherits = turn.located.inherits if turn.located is not None else ""
+        ledger = self._source.unforgotten(self._ledger(turn, inherits or turn.episode_id))
+        return [p for p in still_anchored(ledger, conversation.prefixes) if p.form not in refused]
+
+    def _found(self, turn: Turn, conversation: Conversation) -> Located | None:
+        scope, named, now = turn.scope, turn.options.episode_id, self._clock()
+        known = conversation.answered_prefixes()
+        for continued, continuation in known:
+            under_way = self.recent.episodes_of(scope, continued)
+            candidates = merged(self._source.episodes_of(scope, continued), under_way)
+            if named is not None:  # the caller's word holds; is the conversation so far that episode's?
+                if any(c.episode_id == named for c in candidates):
+                    return Located(named, "", continued, continuation)
+            elif (located := locate(candidates, continued, continuation, now)) is not None:
+                return located
+        # An agent that shortens its conversation leaves no prefix as it was.
+        if named is None and known and (steps := conversation.telling_steps()):
+            candidate = self._source.episode_with_step(scope, steps)
+            return locate([candidate] if candidate else [], "", "", now)
+        return None
+
+    def _ledger(self, turn: Turn, episode_id: str) -> Sequence[Placement]:
+        """Return what stands in an episode's prompts; another process may have answered its last request."""
+        scope = turn.scope
+        return self.recent.ledger(scope, episode_id, lambda: self._source.ledger(scope, episode_id), self._clock())

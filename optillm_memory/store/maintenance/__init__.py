@@ -1,0 +1,1 @@
+"""Looking after a store: verify, back up, copy, forget, retain."""

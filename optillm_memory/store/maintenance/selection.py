@@ -1,0 +1,172 @@
+"""What is to be forgotten or kept: naming it, counting it, finding it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from optillm_memory.errors import InvalidField
+from optillm_memory.records import Placement, Scope
+from optillm_memory.store.maintenance.forget import UNFINISHED, gone_of
+from optillm_memory.store.sqlite.connection import Readers
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What is to be forgotten: what all that is named here have in common. `tenant` None is the operator."""
+
+    trace_id: str | None = None
+    episode_id: str | None = None
+    memory_id: str | None = None
+    namespace: str | None = None
+    user_id: str | None = None
+    agent_id: str | None = None
+    before: float | None = None
+    tenant: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse to forget everything because nothing was named."""
+        if all(getattr(self, item.name) is None for item in fields(self) if item.name != "tenant"):
+            raise InvalidField("forget", "name a trace, an episode, a memory, a namespace, a user, an agent or an age")
+
+    def traces(self) -> tuple[str, list[Any]]:
+        """Return the condition on `traces JOIN scopes`, and its values."""
+        parts: list[tuple[str, Any]] = [
+            ("traces.trace_id = ?", self.trace_id),
+            ("traces.episode_id = ?", self.episode_id),
+            ("namespace = ?", self.namespace),
+            ("user_id = ?", self.user_id),
+            ("agent_id = ?", self.agent_id),
+            ("tenant = ?", self.tenant),
+            ("created_at < ?", self.before),
+            (_RESTS_ON_FIX if (self.memory_id or "").startswith("fix-") else _RESTS_ON, self.memory_id),
+        ]
+        return _joined(parts)
+
+    def waiting(self) -> tuple[str, list[Any]] | None:
+        """Return the condition on feedback that waits for what never came; None where it cannot be meant."""
+        if self.memory_id is not None:
+            return None
+        parts: list[tuple[str, Any]] = [
+            ("feedback.trace_id = ?", self.trace_id),
+            ("feedback.episode_id = ?", self.episode_id),
+            ("received_at < ?", self.before),
+        ]
+        if self.namespace is self.user_id is self.agent_id is None:
+            parts.append(("feedback.tenant = ?", self.tenant))
+        else:
+            parts += [
+                (f"scope_id IN (SELECT id FROM scopes WHERE {name} = ?)", getattr(self, name))
+                for name in ("tenant", "namespace", "user_id", "agent_id")
+            ]
+        condition, values = _joined(parts)
+        return f"{condition} AND {_TARGETLESS}", values
+
+
+def _joined(parts: Sequence[tuple[str, Any]]) -> tuple[str, list[Any]]:
+    given = [(text, value) for text, value in parts if value is not None]
+    return " AND ".join(text for text, _ in given), [value for _, value in given]
+
+
+class ForgetReads:
+    """The part of the store that finds what is to be forgotten."""
+
+    _readers: Readers
+
+    def held(self) -> dict[str, int]:
+        """Return how many traces there are, and how many bytes are in use."""
+        with self._readers.borrow() as db:
+            pages, free, size = (
+                int(db.execute(f"PRAGMA {name}").fetchone()[0])
+                for name in ("page_count", "freelist_count", "page_size")
+            )
+            traces = int(db.execute("SELECT count(*) FROM traces").fetchone()[0])
+        return {"traces": traces, "bytes": (pages - free) * size}
+
+    def episodes_before(
+        self, before: float, after: tuple[float, int, str] | None, limit: int
+    ) -> list[tuple[float, int, str]]:
+        """Return (end, scope number, episode) of episodes that ended before a moment, oldest first, from a place on."""
+        with self._readers.borrow() as db:
+            found = db.execute(_ENDED, (before, *(after or (0.0, 0, "")), limit)).fetchall()
+        return [(float(end), int(scope_id), str(episode_id)) for end, scope_id, episode_id in found]
+
+    def forgets_unfinished(self) -> bool:
+        """Whether something was forgotten that may still be in a file."""
+        with self._readers.borrow() as db:
+            return db.execute(f"SELECT 1 FROM meta WHERE key = '{UNFINISHED}'").fetchone() is not None
+
+    def has_copies(self) -> bool:
+        """Whether requests that were under way may have copied what was forgotten meanwhile."""
+        with self._readers.borrow() as db:
+            return db.execute("SELECT 1 FROM forgotten LIMIT 1").fetchone() is not None
+
+    def chosen(self, selection: Selection, limit: int) -> list[str]:
+        """Return up to `limit` traces of a selection, whole episodes together."""
+        condition, values = selection.traces()
+        with self._readers.borrow() as db:
+            found = db.execute(
+                f"SELECT traces.trace_id FROM traces JOIN scopes ON scopes.id = scope_id WHERE {condition} "
+                "ORDER BY scope_id, traces.episode_id LIMIT ?",
+                (*values, limit),
+            ).fetchall()
+        return [str(row[0]) for row in found]
+
+    def chosen_counts(self, selection: Selection) -> dict[str, int]:
+        """Return how much a selection names: traces, episodes, scopes, and feedback that waits."""
+        condition, values = selection.traces()
+        waiting = selection.waiting()
+        with self._readers.borrow() as db:
+            traces, scopes = db.execute(
+                "SELECT count(*), count(DISTINCT scope_id) FROM traces JOIN scopes ON scopes.id = scope_id "
+                f"WHERE {condition}",
+                values,
+            ).fetchone()
+            (episodes,) = db.execute(
+                "SELECT count(*) FROM (SELECT DISTINCT scope_id, traces.episode_id FROM traces "
+                f"JOIN scopes ON scopes.id = scope_id WHERE {condition}) AS episodes",
+                values,
+            ).fetchone()
+            pending = db.execute(f"SELECT count(*) FROM feedback WHERE {waiting[0]}", waiting[1]) if waiting else None
+            return {
+                "traces": int(traces),
+                "episodes": int(episodes),
+                "scopes": int(scopes),
+                "pending_feedback": int(pending.fetchone()[0]) if pending else 0,
+            }
+
+    def chosen_scopes(self, selection: Selection) -> list[Scope]:
+        """Return the scopes that a selection's traces are in."""
+        condition, values = selection.traces()
+        with self._readers.borrow() as db:
+            found = db.execute(
+                "SELECT DISTINCT tenant, namespace, user_id, agent_id FROM traces "
+                f"JOIN scopes ON scopes.id = scope_id WHERE {condition}",
+                values,
+            ).fetchall()
+        return [Scope(*row) for row in found]
+
+    def forgotten(self, memory_ids: Iterable[str]) -> set[str]:
+        """Return those of the memories that were forgotten: no copy of them may be used."""
+        if not (named := set(memory_ids)):
+            return named
+        with self._readers.borrow() as db:
+            return gone_of(db, named)
+
+    def unforgotten(self, placements: Sequence[Placement]) -> list[Placement]:
+        """Return what was put in prompts, less what is from memories that were forgotten since."""
+        gone = self.forgotten(item.memory_id for placement in placements for item in placement.items)
+        return [p for p in placements if not any(item.memory_id in gone for item in p.items)]
+
+
+_RESTS_ON = """traces.trace_id IN (SELECT trace_id FROM contributions JOIN memories USING (number)
+    WHERE memory_id = ? AND role = 'evidence')"""
+_RESTS_ON_FIX = """EXISTS (SELECT 1 FROM fix_evidence WHERE memory_id = ? AND role <> 'followed'
+    AND fix_evidence.scope_id = traces.scope_id AND fix_evidence.episode_id = traces.episode_id)"""
+_TARGETLESS = """NOT EXISTS (SELECT 1 FROM traces WHERE traces.trace_id = feedback.trace_id)
+    AND NOT EXISTS (SELECT 1 FROM traces WHERE traces.episode_id = feedback.episode_id)"""
+_ENDED = """
+    SELECT ended, scope_id, episode_id FROM (
+        SELECT max(created_at) AS ended, scope_id, episode_id FROM traces GROUP BY scope_id, episode_id) AS episodes
+    WHERE ended < ? AND (ended, scope_id, episode_id) > (?, ?, ?) ORDER BY ended, scope_id, episode_id LIMIT ?"""

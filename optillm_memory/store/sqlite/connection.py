@@ -1,0 +1,394 @@
+"""SQLite connections: which library, which journal, which rights; a broken file is set aside."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import logging
+import os
+import queue
+import secrets
+import sqlite3 as stdlib_sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Sized
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from optillm_memory.errors import StoreError, StoreTooNew, StoreUnavailable
+
+try:  # as sqlite-utils does, which takes half a second to load and is needed only where there is something to migrate
+    sqlite3: Any = importlib.import_module("pysqlite3")
+except ImportError:
+    sqlite3 = stdlib_sqlite3
+
+logger = logging.getLogger(__name__)
+
+Connection: TypeAlias = stdlib_sqlite3.Connection  # the type; the object may be pysqlite3's twin of it
+DatabaseError: type[Exception] = sqlite3.DatabaseError
+OperationalError: type[Exception] = sqlite3.OperationalError
+IntegrityError: type[Exception] = sqlite3.IntegrityError
+LATEST = "m008_prefixes_by_trace"  # the last of the numbered migrations
+BUSY_TIMEOUT_S = 10.0
+_AWAY_S, _REOPENED_S = 5.0, 0.1  # how long who opens a file again waits for those who read, and they for that
+_TELL_S = 0.2
+_CHECKED_BYTES = 64 << 20  # a check reads the whole file: a larger one would delay the start
+_WAL_KEPT_BYTES = 64 << 20  # of a WAL that had to grow, so much is kept for the next time
+_JOURNALS = ("-shm", "-wal", "-journal")
+_CORRUPT = ("malformed", "not a database", "disk image", "file is encrypted")
+
+
+def sqlite_version() -> str:
+    """Return the version of the SQLite library in use."""
+    return str(sqlite3.sqlite_version)
+
+
+def wal_is_safe(version: str | None = None) -> bool:
+    """Whether this SQLite is free of the WAL-reset bug (mended in 3.51.3, 3.50.7 and 3.44.6)."""
+    parts = tuple(int(p) for p in (version or sqlite_version()).split("."))
+    return parts >= (3, 51, 3) or (3, 50, 7) <= parts < (3, 51) or (3, 44, 6) <= parts < (3, 45)
+
+
+def is_corruption(error: BaseException) -> bool:
+    """Whether an error says that the file itself is broken, not that it is busy, full or read-only."""
+    return isinstance(error, DatabaseError) and any(word in str(error).lower() for word in _CORRUPT)
+
+
+def open_writer(path: Path, *, mend: bool = True, thorough: bool = False) -> Connection:
+    """Open the one connection that writes and checkpoints; create the file (0600) and bring its schema up.
+
+    Raises StoreUnavailable where the file cannot be written and StoreTooNew where a later release wrote it. A
+    corrupt file is renamed aside, reported in the log, and a fresh one started; not so without `mend`. A large
+    file is checked throughout only when asked to be `thorough`.
+    """
+    before = identity(path)
+    try:
+        return _open_writer(path, thorough=thorough)
+    except DatabaseError as error:
+        if not is_corruption(error) or not mend:
+            raise StoreUnavailable(f"cannot write {path}: {error}") from error
+        try:
+            set_aside(path, before, error)
+            return _open_writer(path)
+        except (DatabaseError, OSError) as again:
+            raise StoreUnavailable(f"cannot write {path}: {again}") from again
+    except OSError as error:
+        raise StoreUnavailable(f"cannot write {path}: {error}") from error
+
+
+def _open_writer(path: Path, *, thorough: bool = False) -> Connection:
+    _make(path)
+    connection = connect(path)
+    try:
+        if not (current := _is_current(connection)):
+            _refuse_newer(connection, path)
+        # In a WAL the same as FULL; a rollback journal whose removal is not synced would undo what was acknowledged.
+        connection.execute("PRAGMA synchronous=EXTRA")
+        connection.execute("PRAGMA cache_size=-65536")  # KiB: what is found by a hash lies anywhere in a large file
+        # Where an affected SQLite is all there is, a rollback journal keeps several processes safe.
+        _set_journal(connection, "WAL" if wal_is_safe() else "DELETE")
+        # The writer copies the WAL into the file itself, when what it wrote has been acknowledged.
+        connection.execute("PRAGMA wal_autocheckpoint=0")
+        connection.execute(f"PRAGMA journal_size_limit={_WAL_KEPT_BYTES}")
+        if thorough or path.stat().st_size <= _CHECKED_BYTES:
+            _check(connection, thorough=thorough)
+        if not current:
+            _migrate(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _make(path: Path) -> None:
+    """Make the file (0600) where it is missing, so that it outlasts a power loss; or see that it may be written.
+
+    A file that is there is not opened: to close it again would drop the locks of all our connections to it.
+    """
+    journals = [size for suffix in _JOURNALS if (size := _size(f"{path}{suffix}")) is not None]
+    if (_size(path) is None and journals) or (_size(path) == 0 and _size(f"{path}-wal")):
+        # SQLite would delete what may be all that is left of the old one, or take a new file for it.
+        set_aside(path, identity(path), "it is gone or empty, its journal is there")
+    missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        if not os.access(path, os.R_OK | os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from None
+        for suffix in _JOURNALS:  # made by a reader while the file was read-only, they are so too
+            if not os.access(f"{path}{suffix}", os.W_OK):
+                with contextlib.suppress(OSError):
+                    Path(f"{path}{suffix}").chmod(0o600)
+        return
+    for folder in {path.parent, *(new.parent for new in missing)}:
+        with contextlib.suppress(OSError):  # not every system opens folders
+            opened = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(opened)
+            finally:
+                os.close(opened)
+
+
+def _size(path: Path | str) -> int | None:
+    try:
+        return Path(path).stat().st_size
+    except OSError:
+        return None
+
+
+def _set_journal(connection: Connection, mode: str) -> None:
+    # SQLite does not wait by itself while another process changes the mode of a new file at the same time.
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute(f"PRAGMA journal_mode={mode}").fetchall()
+        except OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+        else:
+            return
+
+
+def _check(connection: Connection, *, thorough: bool) -> None:
+    # The quick check leaves out whether an index holds what its table does.
+    found = connection.execute(f"PRAGMA {'integrity' if thorough else 'quick'}_check(1)").fetchone()
+    if found != ("ok",):
+        raise sqlite3.DatabaseError(f"database disk image is malformed: {found}")
+
+
+def _is_current(connection: Connection) -> bool:
+    """Whether a file has had just the migrations that this release knows."""
+    if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = '_sqlite_migrations'").fetchone():
+        return False
+    done = connection.execute("SELECT name FROM _sqlite_migrations WHERE migration_set = 'optillm_memory'").fetchall()
+    return len(done) == int(LATEST[1:4]) and (LATEST,) in done
+
+
+def _refuse_newer(connection: Connection, path: Path) -> None:
+    from sqlite_utils import Database  # noqa: PLC0415
+
+    from optillm_memory.store.sqlite.migrations import newer_than_us  # noqa: PLC0415
+
+    if newer := newer_than_us(Database(connection)):
+        raise StoreTooNew(
+            f"{path} was written by a newer optillm-memory (it knows {newer[-1]}); upgrade the package, "
+            "or name another file in OPTILLM_AGENT_MEMORY_DB"
+        )
+
+
+def _migrate(connection: Connection) -> None:
+    from sqlite_utils import Database  # noqa: PLC0415
+
+    from optillm_memory.store.sqlite.migrations import migrations  # noqa: PLC0415
+
+    db = Database(connection)
+    if migrations.pending(db):
+        connection.execute("BEGIN IMMEDIATE")  # two processes may open a new file at once: one migrates
+        with db.atomic():
+            new = not migrations.applied(db)
+            migrations.apply(db)
+            if new:  # what was read of a file that was here before must not be taken for what this one holds
+                generation = (secrets.randbits(32),)
+                connection.execute("UPDATE meta SET value = ? WHERE key = 'generation'", generation)
+        connection.execute("COMMIT")
+
+
+def connect(path: Path, *, read_only: bool = False) -> Connection:
+    """Return a connection to a file, to write or to read: the one place where that is done."""
+    uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+    connection: Connection = sqlite3.connect(
+        uri,
+        uri=True,
+        timeout=BUSY_TIMEOUT_S,
+        isolation_level=None,
+        check_same_thread=False,
+        cached_statements=1024,  # all of ours: making a statement ready costs many times what running it does
+    )
+    connection.execute("PRAGMA foreign_keys=OFF")
+    return connection
+
+
+Identity: TypeAlias = tuple[tuple[int, int] | None, ...]
+
+
+def identity(path: Path) -> Identity:
+    """Return what tells a database, its WAL and the WAL's index from others that took their places."""
+    return tuple(_inode(f"{path}{suffix}") for suffix in ("", "-wal", "-shm"))
+
+
+def _inode(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)  # noqa: PTH116 - every read asks: a Path takes longer than the call
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def set_aside(path: Path, broken: Identity, error: object) -> None:
+    """Rename a broken database (and its journal files) so that nothing of it is lost, and say so in the log.
+
+    Where another process has done so already, the file that took its place is left alone. The journals go first:
+    whoever opens the file meanwhile makes its own.
+    """
+    if broken[0] not in (None, identity(path)[0]):
+        return
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    aside = path.with_name(f"{path.name}.corrupt-{stamp}-{os.getpid()}")
+    for suffix in (*_JOURNALS, ""):
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
+    logger.error("agent_memory: %s is broken (%s); kept as %s, a fresh one is started", path, error, aside.name)
+
+
+def checkpoint(connection: Connection) -> None:
+    """Copy what the WAL holds into the file, as far as nobody reads it; where that fails it stays in the WAL."""
+    try:
+        connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+    except DatabaseError as error:
+        logger.warning("agent_memory: the WAL grows, for it cannot be copied into the database: %s", error)
+
+
+def leave(connection: Connection) -> None:
+    """Close a connection to a file that is not what it was: its WAL, perhaps out of sight, goes into the file first.
+
+    Raises OperationalError while somebody reads from that WAL.
+    """
+    try:
+        busy = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+    except DatabaseError as error:
+        logger.warning("agent_memory: the WAL could not be copied, unless another process has done so: %s", error)
+        busy = False
+    if busy:
+        raise OperationalError("the WAL was taken away, and what it holds cannot be written while it is read")
+    connection.close()
+
+
+class Readers:
+    """A pool of read-only connections: any thread borrows one, none ever blocks the writer."""
+
+    def __init__(self, path: Path, size: int = 16) -> None:
+        """Open connections as they are needed; keep at most `size` of them."""
+        self._path = path
+        self.on_corruption: Callable[[], None] = lambda: None  # tells who mends that the file is broken
+        self.on_change: Callable[[], None] = lambda: None  # that it is not what it was, or cannot be read
+        self._seen: Identity = ()
+        self._tell_at = 0.0
+        self._idle: queue.LifoQueue[tuple[Connection, Identity]] = queue.LifoQueue(size)
+        self._open_ones, self._shut = 0, False
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def borrow(self) -> Iterator[Connection]:
+        """Lend a connection; one that failed is closed, not lent again. Raises StoreError for a broken file."""
+        present = identity(self._path)
+        if present != self._seen and self._told():
+            self._seen = present
+        connection = self._idle_connection(present) or self._open()
+        try:
+            yield connection
+        except BaseException as error:
+            self._close(connection)
+            if is_corruption(error):
+                self.on_corruption()
+            if isinstance(error, DatabaseError):
+                self._told()
+                raise StoreError(f"cannot read {self._path}: {error}") from error
+            raise
+        try:
+            self._idle.put_nowait((connection, present))
+        except queue.Full:
+            self._close(connection)
+        if self._shut:
+            self.close()
+
+    def _idle_connection(self, present: Identity) -> Connection | None:
+        while True:
+            try:
+                connection, opened = self._idle.get_nowait()
+            except queue.Empty:
+                return None
+            # While a WAL is merely gone, who has it open still reads it; the writer sees to the rest.
+            if opened[0] == present[0] and all(
+                now in (None, then) for then, now in zip(opened[1:], present[1:], strict=True)
+            ):
+                return connection
+            self._close(connection)  # the file was replaced since
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """Have all connections closed, and none opened meanwhile. Raises OperationalError where one is read from.
+
+        All connections of a process to a file share what SQLite knows of its WAL. While one of them is open, what is
+        opened beside it goes by the index of a WAL that may be gone, and two processes write over each other.
+        """
+        with self._changed:
+            self._shut = True
+        try:
+            self.close()
+            with self._changed:
+                if not self._changed.wait_for(lambda: self._open_ones == 0, _AWAY_S):
+                    raise OperationalError(f"{self._open_ones} connections still read from what {self._path} was")
+            yield
+        finally:
+            with self._changed:
+                self._shut = False
+                self._changed.notify_all()
+
+    def _close(self, connection: Connection) -> None:
+        connection.close()
+        with self._changed:
+            self._open_ones -= 1
+            self._changed.notify_all()
+
+    def _open(self) -> Connection:
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._shut, _REOPENED_S):
+                raise StoreError(f"cannot read {self._path}: it is being opened again")
+            self._open_ones += 1
+        connection: Connection | None = None
+        try:
+            connection = connect(self._path, read_only=True)
+            connection.execute("PRAGMA query_only=ON")
+            connection.execute("PRAGMA busy_timeout=200")
+        except DatabaseError as error:
+            if connection is not None:
+                connection.close()
+            with self._changed:
+                self._open_ones -= 1
+                self._changed.notify_all()
+            if is_corruption(error):
+                self.on_corruption()
+            self._told()
+            raise StoreError(f"cannot read {self._path}: {error}") from error
+        return connection
+
+    def _told(self) -> bool:
+        """Tell who writes to look at the file, now and then: where nothing can be read, perhaps nothing is written."""
+        if (now := time.monotonic()) < self._tell_at:
+            return False
+        self._tell_at = now + _TELL_S
+        self.on_change()
+        return True
+
+    def close(self) -> None:
+        """Close what is idle."""
+        while True:
+            try:
+                self._close(self._idle.get_nowait()[0])
+            except queue.Empty:
+                return
+
+
+def marks(values: Sized) -> str:
+    """Return the placeholders of so many values, for IN."""
+    return ", ".join("?" * len(values)) or "NULL"
+
+
+def objects(db: Connection, sql: str, values: tuple[Any, ...]) -> list[dict[str, Any]]:
+    """Return rows as objects by column name."""
+    cursor = db.execute(sql, values)
+    names = [column[0] for column in cursor.description]
+    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]

@@ -1,0 +1,141 @@
+"""The writer of a SQLite file: what it does when the file is not what it was."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+from optillm_memory.errors import StoreUnavailable
+from optillm_memory.store.sqlite.connection import (
+    Connection,
+    DatabaseError,
+    Identity,
+    OperationalError,
+    checkpoint,
+    identity,
+    is_corruption,
+    leave,
+    open_writer,
+    set_aside,
+)
+from optillm_memory.store.sqlite.turnstile import Turnstile
+from optillm_memory.store.writer import Writer
+
+logger = logging.getLogger(__name__)
+_CHECKPOINT_EVERY = 4_096  # operations
+
+
+class SqliteWriter(Writer):
+    """Writes to one file; notices when it was removed, replaced or broken, and goes on with one that is whole."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        queue_size: int,
+        within: Callable[[Connection], Any] = lambda connection: connection,
+        alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Open the file, making it where it is missing; `within` makes what operations are given.
+
+        `alone` keeps all other connections of this process away while the file is opened.
+        """
+        self.path = path
+        self._identity: Identity = identity(path)
+        self._alone = alone
+        self._vouched = False  # the file was checked throughout, and nothing was written since
+        self._suspect = threading.Event()
+        self._since_checkpoint = 0
+        self._turnstile = Turnstile(path.with_name(path.name + "-turnstile"))
+        super().__init__(str(path), queue_size=queue_size, within=within)
+
+    def distrust(self) -> None:
+        """Check the file before the next commit: a reader found it broken, which our own cached pages may hide."""
+        self._suspect.set()
+
+    def look(self) -> None:
+        """See soon whether the file is still what it was, as before every commit."""
+        with suppress(StoreUnavailable):  # who has enough to do looks anyway
+            self.submit(lambda _: None)
+
+    def close(self) -> None:
+        """Write what is queued, then close; nothing is taken after this."""
+        super().close()
+        self._turnstile.close()
+
+    def _passing(self) -> AbstractContextManager[None]:
+        return self._turnstile.passing()
+
+    def _open(self) -> Connection:
+        thorough = self._suspect.is_set()
+        # They share the WAL's index with what is opened here: one of another file, or one that is only read.
+        try:
+            with self._alone():
+                connection = open_writer(self.path, thorough=thorough)
+        except OperationalError as error:
+            raise StoreUnavailable(str(error)) from error
+        present = identity(self.path)
+        if self._identity[0] not in (None, present[0]):
+            _renew(connection)
+        self._identity = present
+        self._suspect.clear()
+        self._vouched = thorough
+        return connection
+
+    def _stands(self) -> bool:
+        if self._suspect.is_set() or identity(self.path) != self._identity:
+            self._leave()  # what goes there now would be lost
+            return False
+        return True
+
+    def _leave(self) -> None:
+        if self._connection is None:
+            return
+        if identity(self.path) == self._identity:
+            self._connection.close()
+        else:
+            logger.error("agent_memory: %s was removed, replaced or parted from its WAL; it is opened again", self.path)
+            leave(self._connection)
+        self._connection = None
+
+    def _written(self, operations: int) -> None:
+        self._vouched = False
+        self._since_checkpoint += operations
+
+    def _tidy(self) -> None:
+        # With the turnstile still ours: while others write a checkpoint has no end.
+        if self._connection is not None and self._since_checkpoint >= _CHECKPOINT_EVERY:
+            self._since_checkpoint = 0
+            checkpoint(self._connection)
+
+    def _will_pass(self, error: Exception) -> bool:
+        return "locked" in str(error)  # another process is at it, perhaps for minutes: it writes the file anew
+
+    def _failed(self, error: Exception) -> None:
+        if not is_corruption(error):
+            return
+        try:
+            self._leave()
+            if self._vouched:  # it was found whole, and still fails
+                set_aside(self.path, self._identity, error)
+            else:
+                self._suspect.set()
+        except (DatabaseError, OSError) as refused:
+            self._note(refused)
+
+
+def _renew(connection: Connection) -> None:
+    """Give a file that took another's place a generation of its own.
+
+    It may be an older copy of it: with the same generation, what was read of the other would be taken for what it says.
+    """
+    try:
+        connection.execute("UPDATE meta SET value = ? WHERE key = 'generation'", (secrets.randbits(32),))
+    except BaseException:
+        connection.close()
+        raise

@@ -1,0 +1,155 @@
+"""Proposals and their labels: what memory would have answered, and whether that was right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from optillm_memory.decide.agreement import Proposal
+from optillm_memory.decide.gate import Decision, Label
+from optillm_memory.decide.gate_updater import Change
+from optillm_memory.learn.exemplars import Learned
+from optillm_memory.learn.labels import label
+from optillm_memory.records import Exemplar, Scope, Trace
+from optillm_memory.store.sqlite.connection import Connection, Readers, marks
+from optillm_memory.store.tables import rows
+
+_AUDITED = "audit"
+
+
+class ProposalTables:
+    """The part of a transaction that has to do with proposals."""
+
+    _db: Connection
+    normal: Callable[[str], str]
+
+    def _next(self, counter: str) -> int:
+        raise NotImplementedError
+
+    def _spoken_of(self, trace_id: str) -> None:
+        raise NotImplementedError
+
+    def add_proposal(self, trace: Trace, scope_id: int, proposal: Proposal, decision: Decision) -> None:
+        """Append what memory would have answered to a trace, and what the gate decided."""
+        self._spoken_of(trace.trace_id)
+        parts = {"agreement": proposal.agreement, "similarity": proposal.similarity, "margin": proposal.margin}
+        self._db.execute(
+            "INSERT INTO proposals VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            (
+                trace.trace_id, scope_id, trace.partition, proposal.answer, json.dumps(proposal.memory_ids),
+                proposal.memory_ids[0], proposal.score, int(proposal.exact), json.dumps(proposal.vetoes),
+                int(decision.serve), int(decision.reason == _AUDITED), decision.reason,
+                json.dumps({**parts, "threshold": decision.threshold, "pooled": decision.pooled}),
+            ),
+        )  # fmt: skip
+        self._db.execute(
+            "INSERT INTO labels VALUES (?, ?, NULL, ?) ON CONFLICT DO NOTHING",
+            (trace.trace_id, scope_id, self._next("revision")),
+        )
+
+    def put_label(self, trace: Trace, learned: Learned) -> None:
+        """Bring the label of a trace's proposal up to date, and the memory that a hit rested on."""
+        row = self._db.execute(
+            "SELECT answer, memory_id, served OR audit, correct FROM proposals JOIN labels USING (trace_id) "
+            "WHERE trace_id = ?",
+            (trace.trace_id,),
+        ).fetchone()
+        if row is None:
+            return
+        proposed, memory_id, hit, before = row
+        correct = label(trace, learned, proposed, self.normal)
+        if correct == (None if before is None else bool(before)):
+            return
+        revision = self._next("revision")
+        self._db.execute(
+            "UPDATE labels SET correct = ?, revision = ? WHERE trace_id = ?", (correct, revision, trace.trace_id)
+        )
+        if hit:  # a hit that was wrong puts its memory in quarantine
+            self._db.execute("UPDATE memories SET revision = ? WHERE memory_id = ?", (revision, memory_id))
+
+
+class ProposalReads:
+    """The part of the store that reads proposals; every call is bound to one scope."""
+
+    _readers: Readers
+
+    def exemplars(self, scope: Scope, numbers: Iterable[int]) -> Mapping[int, Exemplar]:
+        """Return the verified exemplars of the scope that have these numbers, as the gate sees them."""
+        wanted = list(numbers)
+        with self._readers.borrow() as db:
+            found = db.execute(
+                f"{rows.SELECT_MEMORY} WHERE +scope_id = ? AND status = 'verified' AND kind = 'exemplar' "
+                f"AND number IN ({marks(wanted)})",
+                (rows.known_scope(db, scope), *wanted),
+            ).fetchall()
+            asked, ids = [row[0] for row in found], [row[1] for row in found]
+            numbered, named = f"number IN ({marks(asked)})", f"memory_id IN ({marks(ids)})"
+            origins: dict[int, list[tuple[str, str, str]]] = {}
+            right: dict[int, str] = {}
+            for number, partition, first, last, latest in db.execute(
+                "SELECT number, partition, min(episode_id), max(episode_id), max(trace_id) FROM contributions "
+                f"CROSS JOIN traces USING (trace_id) WHERE {numbered} AND role = 'evidence' AND success AND verified "
+                "GROUP BY number, partition",
+                asked,
+            ):
+                origins.setdefault(number, []).append((partition, first, last))
+                right[number] = max(right.get(number, ""), latest)
+            wrong = dict(
+                db.execute(
+                    f"SELECT number, max(trace_id) FROM contributions WHERE {numbered} AND role = 'evidence' "
+                    "AND NOT success AND verified GROUP BY number",
+                    asked,
+                )
+            )
+            misled = dict(
+                db.execute(
+                    f"SELECT memory_id, max(trace_id) FROM proposals JOIN labels USING (trace_id) WHERE {named} "
+                    "AND NOT correct AND (served OR audit) GROUP BY memory_id",
+                    ids,
+                )
+            )
+        return {
+            row[0]: Exemplar(
+                rows.memory_of(row),
+                tuple(origins.get(row[0], ())),
+                failed=wrong.get(row[0], "") > right.get(row[0], ""),
+                quarantined=misled.get(row[1], "") > right.get(row[0], ""),
+            )
+            for row in found
+        }
+
+    def gate_changes(self, scope: Scope, since: int) -> tuple[int, list[Change]]:
+        """Return (revision, changes) of the proposals that came, or whose label changed, after a revision, in order.
+
+        Exact repeats and vetoed proposals are no labels.
+        """
+        with self._readers.borrow() as db:
+            found = db.execute(
+                "SELECT trace_id, score, correct, partition, served, labels.revision FROM labels JOIN proposals "
+                "USING (trace_id) WHERE labels.scope_id = ? AND labels.revision > ? AND NOT exact AND vetoes = '[]' "
+                "ORDER BY trace_id",
+                (rows.known_scope(db, scope), since),
+            ).fetchall()
+        changed = [
+            Change(trace_id, Label(score, None if correct is None else bool(correct), partition), bool(served))
+            for trace_id, score, correct, partition, served, _ in found
+        ]
+        return max((row[-1] for row in found), default=since), changed
+
+
+def proposal_of(db: Connection, trace_id: str) -> dict[str, Any] | None:
+    """Return what memory would have answered to a trace, what the gate decided, and how that turned out."""
+    row = db.execute(
+        "SELECT answer, memory_ids, score, exact, vetoes, served, reason, parts, correct FROM proposals "
+        "JOIN labels USING (trace_id) WHERE trace_id = ?",
+        (trace_id,),
+    ).fetchone()
+    if row is None:
+        return None
+    answer, memory_ids, score, exact, vetoes, served, reason, parts, correct = row
+    return {
+        "answer": answer, "memory_ids": json.loads(memory_ids), "score": score, "exact": bool(exact),
+        "vetoes": json.loads(vetoes), "served": bool(served), "reason": reason, **json.loads(parts),
+        "correct": None if correct is None else bool(correct),
+    }  # fmt: skip
