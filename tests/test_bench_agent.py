@@ -34,8 +34,8 @@ from benchmarks.agent_policy import (
 )
 from benchmarks.agent_sandbox import TOOLS, Sandbox
 from benchmarks.agent_tasks import TASKS
+from benchmarks.cli import main
 from optillm_memory.bench.report import report
-from optillm_memory.cli.commands import main
 from optillm_memory.errors import HostError
 from optillm_memory.inject.advice import Advice, as_advice
 
@@ -339,7 +339,7 @@ def test_uplift_has_an_interval_that_knows_chance() -> None:
 def test_bench_agent_through_a_real_server(tmp_path: Path) -> None:
     """Four tasks through a real server: all solved, fewer failures after a restart, none fewer in the holdout."""
     out = tmp_path / "agent.json"
-    done = CliRunner().invoke(main, ["bench", "agent", "--limit", "4", "--holdout", "1", "--json", str(out)])
+    done = CliRunner().invoke(main, ["agent", "--limit", "4", "--holdout", "1", "--output", str(out)])
     assert done.exit_code == 0, done.output
     found = json.loads(out.read_text(encoding="utf-8"))
     assert set(report({}, {})) < set(found)
