@@ -124,7 +124,7 @@ def test_a_fault_of_ours_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Research ends in a message, not in a traceback, where a program that it needs is missing."""
     monkeypatch.setattr("benchmarks.agent.missing", lambda: ["git"])
     done = CliRunner().invoke(benchmarks, ["agent"])
-    assert (done.exit_code, done.stderr.splitlines()[-1]) == (1, "Error: bench agent needs git on the path")
+    assert (done.exit_code, done.stderr.splitlines()[-1]) == (1, "Error: the agent's tasks need git on the path")
 
 
 def test_rows_may_hold_any_line_separator_in_their_texts(tmp_path: Path) -> None:
