@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from optillm_memory.cli import render
 from optillm_memory.cli.common import database, database_file, file_of, opened, printed, progress, settings_for
+from optillm_memory.cli.render import finding_line, mapping
 from optillm_memory.settings import is_url
 
 _DAY_S = 86_400
@@ -36,9 +36,8 @@ def verify(db: str | None, *, deep: bool, mend: bool, as_json: bool) -> None:
     for check in checks.verify(place, deep=deep, normal=form_named(settings.answer_form)):
         shown.append(check.as_dict())
         if not as_json:
-            click.echo(render.finding(check.level, check.name, check.message))
-    if as_json:
-        click.echo(json.dumps(shown, indent=2))
+            click.echo(finding_line(check.level, check.name, check.message))
+    printed(shown, as_json=as_json, text=None)
     if any(check["level"] == "fail" for check in shown):
         sys.exit(1)
 
@@ -57,7 +56,7 @@ def backup(destination: Path, db: str | None, *, as_json: bool) -> None:
         "path": str(destination), "bytes": destination.stat().st_size, **copies.counts_of(destination),
         "seconds": round(time.monotonic() - started, 3),
     }  # fmt: skip
-    printed(found, as_json=as_json, text=lambda: render.mapping(found))
+    printed(found, as_json=as_json, text=lambda: mapping(found))
 
 
 @click.command()
@@ -84,16 +83,16 @@ def forget(
     with opened(db) as memory:
         counts = memory.store.chosen_counts(selection)
         if dry_run:
-            printed(counts, as_json=as_json, text=lambda: render.mapping(counts))
+            printed(counts, as_json=as_json, text=lambda: mapping(counts))
             return
         if any(counts.values()) and not yes:
-            click.echo(render.mapping(counts), err=True)
+            click.echo(mapping(counts), err=True)
             click.confirm("Delete this for good?", abort=True, err=True)
         with progress() as told:
             found = erase.forget(memory.store, selection, with_set_aside=with_set_aside, progress=told)
     for line in found["left"]:
         click.echo(line, err=True)
-    printed(found, as_json=as_json, text=lambda: render.mapping(found))
+    printed(found, as_json=as_json, text=lambda: mapping(found))
     if found["left"]:
         sys.exit(1)
 
@@ -122,7 +121,7 @@ def reembed(db: str | None, *, prune: bool, as_json: bool) -> None:
                 found["left"] = memory.store.give_back((), progress=told)
     except KeyboardInterrupt:
         raise click.ClickException("interrupted; what was embedded is kept: run it again to go on") from None
-    printed(found, as_json=as_json, text=lambda: render.mapping(found))
+    printed(found, as_json=as_json, text=lambda: mapping(found))
 
 
 COMMANDS: tuple[click.Command, ...] = (verify, backup, forget, reembed)
