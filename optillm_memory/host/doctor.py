@@ -56,12 +56,12 @@ def examine(directory: Path, environ: Mapping[str, str] = os.environ) -> Iterato
             wrong.append(error)
     for warning in unknown_variables(environ):
         yield Finding("settings", "warn", warning)
-    for error in wrong:
-        yield Finding("settings", "fail", str(error))
+    for wrong_value in wrong:
+        yield Finding("settings", "fail", str(wrong_value))
     if not wrong:
         yield Finding("settings", "ok", "the values of all OPTILLM_AGENT_MEMORY_* variables are valid")
     yield _sqlite()
-    if env_name("db") not in {error.param for error in wrong}:  # the default is not the database that is meant
+    if env_name("db") not in {wrong_value.param for wrong_value in wrong}:  # the default is not the database that is meant
         yield from _database(settings)
     yield _encoder(settings)
     yield from _host()
