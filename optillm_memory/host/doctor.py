@@ -61,7 +61,7 @@ def examine(directory: Path, environ: Mapping[str, str] = os.environ) -> Iterato
     if not wrong:
         yield Finding("settings", "ok", "the values of all OPTILLM_AGENT_MEMORY_* variables are valid")
     yield _sqlite()
-    if env_name("db") not in {wrong_value.param for wrong_value in wrong}:  # the default is not the database that is meant
+    if env_name("db") not in {each.param for each in wrong}:  # else the default would be examined
         yield from _database(settings)
     yield _encoder(settings)
     yield from _host()
