@@ -181,6 +181,19 @@ def test_only_the_store_holds_sql() -> None:
     assert {name for name in executes if not name.startswith("store/")} <= {"host/doctor.py"}
 
 
+def test_memory_is_the_facade() -> None:
+    """Only what Memory is made of reaches the store behind it: routes, commands and benches call Memory."""
+    inside = {"memory.py", "request", "background", "store"}
+    reaching = {
+        name_of(path)
+        for path in MODULES
+        if path.relative_to(PACKAGE).parts[0] not in inside
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("store", "_store")
+    }
+    assert reaching == set()
+
+
 def test_one_place_fails_open() -> None:
     """Outside the few that hand a fault to whoever asked, only the host's guard catches every exception."""
     broad = set()

@@ -17,6 +17,8 @@ from optillm_memory.memory import Memory
 from optillm_memory.records import METRICS, Hit
 from optillm_memory.settings import table
 
+_OF_THE_ENCODER = ("encoder", "encoder_reason", "memories_without_vector")  # commands that only count load none
+
 
 class _Cli(click.Group):
     """Prints our errors in one line, without a traceback."""
@@ -80,7 +82,7 @@ def doctor(directory: Path, *, as_json: bool) -> None:
 @reading()
 def stats(memory: Memory) -> Any:
     """Count what is stored."""
-    return memory.store.stats()
+    return {name: count for name, count in memory.stats().items() if name not in _OF_THE_ENCODER}
 
 
 @main.command()
@@ -89,7 +91,7 @@ def stats(memory: Memory) -> Any:
 @click.option("--text", default="", help="Only traces whose task or answer contains this text.")
 def traces(memory: Memory, limit: int, text: str) -> Any:
     """List the latest traces, newest first."""
-    return memory.store.traces(None, limit=limit, text=text)
+    return memory.traces(limit=limit, text=text)
 
 
 @main.command()
@@ -114,7 +116,7 @@ def why(memory: Memory, trace_id: str) -> Any:
 @limited(20)
 def memories(memory: Memory, limit: int) -> Any:
     """List memories of every status, newest first."""
-    return [{**asdict(m), "value": round(m.value, 4)} for m in memory.store.list_memories(None, limit=limit)]
+    return [{**asdict(m), "value": round(m.value, 4)} for m in memory.memories(limit=limit)]
 
 
 def _uplift(found: Any) -> str:
@@ -128,9 +130,7 @@ def _uplift(found: Any) -> str:
 @limited(20, "Largest number of memories of one scope.")
 def uplift(memory: Memory, limit: int) -> Any:
     """Show how memory changed the outcome of episodes, measured by the holdout."""
-    from optillm_memory.learn.uplift import report
-
-    return report(memory.store.episodes(None), limit=limit)
+    return memory.uplift(limit=limit)
 
 
 def _policy(found: Any) -> str:

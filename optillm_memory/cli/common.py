@@ -154,7 +154,7 @@ def file_of(settings: Settings) -> Path:
 
 def scope_named(memory: Memory, tenant: str | None, namespace: str, user_id: str, agent_id: str) -> Scope:
     """Return the scope from the options."""
-    tenants = [tenant] if tenant is not None else memory.store.tenants(namespace)
+    tenants = [tenant] if tenant is not None else memory.tenants(namespace)
     if len(tenants) > 1:
         raise click.UsageError(f"several tenants have this namespace; choose one with --tenant: {', '.join(tenants)}")
     return Scope(tenants[0] if tenants else "", namespace, user_id, agent_id)

@@ -88,12 +88,12 @@ def _before_fork() -> None:
     global _paused  # noqa: PLW0603
     memory = _runtime.memory if _runtime is not None else None
     # A lock that SQLite holds during a commit would stay locked in the child forever.
-    _paused = memory if memory is not None and memory.store.pause(_PAUSE_S) else None
+    _paused = memory if memory is not None and memory.pause(_PAUSE_S) else None
 
 
 def _after_fork() -> None:
     if _paused is not None:
-        _paused.store.resume()
+        _paused.resume()
 
 
 def _leave_to_parent() -> None:
