@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 import pytest
+from conftest import SLOW
 from readme_parts import PAGES, ROOT, route_list, slug, walk
 
 import optillm_memory
@@ -52,6 +53,16 @@ def test_generated_parts_are_fresh() -> None:
 def test_the_readme_is_short() -> None:
     """The front page is read in two minutes: at most 200 lines."""
     assert README.count("\n") <= 200
+
+
+PRIVATE = ("starts shut", "behind the requests", "behind its back", "taken in a second", "believed")
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda p: p.name)
+def test_the_language_is_plain(page: Path) -> None:
+    """No page uses the private words that once made this project hard to read; generated parts are included."""
+    text = " ".join(page.read_text(encoding="utf-8").split())
+    assert [word for word in PRIVATE if word in text] == []
 
 
 # -- what must be in it -----------------------------------------------------------------------------
@@ -209,6 +220,12 @@ def test_the_fast_tier_is_what_contributing_says(request: pytest.FixtureRequest)
     left_out = set(re.findall(r"not (\w+)", command))
     ours = {line.split(":")[0] for line in request.config.getini("markers")} & {"host", "model", "slow", "long"}
     assert left_out == ours == {"host", "model", "slow", "long"}
+
+
+def test_slow_modules_are_there() -> None:
+    """What the fast tier leaves out by its module's name is the name of a module: a renamed one would slow it down."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert [name for name in SLOW if names.count(name) != 1] == []
 
 
 def test_workflows_run_only_what_is_documented() -> None:
