@@ -142,12 +142,12 @@ def near_misses(data: Path | None, traffic: Path | None, max_error: float, seed:
 @click.option("--seeds", type=click.IntRange(1), default=8, show_default=True, help="Number of orders of the rows.")
 @click.option("--cost-weight", type=click.FloatRange(0), default=0.1, show_default=True,
               help="Weight of the cost, in units of the most expensive arm's mean cost.")  # fmt: skip
-@click.option("--exploration", type=click.FloatRange(0, 1), default=Settings().exploration, show_default=True,
-              help="Reward per request that exploration may cost.")  # fmt: skip
+@click.option("--exploration-budget", type=click.FloatRange(0, 1), default=Settings().exploration_budget,
+              show_default=True, help="Reward per request that exploration may cost.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="The first of the seeds.")
 @reported
 def route(
-    data: Path | None, seeds: int, cost_weight: float, exploration: float, seed: int, output: Output
+    data: Path | None, seeds: int, cost_weight: float, exploration_budget: float, seed: int, output: Output
 ) -> None:  # fmt: skip
     """Let the policy choose among arms whose rewards are all known."""
     from optillm_memory.bench.route import SCENARIOS, lines, load_rows, run, scenarios, synthetic_rows, vectors_of
@@ -157,12 +157,12 @@ def route(
     vectors = vectors_of(rows)
     with progress(len(SCENARIOS) * seeds, "runs") as bar:
         figures = run(
-            rows, vectors, seeds=range(seed, seed + seeds), weight=cost_weight, exploration=exploration,
+            rows, vectors, seeds=range(seed, seed + seeds), weight=cost_weight, exploration_budget=exploration_budget,
             tick=lambda: bar.update(1),
         )  # fmt: skip
     settings = {
-        "data": name_of(data), "cost_weight": cost_weight, "exploration": exploration, "seed": seed, "seeds": seeds,
-        "scenarios": scenarios(),
+        "data": name_of(data), "cost_weight": cost_weight, "exploration_budget": exploration_budget, "seed": seed,
+        "seeds": seeds, "scenarios": scenarios(),
     }  # fmt: skip
     output.write(figures, settings, columns(lines(figures)))
 
