@@ -91,8 +91,8 @@ class Writer:
         """Whether the connection still leads to where what is written should go; drops one that does not."""
         raise NotImplementedError
 
-    def _written(self, operations: int) -> None:
-        """Take note that a commit of so many operations went well."""
+    def _written(self) -> None:
+        """Take note that a commit went well."""
 
     def _tidy(self) -> None:
         """Do what is to be done now and then while the turn is still ours, and nobody waits for us."""
@@ -209,7 +209,7 @@ class Writer:
                     future.set_exception(fault)
             return [item for item in batch if item[1] is None]
         self.fault, self._passes = "", False
-        self._written(len(batch))
+        self._written()
         for (_, future), result in zip(batch, results, strict=True):
             if future is None and isinstance(result, Exception):
                 self.lost += 1
