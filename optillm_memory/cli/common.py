@@ -53,21 +53,17 @@ def printed(value: Any, *, as_json: bool, text: Callable[[], str] | None) -> Non
         click.echo(text())
 
 
-def database(command: Command) -> Command:
+def database(command: Command, kinds: str = "a file or a postgresql:// URL") -> Command:
     """Add the options of a command on a database: `--db`, `--json` and `--output`."""
-    return _with_database(command, "a file or a postgresql:// URL")
-
-
-def database_file(command: Command) -> Command:
-    """Add the same options to a command that works on files only."""
-    return _with_database(command, "a file; for a server use pg_dump, or optillm-memory copy")
-
-
-def _with_database(command: Command, kinds: str) -> Command:
     return click.option(
         "--db", type=click.Path(dir_okay=False), default=None,
         help=f"The database: {kinds} [default: OPTILLM_AGENT_MEMORY_DB or ~/.optillm/agent_memory.db].",
     )(printing(command))  # fmt: skip
+
+
+def database_file(command: Command) -> Command:
+    """Add the same options to a command that works on files only."""
+    return database(command, "a file; for a server use pg_dump, or optillm-memory copy")
 
 
 def reading(
