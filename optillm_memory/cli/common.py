@@ -78,7 +78,7 @@ def reading(
         @database
         @functools.wraps(function)
         def command(*, db: str | None, as_json: bool, **options: Any) -> None:
-            with opened(db, encoder=encoder) as memory:
+            with opened(db, encoder=encoder, read_only=True) as memory:
                 if encoder is None:
                     memory.encoder.wait(ENCODER_S)
                 found = function(memory, **options)
@@ -103,15 +103,15 @@ def scoped(command: Command) -> Command:
     )(command)
 
 
-def opened(db: str | None, *, encoder: str | None = "none", make: bool = False) -> Memory:
+def opened(db: str | None, *, encoder: str | None = "none", make: bool = False, read_only: bool = False) -> Memory:
     """Open the memory that a command works on; `encoder` None uses the one from the settings.
 
-    Raises NotFound if there is no such database, unless the command may create it: a mistyped name makes no file.
+    Raises NotFound if there is no such database, unless the command may `make` one: a mistyped name makes no file.
     """
     settings = settings_for(db, encoder=encoder)
     if not make:
         refuse_missing(settings)
-    return Memory(settings)
+    return Memory(settings, read_only=read_only)
 
 
 def refuse_missing(settings: Settings) -> None:
