@@ -6,7 +6,6 @@ import functools
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from typing_extensions import Self
 from optillm_memory.background import maintenance
 from optillm_memory.background.encoder_service import EncoderService
 from optillm_memory.background.maintenance import Maintenance
-from optillm_memory.background.threads import close_in_order
+from optillm_memory.background.threads import close_in_order, start_thread
 from optillm_memory.conversation import parse as conversations
 from optillm_memory.conversation.language import warm
 from optillm_memory.conversation.options import FIELD, Options, parse_options
@@ -60,13 +59,21 @@ class Memory:
         *,
         encoder: Callable[[], Encoder | None] | None = None,
         clock: Callable[[], float] = time.time,
+        read_only: bool = False,
     ) -> None:
-        """Open the database and start to load the encoder in the background. Raises StoreTooNew."""
+        """Open the database and start to load the encoder in the background. Raises StoreTooNew.
+
+        Opened `read_only` nothing is created, migrated or written and no thread is started, but for the encoder's when
+        it is first needed; raises NotFound where there is no memory.
+        """
         self.settings = settings = settings or Settings.from_env()
         self._clock = clock
         normal = form_named(settings.answer_form)
-        self.store = store = open_store(settings.db, queue_size=settings.queue_size, normal=normal)
-        self.encoder = EncoderService(encoder or (lambda: load_encoder(settings.encoder)), before=warm)
+        self.store = store = open_store(
+            settings.db, queue_size=settings.queue_size, normal=normal, read_only=read_only, start=start_thread
+        )
+        load = encoder or (lambda: load_encoder(settings.encoder))
+        self.encoder = EncoderService(load, before=warm, lazy=read_only)
         salt = functools.cache(store.salt)
         self._retriever = Retriever(store, store.index_files())
         self._locator = Locator(store, clock)
@@ -81,11 +88,14 @@ class Memory:
         )  # fmt: skip
         self._recorder = Recorder(store, settings, self.encoder, self._locator, self._maintenance, clock)
         self._shadow = Shadow(self._reuse, self._recorder)
+        self._read_only = read_only
+        if not read_only:
+            self._maintenance.start()
 
     @classmethod
-    def open(cls, path: str | Path, **settings: Any) -> Memory:
+    def open(cls, path: str | Path, *, read_only: bool = False, **settings: Any) -> Memory:
         """Open a database file with settings by keyword."""
-        return cls(Settings.from_env(**{"db": str(path), **settings}))
+        return cls(Settings.from_env(**{"db": str(path), **settings}), read_only=read_only)
 
     def settle(self) -> None:
         """Wait until every finished request is in the log, with what memory would have answered."""
@@ -165,7 +175,12 @@ class Memory:
         return self._locator.refuse(turn)
 
     def finish(self, turn: Turn, response: Mapping[str, Any] | None, *, error: str | None = None) -> None:
-        """Record the request with its response, or the error it ended in, in the background."""
+        """Record the request with its response, or the error it ended in, in the background.
+
+        Raises StoreUnavailable where memory was opened read-only.
+        """
+        if self._read_only and turn.options.writes:
+            raise StoreUnavailable(f"{self.settings.place} was opened read-only")
         self._recorder.finish(turn, response, error)
         self._shadow.submit(turn)
 
@@ -225,8 +240,8 @@ class Memory:
     def described(self, memory_id: str, *, tenant: Tenant = OPERATOR) -> dict[str, Any]:
         """Return a memory with its value, and a fix with its error and its evidence. Raises NotFound."""
         record = self.memory(memory_id, tenant=tenant)
-        shown = {**asdict(record), "value": round(record.value, 4)}
-        return {**shown, "fix": self.store.fix_details(record.scope, memory_id)} if record.kind == "fix" else shown
+        fix = {"fix": self.store.fix_details(record.scope, memory_id)} if record.kind == "fix" else {}
+        return {**record.as_dict(), **fix}
 
     def why(self, trace_id: str, *, tenant: Tenant = OPERATOR) -> dict[str, Any]:
         """Return why a request was answered as it was: what memory had to say, what was decided. Raises NotFound."""
