@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from builders import body, hashing_memory, lexical_memory, response, teach
 from hosting import until
+from test_durability import passing, says_in
 
 from optillm_memory import Memory, StoreUnavailable
 from optillm_memory.background.encoder_service import EncoderService
@@ -29,6 +31,8 @@ from optillm_memory.learn.suggest import Calibrator, Example
 from optillm_memory.learn.suggester import Suggester
 from optillm_memory.recall.encoder import HashingEncoder
 from optillm_memory.records import Arm
+from optillm_memory.store.sqlite import connection
+from optillm_memory.store.sqlite.turnstile import Turnstile
 
 ARMS = (Arm("none@large", "none", "large"), Arm("none@small", "none", "small"))
 
@@ -385,3 +389,49 @@ def test_a_request_goes_on_where_no_thread_can_be_started(monkeypatch: pytest.Mo
     for thread in hangs:
         thread.join(10)
     assert fail_open.call(lambda: 8) == (8, "")
+
+
+# -- the store -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["_passing", "_tidy", "_written", "_failed"])
+def test_the_writer_goes_on_whatever_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """What waits for its turn, tidies up or takes note may fail: what comes after it is written."""
+    with lexical_memory(tmp_path) as memory:
+        writer = memory.store._writer
+        failing_once(monkeypatch, writer, part, RuntimeError("can't start new thread"))
+        if part == "_failed":
+            failing_once(monkeypatch, writer, "_commit", RuntimeError("no room"))
+        started = time.monotonic()
+        with contextlib.suppress(StoreUnavailable):
+            memory.probe(20)
+        memory.probe(20)
+        assert time.monotonic() - started < 15
+        turn = memory.begin(body("a task"))
+        memory.finish(turn, response("an answer"))
+        memory.store.flush()
+        assert memory.trace(turn.trace_id)["answer"] == "an answer"
+
+
+def test_a_turnstile_without_a_thread_lets_through(tmp_path: Path) -> None:
+    """Where no thread can be started to wait, there is no order this time; there is one again the next time."""
+    turnstile = Turnstile(tmp_path / "turnstile", Starter(failures=1))
+    other = passing(tmp_path / "turnstile")
+    assert says_in(other)
+    assert not turnstile._enter()
+    other.communicate("on\n")
+    assert turnstile._enter()
+    turnstile.close()
+
+
+def test_a_reader_that_cannot_be_opened_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever keeps a connection from being opened or closed, the writer can have the file to itself afterwards."""
+    with lexical_memory(tmp_path) as memory:
+        readers = memory.store._readers
+        with readers.borrow():  # the idle one is lent: another has to be opened
+            failing_once(monkeypatch, connection, "connect", OSError("too many files"))
+            with pytest.raises(OSError, match="too many"), readers.borrow():
+                pass
+        with readers.away():
+            pass
+        assert memory.stats()["traces"] == 0

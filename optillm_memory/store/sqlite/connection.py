@@ -357,7 +357,12 @@ class Readers:
                 self._changed.notify_all()
 
     def _close(self, connection: Connection) -> None:
-        connection.close()
+        try:
+            connection.close()
+        finally:
+            self._count_closed()
+
+    def _count_closed(self) -> None:
         with self._changed:
             self._open_ones -= 1
             self._changed.notify_all()
@@ -372,12 +377,12 @@ class Readers:
             connection = connect(self._path, read_only=True)
             connection.execute("PRAGMA query_only=ON")
             connection.execute("PRAGMA busy_timeout=200")
-        except DatabaseError as error:
+        except BaseException as error:
             if connection is not None:
                 connection.close()
-            with self._changed:
-                self._open_ones -= 1
-                self._changed.notify_all()
+            self._count_closed()
+            if not isinstance(error, DatabaseError):
+                raise
             if is_corruption(error):
                 self.on_corruption()
             self._told()
