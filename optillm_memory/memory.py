@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from optillm_memory.background.encoder_service import EncoderService
 from optillm_memory.background.maintenance import Maintenance, limits_of
+from optillm_memory.background.worker import BackgroundWorker
 from optillm_memory.conversation import parse as conversations
 from optillm_memory.conversation.episodes import root_of
 from optillm_memory.conversation.feedback import parse_feedback
@@ -68,7 +69,8 @@ class Memory:
         normal = form_named(self.settings.answer_form)
         self.store = open_store(self.settings.db, queue_size=self.settings.queue_size, normal=normal)
         self.encoder = EncoderService(encoder or (lambda: load_encoder(self.settings.encoder)), before=warm)
-        self._retriever = Retriever(self.store, self.store.index_files())
+        loader, writer = BackgroundWorker("agent-memory-index-loader"), BackgroundWorker("agent-memory-index-writer")
+        self._retriever = Retriever(self.store, loader, writer, self.store.index_files())
         self._locator = Locator(self.store, clock)
         self._salt: bytes | None = None
         self._upkeep = Maintenance(self.store, self.encoder, limits_of(self.settings))
