@@ -101,7 +101,8 @@ def dot_products_of_many(rows: Bytes, queries: Bytes) -> NDArray[Any]:
 def _with_kernels(kernels: Any, rows: Bytes, query: Bytes) -> NDArray[Any]:
     dimension, whole = len(query), len(rows) - len(rows) % _FOLDED
     if dimension > _SHORT or not whole or not rows.flags.c_contiguous:
-        return np.asarray(kernels.dots_packed(rows, kernels.dots_pack(query[None], "int8")))[:, 0]
+        # For a single query this is twice as fast as a packed product where there is AVX2 only, and never slower.
+        return np.asarray(kernels.cdist(query[None], rows, metric="dot"))[0]
     # The kernel takes longer to begin a short row than to multiply it: several rows are read as one, and multiplied
     # with as many queries, each of which is the query at the place of one of the rows and zero elsewhere.
     placed = np.zeros((_FOLDED, _FOLDED, dimension), dtype=np.int8)
@@ -121,8 +122,9 @@ def _kernels() -> Any:
         logger.warning("agent_memory: numkong is not installed: recall among many memories takes longer")
         return None
     rows = np.arange(-120, 120, dtype=np.int8).reshape(3, 80)
-    found = np.asarray(kernels.dots_packed(rows, kernels.dots_pack(rows[:1], "int8")))
-    if not np.array_equal(found[:, 0], rows.astype(np.int64) @ rows[0].astype(np.int64)):
+    exact = rows.astype(np.int64) @ rows.T.astype(np.int64)
+    packed, single = kernels.dots_packed(rows, kernels.dots_pack(rows, "int8")), kernels.cdist(rows, rows, metric="dot")
+    if not (np.array_equal(np.asarray(packed), exact) and np.array_equal(np.asarray(single), exact)):
         logger.warning("agent_memory: numkong calculates wrong results on this machine and is not used")
         return None
     return kernels
