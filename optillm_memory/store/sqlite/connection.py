@@ -356,16 +356,14 @@ class Readers:
                 self._shut = False
                 self._changed.notify_all()
 
-    def _close(self, connection: Connection) -> None:
+    def _close(self, connection: Connection | None) -> None:
         try:
-            connection.close()
+            if connection is not None:
+                connection.close()
         finally:
-            self._count_closed()
-
-    def _count_closed(self) -> None:
-        with self._changed:
-            self._open_ones -= 1
-            self._changed.notify_all()
+            with self._changed:
+                self._open_ones -= 1
+                self._changed.notify_all()
 
     def _open(self) -> Connection:
         with self._changed:
@@ -378,9 +376,7 @@ class Readers:
             connection.execute("PRAGMA query_only=ON")
             connection.execute("PRAGMA busy_timeout=200")
         except BaseException as error:
-            if connection is not None:
-                connection.close()
-            self._count_closed()
+            self._close(connection)
             if not isinstance(error, DatabaseError):
                 raise
             if is_corruption(error):
