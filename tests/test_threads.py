@@ -30,6 +30,7 @@ from optillm_memory.host.failopen import FailOpen
 from optillm_memory.learn.suggest import Calibrator, Example
 from optillm_memory.learn.suggester import Suggester
 from optillm_memory.recall.encoder import HashingEncoder
+from optillm_memory.recall.vectors.scope_index import Limits, ScopeIndex
 from optillm_memory.records import Arm
 from optillm_memory.store.sqlite import connection
 from optillm_memory.store.sqlite.turnstile import Turnstile
@@ -143,7 +144,6 @@ def test_a_worker_goes_on_whatever_happens(monkeypatch: pytest.MonkeyPatch, capl
     for error in (ValueError("no"), OSError("no"), Closed(), SystemExit()):
         worker.do(lambda error=error: raising(error))  # type: ignore[misc]
         assert worker.flush(10)
-        assert until(lambda: worker._thread is None or not isinstance(error, (Closed, SystemExit)))  # noqa: B023
     worker.do(done.set)
     assert done.wait(10)
     assert worker.flush(10)
@@ -391,7 +391,32 @@ def test_a_request_goes_on_where_no_thread_can_be_started(monkeypatch: pytest.Mo
     assert fail_open.call(lambda: 8) == (8, "")
 
 
-# -- the store -------------------------------------------------------------------------------------
+# -- recall and the store -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("limits", "worker"), [(Limits(inline=1), "_loader"), (Limits(flat_rows=2), "_writer")])
+def test_an_index_that_no_thread_could_load_is_loaded_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits: Limits, worker: str
+) -> None:
+    """A request that finds no thread for it goes without; after the next change all is loaded, or the file written."""
+    monkeypatch.setattr("optillm_memory.recall.vectors.cache._PIECES", 1)
+    with hashing_memory(tmp_path) as memory:
+        for number in range(12):
+            teach(memory, f"restart server number {number}", "done")
+        assert until(lambda: memory.stats()["memories_without_vector"] == 0)
+    with hashing_memory(tmp_path) as memory:
+        indexes = memory._retriever._indexes
+        indexes._limits = limits
+        failing_once(monkeypatch, getattr(indexes, worker), "do", RuntimeError("can't start new thread"))
+        with pytest.raises(RuntimeError):
+            memory.recall("restart server number 3")
+        teach(memory, "restart server number 12", "done")
+        assert memory.recall("restart server number 3")
+        assert until(lambda: not memory.busy)
+        (cached,) = indexes._scopes.values()
+        assert isinstance(cached.index, ScopeIndex)
+        assert (len(cached.index), cached.loading, cached.writing) == (13, False, False)
+        assert (cached.index.ivf is not None) == (worker == "_writer")
 
 
 @pytest.mark.parametrize("part", ["_passing", "_tidy", "_written", "_failed"])
