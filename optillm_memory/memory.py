@@ -6,7 +6,6 @@ import functools
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -243,8 +242,8 @@ class Memory:
     def described(self, memory_id: str, *, tenant: Tenant = OPERATOR) -> dict[str, Any]:
         """Return a memory with its value, and a fix with its error and its evidence. Raises NotFound."""
         record = self.memory(memory_id, tenant=tenant)
-        shown = {**asdict(record), "value": round(record.value, 4)}
-        return {**shown, "fix": self.store.fix_details(record.scope, memory_id)} if record.kind == "fix" else shown
+        fix = {"fix": self.store.fix_details(record.scope, memory_id)} if record.kind == "fix" else {}
+        return {**record.as_dict(), **fix}
 
     def why(self, trace_id: str, *, tenant: Tenant = OPERATOR) -> dict[str, Any]:
         """Return why a request was answered as it was: what memory had to say, what was decided. Raises NotFound."""

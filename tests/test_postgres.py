@@ -171,6 +171,7 @@ def test_one_killed_while_it_migrates_leaves_what_was_there(url: str, monkeypatc
     killed = 0
     while not migrates(url, killed):
         killed += 1
+        assert killed < 1_000
         with psycopg.connect(url, options="-c search_path=agent_memory,public") as db:
             assert db.execute("SELECT name FROM migrations").fetchall() == [("p001_tables",)]
             assert db.execute("SELECT count(memory_id) FROM contributions").fetchone() == (2,)
@@ -303,10 +304,11 @@ def test_one_killed_while_it_learns_leaves_nothing_half_done(url: str) -> None:
             process.start()
             there.close()
             for _ in range(8):
+                assert here.poll(30)
                 acknowledged.add(here.recv())
             assert process.pid is not None
             os.kill(process.pid, signal.SIGKILL)
-            process.join()
+            process.join(30)
             while here.poll(0):
                 try:
                     acknowledged.add(here.recv())

@@ -133,7 +133,7 @@ def test_a_new_file_that_another_process_is_writing_is_waited_for(path: Path) ->
     assert store.fault == ""
     assert add(store)
     store.close()
-    release.join()
+    release.join(30)
     other.close()
 
 

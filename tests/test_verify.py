@@ -277,7 +277,7 @@ def test_a_copy_is_whole_while_others_write(memory: Memory, tmp_path: Path) -> N
     told: list[tuple[int, int]] = []
     copy = backup(tmp_path / "memory.db", tmp_path / "copy.db", progress=lambda *of: told.append(of))
     stop.set()
-    writer.join()
+    writer.join(30)
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
     assert told[-1][0] == told[-1][1] > 0
     assert counts_of(copy)["traces"] >= 6
