@@ -15,6 +15,7 @@ from optillm_memory.background import maintenance
 from optillm_memory.background.encoder_service import EncoderService
 from optillm_memory.background.maintenance import Maintenance
 from optillm_memory.background.threads import close_in_order, start_thread
+from optillm_memory.background.worker import BackgroundWorker
 from optillm_memory.conversation import parse as conversations
 from optillm_memory.conversation.language import warm
 from optillm_memory.conversation.options import FIELD, Options, parse_options
@@ -75,7 +76,8 @@ class Memory:
         load = encoder or (lambda: load_encoder(settings.encoder))
         self.encoder = EncoderService(load, before=warm, lazy=read_only)
         salt = functools.cache(store.salt)
-        self._retriever = Retriever(store, store.index_files())
+        loader, writer = BackgroundWorker("agent-memory-index-loader"), BackgroundWorker("agent-memory-index-writer")
+        self._retriever = Retriever(store, loader, writer, store.index_files())
         self._locator = Locator(store, clock)
         self._maintenance = Maintenance(store, self.encoder, settings)
         self._adviser = Adviser(store, settings, clock)

@@ -202,6 +202,21 @@ def test_memory_is_the_facade() -> None:
     assert reaching == set()
 
 
+def test_threads_are_started_in_the_background_package_alone() -> None:
+    """Whatever else needs a thread takes a `ThreadStarter`; what runs in processes of its own starts its own."""
+    starts = {"Thread", "Timer", "ThreadPoolExecutor", "start_new_thread"}
+    found = {
+        name_of(path)
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in starts
+    }
+    # The store's own starter is for a store that is opened without a Memory.
+    allowed = {"background/threads.py", "store/writer.py", "adapters/pytest_report.py"}
+    assert {name for name in found if name.split("/")[0] not in ("testing", "bench")} <= allowed
+    assert "background/threads.py" in found
+
+
 def test_one_place_fails_open() -> None:
     """Outside the few that hand a fault to whoever asked, only the host's guard catches every exception."""
     broad = set()

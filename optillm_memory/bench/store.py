@@ -18,14 +18,15 @@ from typing import Any
 
 import numpy as np
 
+from optillm_memory.background.worker import BackgroundWorker
 from optillm_memory.bench.postgres import temporary_memory
 from optillm_memory.bench.records import FINGERPRINT, LARGE, SMALL, Operation, Record, Records, operations, scope_of
 from optillm_memory.bench.report import quantile
 from optillm_memory.bench.store_host import KEPT, measure, rss_mb
 from optillm_memory.errors import StoreError, StoreUnavailable
 from optillm_memory.learn.outcomes import normal_answer
+from optillm_memory.recall.relevance_floor import UNRELATED
 from optillm_memory.recall.retriever import Retriever
-from optillm_memory.recall.vectors.flat import UNRELATED
 from optillm_memory.recall.vectors.scope_index import Limits
 from optillm_memory.records import Scope
 from optillm_memory.settings import is_url
@@ -137,7 +138,7 @@ def _index(db: str, size: int, seed: int) -> dict[str, float]:
         while quiet < 5:  # checked a few times: one background job may start another
             _near(store, retriever, LARGE, query)
             # A server builds its own index, and finds nothing until it is complete.
-            building = size > Limits().large and store.nearest(KEPT[LARGE], FINGERPRINT, query, 1) == []
+            building = size > Limits().flat_rows and store.nearest(KEPT[LARGE], FINGERPRINT, query, 1) == []
             quiet = 0 if retriever.busy or building else quiet + 1
             time.sleep(0.05)
             if time.perf_counter() - started > _INDEX_S:
@@ -270,7 +271,7 @@ def _opened(db: str) -> Iterator[Store]:
 
 @contextlib.contextmanager
 def _retriever(store: Store) -> Iterator[Retriever]:
-    retriever = Retriever(store, store.index_files())
+    retriever = Retriever(store, BackgroundWorker("bench-loader"), BackgroundWorker("bench-writer"), store.index_files())
     try:
         yield retriever
     finally:

@@ -15,7 +15,7 @@ from sqlite_utils import Database
 from optillm_memory.errors import NotFound
 from optillm_memory.learn import fold
 from optillm_memory.learn.outcomes import normal_answer
-from optillm_memory.recall.vectors.ivf import Base
+from optillm_memory.recall.vectors.ivf import IvfIndex
 from optillm_memory.records import Scope
 from optillm_memory.settings import is_url, shown
 from optillm_memory.store.base import Store
@@ -281,20 +281,20 @@ def _index_fault(db: Connection, files: IndexFiles, name: str, of: tuple[int, st
     scope_id, fingerprint, generation = of
     try:
         content = files.mapped(name)
-        base = Base(content) if content is not None else None
+        index = IvfIndex(content) if content is not None else None
     except ValueError as error:
         return str(error)
-    if base is None or not base.is_whole(files.blocks(name)):
+    if index is None or not index.is_intact(files.blocks(name)):
         return "it is damaged"
-    if base.header.fingerprint != fingerprint:
+    if index.header.fingerprint != fingerprint:
         return "it holds vectors of another encoder"
     # One of another generation is not opened any more.
-    return _index_difference(db, base, scope_id) if base.header.generation == generation else ""
+    return _index_difference(db, index, scope_id) if index.header.generation == generation else ""
 
 
-def _index_difference(db: Connection, base: Base, scope_id: int) -> str:
+def _index_difference(db: Connection, index: IvfIndex, scope_id: int) -> str:
     """Return in what an index file differs from the table."""
-    head = base.header
+    head = index.header
     last = int(db.execute("SELECT value FROM meta WHERE key = 'revision'").fetchone()[0])
     if head.revision > last:
         return f"it is of revision {head.revision}, the table of {last}"
@@ -306,7 +306,7 @@ def _index_difference(db: Connection, base: Base, scope_id: int) -> str:
         (scope_id, head.fingerprint, head.revision),
     )
     wanted = {row[0] for row in searched.fetchall()}
-    held = set(np.asarray(base.numbers).tolist()) - later
+    held = set(np.asarray(index.numbers).tolist()) - later
     if held != wanted:
         return f"{len(wanted - held)} memories are missing in it and {len(held - wanted)} are there that must not be"
     return ""

@@ -213,8 +213,8 @@ class PostgresStore(Store):
             if there:
                 self._indexed.add(fingerprint)
             elif self._look_at.get(fingerprint) != math.inf and not self._read_only:
-                self._look_at[fingerprint] = math.inf  # a thread is at it
                 self._start("agent-memory-hnsw", partial(self._build_index, fingerprint, dimension))
+                self._look_at[fingerprint] = math.inf  # the thread, which waits for the lock at the end, is at it
         return there
 
     def _build_index(self, fingerprint: str, dimension: int) -> None:
