@@ -26,7 +26,6 @@ from optillm_memory.errors import NotFound, StoreUnavailable
 from optillm_memory.inject.advice import as_advice
 from optillm_memory.inject.refusals import FORMS
 from optillm_memory.inject.render import Rendering, in_form, placed_at
-from optillm_memory.learn import fold
 from optillm_memory.learn.conflicts import without_superseded
 from optillm_memory.learn.forms import form_named
 from optillm_memory.recall.encoder import Encoder, load_encoder
@@ -39,6 +38,7 @@ from optillm_memory.request.reuse import Reuser, Shadow
 from optillm_memory.request.route import Router
 from optillm_memory.request.turn import Turn
 from optillm_memory.settings import Settings
+from optillm_memory.store import fold
 from optillm_memory.store.maintenance.erase import forget
 from optillm_memory.store.maintenance.selection import Selection
 from optillm_memory.store.opening import open_store
@@ -68,14 +68,14 @@ class Memory:
         normal = form_named(self.settings.answer_form)
         self.store = open_store(self.settings.db, queue_size=self.settings.queue_size, normal=normal)
         self.encoder = EncoderService(encoder or (lambda: load_encoder(self.settings.encoder)), before=warm)
-        self._retriever = Retriever(self.store, self.store.index_files())
-        self._locator = Locator(self.store, clock)
+        self._retriever = Retriever(self.store.recall, self.store.index_files())
+        self._locator = Locator(self.store.episodes, clock)
         self._salt: bytes | None = None
         self._upkeep = Maintenance(self.store, self.encoder, limits_of(self.settings))
         self._recorder = Recorder(self.settings, self.encoder, self._locator.located, self._upkeep.note)
-        self._adviser = Adviser(self.store, self.settings, clock)
-        self._reuser = Reuser(self.store, self._retriever, self.encoder, normal, self.settings.reuse_audit)
-        self._router = Router(self.store, self.settings, lambda: self.encoder.fingerprint)
+        self._adviser = Adviser(self.store.fixes, self.settings, clock)
+        self._reuser = Reuser(self.store.proposals, self._retriever, self.encoder, normal, self.settings.reuse_audit)
+        self._router = Router(self.store.decisions, self.settings, lambda: self.encoder.fingerprint)
         self._shadow = Shadow(self._considered, self._propose)
 
     @classmethod
@@ -272,11 +272,11 @@ class Memory:
         """Return a memory with its value, and a fix with its error and its evidence. Raises NotFound."""
         record = self.memory(memory_id, tenant=tenant)
         shown = {**asdict(record), "value": round(record.value, 4)}
-        return {**shown, "fix": self.store.fix_details(record.scope, memory_id)} if record.kind == "fix" else shown
+        return {**shown, "fix": self.store.fixes.details(record.scope, memory_id)} if record.kind == "fix" else shown
 
     def stats(self) -> dict[str, Any]:
         """Return counts of the store and the state of the encoder."""
-        total, embedded = self.store.coverage()
+        total, embedded = self.store.vectors.coverage()
         return {
             **self.store.stats(), "memories_without_vector": total - embedded.get(self.encoder.fingerprint, 0),
             "encoder": self.encoder.state, "encoder_reason": self.encoder.reason,
@@ -357,7 +357,7 @@ class Memory:
 
     def _advised(self, turn: Turn, conversation: Conversation) -> tuple[Turn, Rendering | None]:
         pending = self._locator.recent.pending_advice(turn.scope, turn.episode_id, self._clock())
-        gone = self.store.forgotten(item.memory_id for item in pending)
+        gone = self.store.forgetting.gone(item.memory_id for item in pending)
         pending = tuple(item for item in pending if item.memory_id not in gone)
         advice = self._adviser.on_results(turn, conversation, pending)
         limits = turn.options.limits(self.settings.max_block_items, self.settings.token_budget)
@@ -380,7 +380,7 @@ class Memory:
         )
         if asked.state != "ready":
             turn = turn.skip(f"encoder_{asked.state}_recall_is_lexical")
-        hits = without_superseded(hits, lambda ids: self.store.last_verified(turn.scope, ids))
+        hits = without_superseded(hits, lambda ids: self.store.recall.last_verified(turn.scope, ids))
         seen = {item.memory_id for placement in standing for item in placement.items}
         fresh = [h for h in hits if h.memory.memory_id not in seen]
         return fresh, turn if fresh else turn.skip("nothing_relevant")

@@ -140,7 +140,7 @@ def uplift(limit: int, db: str | None, *, as_json: bool) -> None:
     from optillm_memory.learn.uplift import report, summary
 
     with opened(db) as memory:
-        found = report(memory.store.episodes(None), limit=limit)
+        found = report(memory.store.exposures.episodes(None), limit=limit)
     printed(found, as_json=as_json, text=lambda: render.mapping(summary(found)))
 
 

@@ -82,7 +82,7 @@ def forget(
 
     selection = Selection(**named, before=None if days is None else time.time() - days * _DAY_S)
     with opened(db) as memory:
-        counts = memory.store.chosen_counts(selection)
+        counts = memory.store.forgetting.chosen_counts(selection)
         if dry_run:
             printed(counts, as_json=as_json, text=lambda: render.mapping(counts))
             return

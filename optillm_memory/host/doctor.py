@@ -149,7 +149,7 @@ def _coverage(settings: Settings) -> tuple[int, dict[str, int]]:
     if not is_url(settings.db):
         return coverage_in(settings.path)
     with contextlib.closing(open_store(settings.db, queue_size=1, normal=normal_answer)) as store:
-        return store.coverage()
+        return store.vectors.coverage()
 
 
 def _host() -> Iterator[Finding]:

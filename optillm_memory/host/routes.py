@@ -129,7 +129,7 @@ def forget_namespace(name: str) -> Answer:
 @blueprint.get("/uplift")
 def uplift() -> Answer:
     """Return what memory changed in the outcome of the caller's episodes; `?limit=` memories of each scope."""
-    episodes = _memory().store.episodes(_visible())
+    episodes = _memory().store.exposures.episodes(_visible())
     return flask.jsonify(report(episodes, limit=_limit())), 200
 
 
@@ -160,7 +160,7 @@ def ready() -> Answer:
     """Write to the database and say so; 503 where that fails."""
     memory = _memory()
     try:
-        memory.store.write(lambda tx: tx.probe()).result(5)
+        memory.store.write(lambda tx: tx.counters.probe()).result(5)
     except (TimeoutError, FutureTimeoutError):
         raise StoreUnavailable("the database did not answer within 5 seconds") from None
     return flask.jsonify({"status": "ready", "encoder": memory.encoder.state}), 200
