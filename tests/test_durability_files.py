@@ -349,7 +349,7 @@ def test_a_file_that_is_opened_again_keeps_its_generation(path: Path) -> None:
         before = memory.store.recall.revision().generation
         path.with_name(path.name + "-wal").unlink()
         teach(memory, "a task of meanwhile", "done")
-        memory.store._writer.distrust()  # type: ignore[attr-defined]
+        memory.store._writer.distrust()  # type: ignore[union-attr]
         teach(memory, "a task of after", "done")
         assert memory.store.recall.revision().generation == before
 

@@ -1,4 +1,4 @@
-"""Looking after the database: verify, backup, forget, reembed."""
+"""Looking after the database: verify, migrate, backup, forget, reembed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from typing import Any
 import click
 
 from optillm_memory.cli import render
-from optillm_memory.cli.common import database, database_file, file_of, opened, printed, progress, settings_for
+from optillm_memory.cli.common import (
+    database,
+    database_file,
+    file_of,
+    opened,
+    printed,
+    progress,
+    refuse_missing,
+    settings_for,
+)
 from optillm_memory.settings import is_url
 
 _DAY_S = 86_400
@@ -41,6 +50,24 @@ def verify(db: str | None, *, deep: bool, mend: bool, as_json: bool) -> None:
         click.echo(json.dumps(shown, indent=2))
     if any(check["level"] == "fail" for check in shown):
         sys.exit(1)
+
+
+@click.command()
+@database
+def migrate(db: str | None, *, as_json: bool) -> None:
+    """Bring the schema of the database up to this release; commands that only look do not."""
+    from optillm_memory.learn.outcomes import normal_answer
+    from optillm_memory.store.opening import open_store
+
+    settings = settings_for(db)
+    refuse_missing(settings)
+    store = open_store(settings.db, queue_size=1, normal=normal_answer)
+    fault = store.fault
+    store.close()
+    if fault:
+        raise click.ClickException(fault)
+    found = {"database": settings.place, "schema": "current"}
+    printed(found, as_json=as_json, text=lambda: render.mapping(found))
 
 
 @click.command()
@@ -125,4 +152,4 @@ def reembed(db: str | None, *, prune: bool, as_json: bool) -> None:
     printed(found, as_json=as_json, text=lambda: render.mapping(found))
 
 
-COMMANDS: tuple[click.Command, ...] = (verify, backup, forget, reembed)
+COMMANDS: tuple[click.Command, ...] = (verify, migrate, backup, forget, reembed)

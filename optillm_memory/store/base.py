@@ -30,7 +30,7 @@ from optillm_memory.store.tables.proposals import ProposalReads, proposal_of
 from optillm_memory.store.tables.steps import steps_of
 from optillm_memory.store.tables.vectors import VectorReads
 from optillm_memory.store.transaction import Transaction
-from optillm_memory.store.writer import Writer
+from optillm_memory.store.writer import ReadOnlyWriter, Writer
 
 T = TypeVar("T")
 
@@ -43,7 +43,13 @@ class Store:
     """
 
     def __init__(
-        self, writer: Writer, readers: Pool, *, dialect: Dialect, search: VectorSearch, location: Location
+        self,
+        writer: Writer | ReadOnlyWriter,
+        readers: Pool,
+        *,
+        dialect: Dialect,
+        search: VectorSearch,
+        location: Location,
     ) -> None:
         """Join the two sides; the writer gives its operations a `Transaction`."""
         self._writer = writer

@@ -31,8 +31,8 @@ _LOOK_AGAIN_S = 10.0  # while another proxy builds, or after a failure
 class HnswSearch:
     """Searches the vectors of one encoder at a time; has their index built where there is none."""
 
-    def __init__(self, url: str, readers: PostgresReaders, start: ThreadStarter) -> None:
-        """Start with no index known; `start` starts the thread that builds one."""
+    def __init__(self, url: str, readers: PostgresReaders, start: ThreadStarter | None) -> None:
+        """Start with no index known; `start` starts the thread that builds one, None builds none."""
         self._url = url
         self._readers = readers
         self._start = start
@@ -74,7 +74,7 @@ class HnswSearch:
         with self._lock:
             if there:
                 self._indexed.add(fingerprint)
-            elif self._look_at.get(fingerprint) != math.inf:
+            elif self._start is not None and self._look_at.get(fingerprint) != math.inf:
                 self._look_at[fingerprint] = math.inf  # a thread is at it
                 self._start("hnsw", partial(self._build_index, fingerprint, dimension))
         return there

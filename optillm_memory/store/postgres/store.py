@@ -13,13 +13,13 @@ from optillm_memory.settings import shown
 from optillm_memory.store.backend import Dialect
 from optillm_memory.store.base import Store
 from optillm_memory.store.postgres.connection import PostgresConnection, PostgresReaders, vector_text
-from optillm_memory.store.postgres.schema import migrate
+from optillm_memory.store.postgres.schema import migrate, refuse_other_schema
 from optillm_memory.store.postgres.search import HnswSearch
 from optillm_memory.store.postgres.server import Server
 from optillm_memory.store.sqlite.connection import DatabaseError
 from optillm_memory.store.tables.words import scoped
 from optillm_memory.store.transaction import Transaction
-from optillm_memory.store.writer import Writer
+from optillm_memory.store.writer import ReadOnlyWriter, Writer, start_thread
 
 # A transaction of the writer in which nothing happens for so long holds up all proxies, and is ended by the server. A
 # fold computes between its statements, so it is no less than anybody waits for a commit.
@@ -30,27 +30,39 @@ class PostgresStore(Store):
     """Reads on any thread, writes through one; the fold of all proxies goes through one at a time."""
 
     def __init__(
-        self, url: str, *, start: ThreadStarter, queue_size: int = 10_000, normal: Callable[[str], str] = normal_answer
+        self,
+        url: str,
+        *,
+        queue_size: int = 10_000,
+        normal: Callable[[str], str] = normal_answer,
+        read_only: bool = False,
+        start: ThreadStarter = start_thread,
     ) -> None:
         """Connect and bring the schema up; `normal` gives the form in which answers are compared.
 
-        `start` starts the thread that builds an index of vectors. Raises StoreTooNew, and StoreUnavailable without
-        psycopg.
+        Raises StoreTooNew, and StoreUnavailable without psycopg. Opened `read_only`, it migrates nothing, builds no
+        index and starts no thread; it raises NotFound where there is no memory, and StoreError for an older schema.
         """
         readers = PostgresReaders(url)
-        writer = PostgresWriter(url, queue_size=queue_size, within=partial(Transaction, dialect=DIALECT, normal=normal))
-        super().__init__(
-            writer, readers, dialect=DIALECT, search=HnswSearch(url, readers, start), location=Server(url, readers)
-        )
+        writer: Writer | ReadOnlyWriter
+        if read_only:
+            writer = ReadOnlyWriter(shown(url))
+            with readers.borrow() as db:
+                refuse_other_schema(db, shown(url))
+        else:
+            within = partial(Transaction, dialect=DIALECT, normal=normal)
+            writer = PostgresWriter(url, queue_size=queue_size, within=within, start=start)
+        search = HnswSearch(url, readers, None if read_only else start)
+        super().__init__(writer, readers, dialect=DIALECT, search=search, location=Server(url, readers))
 
 
 class PostgresWriter(Writer):
     """One connection and one thread that write; other proxies' writers wait for their turn in the database."""
 
-    def __init__(self, url: str, *, queue_size: int, within: Callable[[Any], Any]) -> None:
+    def __init__(self, url: str, *, queue_size: int, within: Callable[[Any], Any], start: ThreadStarter) -> None:
         """Connect and bring the schema up; where that fails for now, each later operation tries again."""
         self._url = url
-        super().__init__(shown(url), queue_size=queue_size, within=within)
+        super().__init__(shown(url), queue_size=queue_size, within=within, start=start)
 
     def _open(self) -> Any:
         try:

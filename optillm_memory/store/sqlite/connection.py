@@ -81,8 +81,8 @@ def _open_writer(path: Path, *, thorough: bool = False) -> Connection:
     _make(path)
     connection = connect(path)
     try:
-        if not (current := _is_current(connection)):
-            _refuse_newer(connection, path)
+        if not (current := is_current(connection)):
+            refuse_newer(connection, path)
         # In a WAL the same as FULL; a rollback journal whose removal is not synced would undo what was acknowledged.
         connection.execute("PRAGMA synchronous=EXTRA")
         connection.execute("PRAGMA cache_size=-65536")  # KiB: what is found by a hash lies anywhere in a large file
@@ -159,7 +159,7 @@ def _check(connection: Connection, *, thorough: bool) -> None:
         raise sqlite3.DatabaseError(f"database disk image is malformed: {found}")
 
 
-def _is_current(connection: Connection) -> bool:
+def is_current(connection: Connection) -> bool:
     """Whether a file has had just the migrations that this release knows."""
     if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = '_sqlite_migrations'").fetchone():
         return False
@@ -167,7 +167,8 @@ def _is_current(connection: Connection) -> bool:
     return len(done) == int(LATEST[1:4]) and (LATEST,) in done
 
 
-def _refuse_newer(connection: Connection, path: Path) -> None:
+def refuse_newer(connection: Connection, path: Path) -> None:
+    """Raise StoreTooNew for a file that has had migrations which this release does not know."""
     from sqlite_utils import Database  # noqa: PLC0415
 
     from optillm_memory.store.sqlite.migrations import newer_than_us  # noqa: PLC0415
@@ -196,9 +197,12 @@ def _migrate(connection: Connection) -> None:
         connection.execute("COMMIT")
 
 
-def connect(path: Path, *, read_only: bool = False) -> Connection:
-    """Return a connection to a file, to write or to read: the one place where that is done."""
-    uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+def connect(path: Path, *, read_only: bool = False, immutable: bool = False) -> Connection:
+    """Return a connection to a file, to write or to read: the one place where that is done.
+
+    `immutable` asks SQLite to make no file beside it and to take no lock: only for a file that nobody writes.
+    """
+    uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}{'&immutable=1' if immutable else ''}"
     connection: Connection = sqlite3.connect(
         uri,
         uri=True,

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from optillm_memory.learn.outcomes import normal_answer
-from optillm_memory.records import Scope
+from optillm_memory.records import Scope, ThreadStarter
 from optillm_memory.store.backend import Dialect
 from optillm_memory.store.base import Store
 from optillm_memory.store.maintenance.shrink import remove_indexes, set_aside_files, shrink
 from optillm_memory.store.sqlite.connection import Connection, OperationalError, Readers
 from optillm_memory.store.sqlite.index_files import IndexFiles, folder_of
+from optillm_memory.store.sqlite.reading import reading
 from optillm_memory.store.sqlite.writer import SqliteWriter
 from optillm_memory.store.tables import words as word_index
 from optillm_memory.store.transaction import Transaction
+from optillm_memory.store.writer import ReadOnlyWriter, start_thread
 
 
 class SqliteStore(Store):
@@ -27,20 +29,32 @@ class SqliteStore(Store):
 
     _readers: Readers
 
-    def __init__(self, path: Path, *, queue_size: int = 10_000, normal: Callable[[str], str] = normal_answer) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        queue_size: int = 10_000,
+        normal: Callable[[str], str] = normal_answer,
+        read_only: bool = False,
+        start: ThreadStarter = start_thread,
+    ) -> None:
         """Open the file, making it where it is missing; `normal` gives the form in which answers are compared.
 
-        Raises StoreTooNew.
+        Raises StoreTooNew. Opened `read_only`, it makes no file, migrates nothing and starts no thread; it raises
+        NotFound where there is no file, and StoreError for one with the schema of an earlier release.
         """
         self.path = path
-        readers = Readers(path)
-        within = partial(Transaction, dialect=DIALECT, normal=normal)
-        writer = SqliteWriter(path, queue_size=queue_size, within=within, alone=readers.away)
-        readers.on_corruption, readers.on_change = writer.distrust, writer.look
-        super().__init__(
-            writer, readers, dialect=DIALECT, search=SearchBeside(path, readers), location=DatabaseFile(path)
-        )
         self._paused = ExitStack()
+        writer: SqliteWriter | ReadOnlyWriter
+        readers = reading(path) if read_only else Readers(path)
+        if read_only:
+            writer = ReadOnlyWriter(str(path))
+        else:
+            within = partial(Transaction, dialect=DIALECT, normal=normal)
+            writer = SqliteWriter(path, queue_size=queue_size, within=within, alone=readers.away, start=start)
+            readers.on_corruption, readers.on_change = writer.distrust, writer.look
+        search = SearchBeside(path, readers, read_only=read_only)
+        super().__init__(writer, readers, dialect=DIALECT, search=search, location=DatabaseFile(path))
 
     def pause(self, timeout_s: float) -> bool:
         """Start nothing until `resume`, and read nothing; return whether no commit is under way any more."""
@@ -101,13 +115,14 @@ class SearchBeside:
 
     path: Path
     readers: Readers
+    read_only: bool
 
     def nearest(self, scope: Scope, fingerprint: str, query: Any, count: int) -> list[tuple[int, float]] | None:
         """Return None: recall searches the vectors itself."""
 
     def index_files(self) -> IndexFiles:
         """Return where the vectors of large scopes lie."""
-        return IndexFiles(folder_of(self.path))
+        return IndexFiles(folder_of(self.path), read_only=self.read_only)
 
     def read_ahead(self) -> Iterator[None]:
         """Read once in order, piece by piece, the pages that recall reads here and there."""

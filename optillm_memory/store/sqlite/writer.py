@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from optillm_memory.errors import StoreUnavailable
+from optillm_memory.records import ThreadStarter
 from optillm_memory.store.sqlite.connection import (
     Connection,
     DatabaseError,
@@ -24,7 +25,7 @@ from optillm_memory.store.sqlite.connection import (
     set_aside,
 )
 from optillm_memory.store.sqlite.turnstile import Turnstile
-from optillm_memory.store.writer import Writer
+from optillm_memory.store.writer import Writer, start_thread
 
 logger = logging.getLogger(__name__)
 _CHECKPOINT_EVERY = 4_096  # operations
@@ -40,10 +41,11 @@ class SqliteWriter(Writer):
         queue_size: int,
         within: Callable[[Connection], Any] = lambda connection: connection,
         alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+        start: ThreadStarter = start_thread,
     ) -> None:
         """Open the file, making it where it is missing; `within` makes what operations are given.
 
-        `alone` keeps all other connections of this process away while the file is opened.
+        `alone` keeps all other connections of this process away while the file is opened. `start` starts threads.
         """
         self.path = path
         self._identity: Identity = identity(path)
@@ -51,8 +53,8 @@ class SqliteWriter(Writer):
         self._vouched = False  # the file was checked throughout, and nothing was written since
         self._suspect = threading.Event()
         self._since_checkpoint = 0
-        self._turnstile = Turnstile(path.with_name(path.name + "-turnstile"))
-        super().__init__(str(path), queue_size=queue_size, within=within)
+        self._turnstile = Turnstile(path.with_name(path.name + "-turnstile"), start)
+        super().__init__(str(path), queue_size=queue_size, within=within, start=start)
 
     def distrust(self) -> None:
         """Check the file before the next commit: a reader found it broken, which our own cached pages may hide."""

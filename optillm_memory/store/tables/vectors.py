@@ -11,7 +11,8 @@ from pathlib import Path
 
 from optillm_memory.conversation.parse import key_of
 from optillm_memory.store.backend import Dialect, Pool
-from optillm_memory.store.sqlite.connection import Connection, Readers, marks
+from optillm_memory.store.sqlite.connection import Connection, marks
+from optillm_memory.store.sqlite.reading import UntouchedReaders
 
 SEARCHED = "kind = 'exemplar' AND status = 'verified'"
 # Numbers examined in one statement: some milliseconds, so that no reader holds on to an old state for long.
@@ -110,7 +111,7 @@ class VectorReads:
 
 def coverage_in(path: Path) -> tuple[int, dict[str, int]]:
     """Return the coverage of a database file. Raises StoreError."""
-    with contextlib.closing(Readers(path, 1)) as readers, readers.borrow() as db:
+    with contextlib.closing(UntouchedReaders(path)) as readers, readers.borrow() as db:
         return coverage_of(db)
 
 
