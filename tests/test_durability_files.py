@@ -284,7 +284,7 @@ def asked_otherwise(memory: Memory) -> list[int]:
 def verdicts(memory: Memory) -> list[int]:
     """Return the verdicts of all labels that the gate has."""
     memory.settle()
-    gate = memory._reuser._gate(SCOPE, memory.store.recall.revision(SCOPE))
+    gate = memory._reuse._gate(SCOPE, memory.store.recall.revision(SCOPE))
     return [verdict for _, verdict in gate.books.get("", Book()).rows]
 
 

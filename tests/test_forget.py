@@ -258,13 +258,13 @@ def test_what_others_said_of_a_forgotten_memory_counts_when_it_is_learned_again(
     assert tell(memory, failed, value=False).status == "applied"
     forget(memory.store, Selection(trace_id=taught.trace_id))
     assert known.memory_id not in {m.memory_id for m in memory.store.list_memories(None)}
-    assert memory.store.forgetting.gone([known.memory_id]) == {known.memory_id}
+    assert memory.store.episodes.forgotten([known.memory_id]) == {known.memory_id}
     assert same_as_rebuilt(memory)
     for _ in range(2):
         teach(memory, "what is the codename?", SECRET)
     (again,) = [m for m in memory.store.list_memories(None) if m.answer == SECRET]
     assert (again.memory_id, again.successes, again.failures) == (known.memory_id, 2, 1)
-    assert memory.store.forgetting.gone([known.memory_id]) == set()
+    assert memory.store.episodes.forgotten([known.memory_id]) == set()
     assert same_as_rebuilt(memory)
 
 

@@ -195,7 +195,7 @@ def test_one_place_fails_open() -> None:
     rooms = {name for name in broad if name.split("/")[0] not in ("cli", "bench", "testing", "demo")}
     handed_on = {
         "host/doctor.py", "host/hooks.py", "adapters/pytest_plugin.py", "recall/openvino.py",
-        "background/encoder_service.py", "background/maintenance.py", "background/worker.py", "request/reuse.py",
+        "background/encoder_service.py", "background/maintenance.py", "background/worker.py", "background/threads.py",
         "store/writer.py", "learn/forms.py",
     }  # fmt: skip
     assert rooms <= {"host/failopen.py", *handed_on}

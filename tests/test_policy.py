@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from optillm_memory.background.threads import start_thread
 from optillm_memory.decide.clusters import LIMIT, NOWHERE, Clusters
 from optillm_memory.decide.policy import AUDITIONED, Chosen, Known, Policy, Situation, Terms
 from optillm_memory.decide.policy_updater import PolicyUpdater, Row
@@ -269,7 +270,7 @@ def rows_of(learner: PolicyUpdater, count: int, first: int = 0) -> list[Row]:
 
 def test_the_learner_takes_rows_once() -> None:
     """A row that comes again with its reward is the same row; tokens become cost at the arm's price."""
-    learner = PolicyUpdater((LARGE, SMALL), Terms())
+    learner = PolicyUpdater((LARGE, SMALL), Terms(), start_thread)
     rows = rows_of(learner, 40)
     silent = [Row(r.trace_id, r.chosen, None, r.tokens, r.latency_ms) for r in rows]
     learner.take(learner.since, 1, silent)
@@ -280,12 +281,12 @@ def test_the_learner_takes_rows_once() -> None:
     assert beliefs[SMALL.name]["told"] == pytest.approx(20, abs=0.2)
     assert beliefs[SMALL.name]["cost"] == pytest.approx(0.1)
     assert beliefs[LARGE.name]["latency"] == pytest.approx(0.5)
-    assert learner.examples() == {NOWHERE: rows[-1].trace_id}
+    assert learner.report()[1] == {NOWHERE: rows[-1].trace_id}
 
 
 def test_the_learner_takes_no_batch_that_another_overtook() -> None:
     """Read before a reward came but taken after it, a batch would undo what nobody tells of again."""
-    learner = PolicyUpdater((LARGE, SMALL), Terms())
+    learner = PolicyUpdater((LARGE, SMALL), Terms(), start_thread)
     rows = rows_of(learner, 40)
     assert learner.take(-1, 12, rows)
     assert not learner.take(-1, 11, [replace(row, reward=None) for row in rows])
@@ -295,12 +296,12 @@ def test_the_learner_takes_no_batch_that_another_overtook() -> None:
 
 def test_many_rows_that_come_later_are_folded_into_what_is_there() -> None:
     """Another process may bring thousands at once: what was learned before still counts."""
-    learner = PolicyUpdater((LARGE, SMALL), Terms())
+    learner = PolicyUpdater((LARGE, SMALL), Terms(), start_thread)
     learner.take(learner.since, 1, rows_of(learner, 40))
     learner.take(learner.since, 2, rows_of(learner, 3000, first=40))
     learner.wait(30)
     assert learner.policy.count == 3040
-    whole = PolicyUpdater((LARGE, SMALL), Terms())
+    whole = PolicyUpdater((LARGE, SMALL), Terms(), start_thread)
     whole.take(whole.since, 2, rows_of(whole, 3040))
     whole.wait(30)
     assert learner.policy.beliefs() == whole.policy.beliefs()
@@ -308,7 +309,7 @@ def test_many_rows_that_come_later_are_folded_into_what_is_there() -> None:
 
 def test_many_rows_are_folded_behind() -> None:
     """A log of thousands of choices does not hold a request up, and is there soon after."""
-    learner = PolicyUpdater((LARGE, SMALL), Terms())
+    learner = PolicyUpdater((LARGE, SMALL), Terms(), start_thread)
     learner.take(learner.since, 1, rows_of(learner, 3000))
     assert learner.busy or learner.policy.count == 3000
     learner.wait(30)
@@ -321,7 +322,7 @@ def test_many_rows_are_folded_behind() -> None:
 
 def test_requests_that_are_not_recorded_explore_nothing() -> None:
     """Nothing is learned from them, so nothing is risked for it; what is recorded is charged at once."""
-    learner = PolicyUpdater((LARGE, SMALL, HEAVY), Terms())
+    learner = PolicyUpdater((LARGE, SMALL, HEAVY), Terms(), start_thread)
     taught(learner.policy, {LARGE.name: 0.6, SMALL.name: 0.55, HEAVY.name: 0.5}, 40)
     names = {arm.name for arm in learner.policy.arms}
     assert learner.choose("a", ANYTHING, 0.0, names, recorded=False).stake == 0

@@ -12,6 +12,7 @@ from optillm_memory.conversation.options import Options
 from optillm_memory.decide.policy_updater import Row
 from optillm_memory.memory import Memory
 from optillm_memory.records import Arm, Scope
+from optillm_memory.request.deadline import Deadline
 from optillm_memory.request.route import can_answer, chance, length_of
 from optillm_memory.request.turn import Turn
 
@@ -195,7 +196,7 @@ def test_rebuild_leaves_nothing_that_the_log_does_not_say(memory: Memory) -> Non
 def test_approaches_are_given_words_alone(extra: dict[str, Any], able: bool) -> None:
     """An approach gets what it can carry; a plain call gets all; what the host does not have is never chosen."""
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **extra}
-    turn = Turn.plain(body, tenant="t", options=Options(), approach="none", now=0.0)
+    turn = Turn.plain(body, tenant="t", options=Options(), approach="none", now=0.0, deadline=Deadline())
     assert can_answer(WORDS, turn, None) == can_answer(WORDS, turn, {"moa"}) == able
     assert can_answer(PLAIN, turn, set())
     assert not can_answer(WORDS, turn, {"bon"})

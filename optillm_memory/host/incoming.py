@@ -14,8 +14,7 @@ import flask
 from optillm_memory.conversation.options import FIELD, Options, identified, parse_options
 from optillm_memory.errors import InvalidField
 from optillm_memory.host.runtime import runtime
-from optillm_memory.memory import OPERATOR
-from optillm_memory.records import Scope
+from optillm_memory.records import OPERATOR, Scope, Tenant
 
 SLUG = "agent_memory"
 ANONYMOUS = "anonymous"
@@ -105,7 +104,7 @@ def tenant_of_key(key: str) -> str:
     return f"key-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}" if key else ANONYMOUS
 
 
-def caller_of(request: flask.Request, host: Any) -> str:
+def caller_of(request: flask.Request, host: Any) -> Tenant:
     """Return the tenant that a caller of our routes may look at: its own, or all for the operator.
 
     The operator is who asks without a key, from this machine, a host that listens on this machine alone and asks

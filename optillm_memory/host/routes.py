@@ -14,8 +14,8 @@ from optillm_memory.host.incoming import ANONYMOUS, caller_of, scope_of
 from optillm_memory.host.runtime import runtime
 from optillm_memory.host.server import host
 from optillm_memory.learn.uplift import report
-from optillm_memory.memory import OPERATOR, Memory
-from optillm_memory.records import Hit, MemoryRecord
+from optillm_memory.memory import Memory
+from optillm_memory.records import OPERATOR, Hit, MemoryRecord, Tenant
 from optillm_memory.store.maintenance.selection import Selection
 
 FEEDBACK_BYTES = 1_000_000
@@ -59,7 +59,7 @@ def feedback() -> Answer:
     if payload is None:
         raise InvalidField("feedback", "must be a JSON object or a list of objects")
     tenant = caller_of(request, host())
-    scope = scope_of(request, ANONYMOUS if tenant == OPERATOR else tenant)
+    scope = scope_of(request, tenant or ANONYMOUS)
     named = tenant != OPERATOR or any(k.lower().startswith("x-agent-memory-") for k in dict(request.headers))
     try:
         receipts = _memory().feedback(payload, tenant=tenant, scope=scope if named else None)
@@ -96,7 +96,7 @@ def memories() -> Answer:
         data = [shown(m) for m in memory.store.list_memories(_visible(), limit=_limit())]
     else:
         tenant = caller_of(flask.request, host())
-        scope = scope_of(flask.request, ANONYMOUS if tenant == OPERATOR else tenant)
+        scope = scope_of(flask.request, tenant or ANONYMOUS)
         data = [shown_hit(hit) for hit in memory.recall(query, scope=scope, limit=_limit())]
     return flask.jsonify({"object": "list", "data": data}), 200
 
@@ -137,7 +137,7 @@ def uplift() -> Answer:
 def policy() -> Answer:
     """Return the arms of approach `auto` and what is believed of them in the caller's scope."""
     tenant = caller_of(flask.request, host())
-    scope = scope_of(flask.request, ANONYMOUS if tenant == OPERATOR else tenant)
+    scope = scope_of(flask.request, tenant or ANONYMOUS)
     return flask.jsonify(_memory().policy(scope)), 200
 
 
@@ -187,9 +187,8 @@ def _memory() -> Memory:
     return memory
 
 
-def _visible() -> str | None:
-    tenant = caller_of(flask.request, host())
-    return None if tenant == OPERATOR else tenant
+def _visible() -> Tenant:
+    return caller_of(flask.request, host())
 
 
 def _limit() -> int:

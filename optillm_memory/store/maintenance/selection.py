@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,7 +10,6 @@ from optillm_memory.errors import InvalidField
 from optillm_memory.records import Scope
 from optillm_memory.store.backend import Pool
 from optillm_memory.store.maintenance.forget import UNFINISHED
-from optillm_memory.store.tables.forgotten import gone_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +137,6 @@ class ForgettingReads:
                 values,
             ).fetchall()
         return [Scope(*row) for row in found]
-
-    def gone(self, memory_ids: Iterable[str]) -> set[str]:
-        """Return those of the memories that were forgotten: no copy of them may be used."""
-        if not (named := set(memory_ids)):
-            return named
-        with self.readers.borrow() as db:
-            return gone_of(db, named)
 
 
 _RESTS_ON = """traces.trace_id IN (SELECT trace_id FROM contributions JOIN memories USING (number)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from optillm_memory.conversation.episodes import Candidate, forks_of, root_of
@@ -89,13 +89,16 @@ class EpisodeReads:
             for anchor, position, form, payload, items in found
         ]
 
+    def forgotten(self, memory_ids: Iterable[str]) -> set[str]:
+        """Return those of the memories that were forgotten: no copy of them may be used."""
+        if not (named := set(memory_ids)):
+            return named
+        with self.readers.borrow() as db:
+            return gone_of(db, named)
+
     def unforgotten(self, placements: Sequence[Placement]) -> list[Placement]:
         """Return these placements without those of memories that were forgotten since."""
-        named = {item.memory_id for placement in placements for item in placement.items}
-        if not named:
-            return list(placements)
-        with self.readers.borrow() as db:
-            gone = gone_of(db, named)
+        gone = self.forgotten(item.memory_id for placement in placements for item in placement.items)
         return [p for p in placements if not any(item.memory_id in gone for item in p.items)]
 
 
