@@ -61,13 +61,21 @@ class Memory:
         *,
         encoder: Callable[[], Encoder | None] | None = None,
         clock: Callable[[], float] = time.time,
+        read_only: bool = False,
     ) -> None:
-        """Open the database and start to load the encoder in the background. Raises StoreTooNew."""
+        """Open the database and start to load the encoder in the background. Raises StoreTooNew.
+
+        Opened `read_only` nothing is created, migrated or written and no thread is started, but for the encoder's when
+        it is first needed; raises NotFound where there is no memory.
+        """
         self.settings = settings = settings or Settings.from_env()
         self._clock = clock
         normal = form_named(settings.answer_form)
-        self.store = store = open_store(settings.db, queue_size=settings.queue_size, normal=normal, start=start_thread)
-        self.encoder = EncoderService(encoder or (lambda: load_encoder(settings.encoder)), before=warm)
+        self.store = store = open_store(
+            settings.db, queue_size=settings.queue_size, normal=normal, read_only=read_only, start=start_thread
+        )
+        load = encoder or (lambda: load_encoder(settings.encoder))
+        self.encoder = EncoderService(load, before=warm, lazy=read_only)
         salt = functools.cache(store.salt)
         self._retriever = Retriever(store.recall, store.index_files())
         self._locator = Locator(store.episodes, clock)
@@ -82,11 +90,14 @@ class Memory:
         )  # fmt: skip
         self._recorder = Recorder(store, settings, self.encoder, self._locator, self._maintenance, clock)
         self._shadow = Shadow(self._reuse, self._recorder)
+        self._read_only = read_only
+        if not read_only:
+            self._maintenance.start()
 
     @classmethod
-    def open(cls, path: str | Path, **settings: Any) -> Memory:
+    def open(cls, path: str | Path, *, read_only: bool = False, **settings: Any) -> Memory:
         """Open a database file with settings by keyword."""
-        return cls(Settings.from_env(**{"db": str(path), **settings}))
+        return cls(Settings.from_env(**{"db": str(path), **settings}), read_only=read_only)
 
     def settle(self) -> None:
         """Wait until every finished request is in the log, with what memory would have answered."""
@@ -166,7 +177,12 @@ class Memory:
         return self._locator.refuse(turn)
 
     def finish(self, turn: Turn, response: Mapping[str, Any] | None, *, error: str | None = None) -> None:
-        """Record the request with its response, or the error it ended in, in the background."""
+        """Record the request with its response, or the error it ended in, in the background.
+
+        Raises StoreUnavailable where memory was opened read-only.
+        """
+        if self._read_only and turn.options.writes:
+            raise StoreUnavailable(f"{self.settings.place} was opened read-only")
         self._recorder.finish(turn, response, error)
         self._shadow.submit(turn)
 

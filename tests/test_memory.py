@@ -301,6 +301,41 @@ def test_conversations_of_one_episode_keep_their_own_insertions(tmp_path: Path, 
     memory.close()
 
 
+# -- read-only -------------------------------------------------------------------------------------
+
+
+def test_read_only_means_read_only(tmp_path: Path) -> None:
+    """What is opened to look at is neither created nor changed, and starts no thread until the encoder is needed."""
+    with pytest.raises(NotFound):
+        Memory.open(tmp_path / "memory.db", read_only=True)
+    assert list(tmp_path.iterdir()) == []
+    with hashing_memory(tmp_path) as memory:
+        turn = teach(memory, TASK, ANSWER)
+        assert until(lambda: memory.stats()["memories_without_vector"] == 0)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    threads = set(threading.enumerate())
+    with Memory(settings(tmp_path, encoder="hashing"), read_only=True) as memory:
+        assert memory.trace(turn.trace_id)["answer"] == ANSWER
+        assert [m.answer for m in memory.memories()] == [t["answer"] for t in memory.traces()] == [ANSWER]
+        assert memory.uplift()["object"] == "uplift"
+        assert set(threading.enumerate()) == threads
+        assert memory.encoder.wait(10) == "ready"
+        assert [hit.cosine for hit in memory.recall(TASK)] == [pytest.approx(1.0, abs=1e-5)]
+        helped = memory.begin(body(TASK))
+        assert helped.action == "inject"
+        for writes in (
+            lambda: memory.finish(helped, response("done")),
+            lambda: tell(memory, turn),
+            memory.rebuild,
+            memory.probe,
+            lambda: memory.forget(Selection(trace_id=turn.trace_id)),
+        ):
+            with pytest.raises(StoreUnavailable, match="read-only"):
+                writes()
+        memory.finish(memory.begin(body(TASK), options=READ), response("done"))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 # -- holdout ---------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from optillm_memory.decide.gate import Gate, Label
 from optillm_memory.decide.gate_updater import Change, GateUpdater
 from optillm_memory.errors import InvalidField
 from optillm_memory.learn.forms import form_named
+from optillm_memory.request import reuse
 
 REUSE = {"agent_memory": {"reuse": {"max_error": 0.05}}}
 TASK = "Which port does the metrics exporter listen on?"
@@ -269,6 +270,29 @@ def test_a_request_that_reads_slowly_undoes_no_label(tmp_path: Path, monkeypatch
         memory.begin(wanting("a request that is slow"))
         gate = memory._reuse._gate(SCOPE, memory.store.recall.revision(SCOPE))
         assert [verdict for _, verdict in gate.books[""].rows].count(WRONG) == 1
+
+
+def test_no_other_request_takes_a_neighbour_that_disagrees_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one request looks at its neighbours another empties the cache: the one that disagrees still counts."""
+    monkeypatch.setattr("optillm_memory.request.reuse.NEAREST", 3)
+    monkeypatch.setattr("optillm_memory.request.reuse._EXEMPLARS_KEPT", 0)
+    with hashing_memory(tmp_path) as memory:
+        for number in range(4):
+            teach(memory, f"what is the capital of country number {number}", f"city {number}")
+        teach(memory, TASK, ANSWER)
+        teach(memory, TASK, "Port 9500.")
+        look = reuse._answers
+
+        def while_another_asks(*given: Any) -> bool:
+            monkeypatch.setattr(reuse, "_answers", look)
+            memory.begin(wanting("what is the capital of country number 7"))
+            return look(*given)
+
+        monkeypatch.setattr(reuse, "_answers", while_another_asks)
+        assert reason(memory.begin(wanting())) == "conflict"
+        assert reuse._answers is look
 
 
 LABELS = st.lists(

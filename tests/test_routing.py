@@ -131,6 +131,23 @@ def test_a_request_that_reads_slowly_undoes_no_reward(memory: Memory, monkeypatc
     assert memory.policy()["all"][turn.arm]["told"] == pytest.approx(1, abs=0.01)
 
 
+def test_a_report_is_of_one_moment(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is learned while a report is made is in all of it, or in none of it."""
+    turn = ask(memory, "sort the list of numbers")
+    memory.settle()
+    read = memory.store.decisions.task_of
+
+    def while_another_asks(scope: Scope, trace_id: str) -> str:
+        monkeypatch.undo()
+        tell(memory, True, trace_id=turn.trace_id)
+        memory.policy()
+        return read(scope, trace_id)
+
+    monkeypatch.setattr(memory.store, "task_of", while_another_asks)
+    report = memory.policy()
+    assert report["clusters"][0]["arms"][turn.arm]["told"] == report["all"][turn.arm]["told"] == 0
+
+
 def test_beliefs_stay_in_their_scope(memory: Memory) -> None:
     """What one scope's arms earned says nothing to another."""
     turn = ask(memory, "mine", namespace="mine")

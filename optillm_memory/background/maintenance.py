@@ -32,7 +32,7 @@ class Maintenance:
     """Two threads: one fills in missing vectors, woken when something was learned; one deletes what is to go."""
 
     def __init__(self, store: Store, encoder: EncoderService, settings: Settings) -> None:
-        """Start the threads; the settings say how much is kept."""
+        """Join what `start` needs; the settings say how much is kept."""
         self._store = store
         self._encoder = encoder
         self._limits = Limits(settings.retention_days, settings.max_traces, settings.max_bytes)
@@ -41,10 +41,12 @@ class Maintenance:
         self._caught_up = False  # every memory has its vector, but for what was learned this moment
         self._arrived: set[str] = set()  # keys of vectors that came with requests before that
         self._lock = threading.Lock()
-        self._threads = [
-            start_thread("agent-memory-vectors", self._fill),
-            start_thread("agent-memory-retention", self._delete),
-        ]
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start the threads."""
+        self._threads.append(start_thread("agent-memory-vectors", self._fill))
+        self._threads.append(start_thread("agent-memory-retention", self._delete))
 
     def wake(self) -> None:
         """Look for memories without a vector."""

@@ -29,7 +29,7 @@ _BEHIND_S = 0.02
 
 def start_thread(name: str, work: Callable[[], None]) -> threading.Thread:
     """Start a daemon thread: for a store that is opened without a Memory, which brings its own way of doing so."""
-    thread = threading.Thread(target=work, name=f"agent-memory-{name}", daemon=True)
+    thread = threading.Thread(target=work, name=name, daemon=True)
     thread.start()
     return thread
 
@@ -79,7 +79,7 @@ class Writer:
             raise
         except StoreUnavailable as error:
             self._note(error)
-        self._thread = start("writer", self._run)
+        self._thread = start("agent-memory-writer", self._run)
 
     # -- what a database brings --------------------------------------------------------------------
 
@@ -91,8 +91,8 @@ class Writer:
         """Whether the connection still leads to where what is written should go; drops one that does not."""
         raise NotImplementedError
 
-    def _written(self, operations: int) -> None:
-        """Take note that a commit of so many operations went well."""
+    def _written(self) -> None:
+        """Take note that a commit went well."""
 
     def _tidy(self) -> None:
         """Do what is to be done now and then while the turn is still ours, and nobody waits for us."""
@@ -209,7 +209,7 @@ class Writer:
                     future.set_exception(fault)
             return [item for item in batch if item[1] is None]
         self.fault, self._passes = "", False
-        self._written(len(batch))
+        self._written()
         for (_, future), result in zip(batch, results, strict=True):
             if future is None and isinstance(result, Exception):
                 self.lost += 1

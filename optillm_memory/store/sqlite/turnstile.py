@@ -70,7 +70,7 @@ class Turnstile:
                 # Nothing can be waited for with a limit but by another thread; it goes on waiting when we do not.
                 self._waiting = True
                 self._turn.clear()
-                self._start("turnstile", self._wait)
+                self._start("agent-memory-turnstile", self._wait)
         self._turn.wait(_AGAIN_S if before else PATIENCE_S)
         with self._lock:
             self._wanted = False
