@@ -143,7 +143,7 @@ def test_a_report_is_of_one_moment(memory: Memory, monkeypatch: pytest.MonkeyPat
         memory.policy()
         return read(scope, trace_id)
 
-    monkeypatch.setattr(memory.store, "task_of", while_another_asks)
+    monkeypatch.setattr(memory.store.decisions, "task_of", while_another_asks)
     report = memory.policy()
     assert report["clusters"][0]["arms"][turn.arm]["told"] == report["all"][turn.arm]["told"] == 0
 

@@ -88,7 +88,7 @@ class Store:
 
     def close(self) -> None:
         """Write what is queued and close."""
-        self._readers.close()  # before the last that writes: it leaves no WAL behind
+        self._readers.close()  # before the writer: the last connection to close removes the WAL
         self._writer.close()
         self._readers.close()
 

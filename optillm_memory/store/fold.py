@@ -96,8 +96,8 @@ def steps_arrived(tx: Transaction, trace: Trace, fresh: Sequence[Step], *, recei
     acted: dict[str, None] = {}
     for attempt in relearn_steps(tx, trace.scope, trace.episode_id):
         if attempt.step_id in new and attempt.verdict != "unknown" and attempt.trace_id != trace.trace_id:
-            said = inferred(trace.scope, trace.episode_id, attempt, trace.created_at)
-            tx.feedback.add(trace.scope.tenant, None, said, received_at)
+            feedback = inferred(trace.scope, trace.episode_id, attempt, trace.created_at)
+            tx.feedback.add(trace.scope.tenant, None, feedback, received_at)
             acted[attempt.trace_id] = None
     relearn(tx, acted)
 
@@ -127,7 +127,7 @@ def trace_arrived(tx: Transaction, trace: Trace) -> None:
         relearn(tx, [trace.trace_id])
     if own or of_episode:
         relearn_steps(tx, trace.scope, trace.episode_id)
-    else:  # its episode may have an outcome already, and what memory said here comes first
+    else:  # its episode may have an outcome already, and this trace may be the first where memory had an answer
         weigh(tx, trace.scope, trace.episode_id)
 
 
@@ -141,9 +141,9 @@ def proposal_arrived(tx: Transaction, trace: Trace) -> None:
 def feedback_arrived(
     tx: Transaction, tenant: str, scope: Scope | None, feedback: Feedback, *, received_at: float
 ) -> FeedbackReceipt:
-    """Append feedback and fold what it speaks of. The empty tenant is the operator at the machine.
+    """Append feedback and fold the traces that it is on. The empty tenant is the operator.
 
-    Raises InvalidField where an episode's name stands for several scopes and none was said.
+    Raises InvalidField where several scopes have an episode of this name and the sender named none.
     """
     if feedback.value is None and not tenant:
         tenant = tx.feedback.tenant_of(feedback.feedback_id) or tenant
@@ -153,7 +153,7 @@ def feedback_arrived(
     scope_id = _episode_scope(tx, tenant, scope, feedback.episode_id) if feedback.episode_id else None
     settled = tx.feedback.add(tenant, scope_id, feedback, received_at)
     if trace is not None and settled is None and tenant in ("", trace.scope.tenant):
-        # The usual case, and what the log would be asked for is known: this alone is said of the trace.
+        # The usual case, and no query is needed: this is the only feedback on the trace.
         tx.exemplars.put(trace, learn(trace, [feedback], (), closing=None), untouched=True)
         if feedback.metric == "demonstration":
             relearn_steps(tx, trace.scope, trace.episode_id)

@@ -1,4 +1,4 @@
-"""Forgetting: traces are deleted with everything that was derived, copied or said of them; the rest is folded again."""
+"""Deleting rows: traces with all that was derived and copied from them and their feedback; the rest is folded again."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def delete_traces(tx: Transaction, trace_ids: Sequence[str], now: float) -> int:
         _delete(tx, table, *_in("trace_id", [t.trace_id for t in traces]))
     for key in episodes:
         emptied = not tx.traces.of_episode(*key)
-        if emptied or key in closed:  # what was said of the whole spoke of its end: it fits no other trace
+        if emptied or key in closed:  # feedback on the whole was on its last trace: it fits no other
             _delete_episode_feedback(tx, *key)
         if emptied:
             for table in _BY_EPISODE:
@@ -152,11 +152,11 @@ def _named_by(tx: Transaction, traces: Sequence[Trace]) -> list[str]:
     ).fetchall()
     named = {row[0] for row in found}
     for trace in traces:  # feedback that was retracted has left no trace but itself
-        said = tx.db.execute(
+        demonstrations = tx.db.execute(
             "SELECT value FROM feedback WHERE metric = 'demonstration' AND (trace_id = ? OR episode_id = ?)",
             (trace.trace_id, trace.episode_id),
         ).fetchall()
-        answers = [trace.answer, *(json.loads(row[0]) for row in said)]
+        answers = [trace.answer, *(json.loads(row[0]) for row in demonstrations)]
         named |= {exemplar_id(trace.scope, trace.frame, trace.task, a) for a in answers if isinstance(a, str)}
     return sorted(named)
 
@@ -194,8 +194,8 @@ def _delete_steps(tx: Transaction, trace_ids: Sequence[str]) -> list[tuple[Scope
     errors: dict[int, set[str]] = {}
     for *_, episode_id, step_id, scope_id in found:
         key = (scope_id, episode_id, step_id)
-        said = tx.db.execute(f"SELECT message FROM attempts WHERE {_STEP} AND verdict = 'failure'", key)
-        errors.setdefault(scope_id, set()).update(row[0] for row in said.fetchall())
+        failed = tx.db.execute(f"SELECT message FROM attempts WHERE {_STEP} AND verdict = 'failure'", key)
+        errors.setdefault(scope_id, set()).update(row[0] for row in failed.fetchall())
         for table in ("steps", "attempts"):
             _delete(tx, table, _STEP, key)
     for scope_id, messages in errors.items():
@@ -255,7 +255,7 @@ def _fold(tx: Transaction, episodes: Iterable[tuple[Scope, str]]) -> None:
 
 
 def _scrub(tx: Transaction, memory_ids: Sequence[str], now: float) -> None:
-    """Empty the memories among these that nothing stands for any more, and note that they are gone.
+    """Empty the memories among these that no evidence is left for, and note that they are gone.
 
     A row that others' traces still say something of keeps its id: should it be learned again, that counts.
     """
@@ -301,7 +301,7 @@ _EMPTY_SCOPE = f"""
                     AND status NOT IN {NO_MEMORY})
     AND id NOT IN (SELECT scope_id FROM feedback WHERE scope_id IS NOT NULL)"""
 _STANDING = "status IN ('verified', 'quarantined', 'retired')"
-_ENOUGH = 10  # successes without a failure: a memory stands on the latest as well
+_ENOUGH = 10  # successes without a failure: a memory then rests on the latest alone
 _HERE = "traces.scope_id = ? AND traces.episode_id = ?"
 # What an episode is worth: 3 a memory rests on it, 2 it counts in the gate, the policy, the uplift or a memory's value,
 # 1 its outcome is known, 0 nothing is known of it; and when it ended.

@@ -65,8 +65,8 @@ class Selection:
 
 
 def _joined(parts: Sequence[tuple[str, Any]]) -> tuple[str, list[Any]]:
-    given = [(text, value) for text, value in parts if value is not None]
-    return " AND ".join(text for text, _ in given), [value for _, value in given]
+    named = [(text, value) for text, value in parts if value is not None]
+    return " AND ".join(text for text, _ in named), [value for _, value in named]
 
 
 @dataclass
@@ -109,14 +109,10 @@ class ForgettingReads:
         condition, values = selection.traces()
         waiting = selection.waiting()
         with self.readers.borrow() as db:
-            traces, scopes = db.execute(
-                "SELECT count(*), count(DISTINCT scope_id) FROM traces JOIN scopes ON scopes.id = scope_id "
-                f"WHERE {condition}",
-                values,
-            ).fetchone()
-            (episodes,) = db.execute(
-                "SELECT count(*) FROM (SELECT DISTINCT scope_id, traces.episode_id FROM traces "
-                f"JOIN scopes ON scopes.id = scope_id WHERE {condition}) AS episodes",
+            traces, episodes, scopes = db.execute(
+                "SELECT coalesce(sum(traces), 0), count(*), count(DISTINCT scope_id) FROM ("
+                "SELECT scope_id, count(*) AS traces FROM traces JOIN scopes ON scopes.id = scope_id "
+                f"WHERE {condition} GROUP BY scope_id, traces.episode_id) AS episodes",
                 values,
             ).fetchone()
             pending = db.execute(f"SELECT count(*) FROM feedback WHERE {waiting[0]}", waiting[1]) if waiting else None

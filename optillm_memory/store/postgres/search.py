@@ -22,8 +22,8 @@ from optillm_memory.store.tables import scopes
 
 logger = logging.getLogger(__name__)
 _SEARCHED = 100  # candidates that the index keeps while it searches (pgvector's hnsw.ef_search)
-# Whoever builds an index of vectors, or writes them anew, holds this; it is asked for, and never waited for inside a
-# statement: that holds a snapshot, and an index that is built concurrently waits for all snapshots of others.
+# Held while an index of vectors is built and while the vectors are rewritten. It is only tried, never waited for inside
+# a statement: that would hold a snapshot, and an index that is built concurrently waits for all other snapshots.
 BUILDERS_LOCK = 0x6F70746D656E
 _LOOK_AGAIN_S = 10.0  # while another proxy builds, or after a failure
 
@@ -75,7 +75,7 @@ class HnswSearch:
             if there:
                 self._indexed.add(fingerprint)
             elif self._start is not None and self._look_at.get(fingerprint) != math.inf:
-                self._look_at[fingerprint] = math.inf  # a thread is at it
+                self._look_at[fingerprint] = math.inf  # a thread builds it
                 self._start("agent-memory-hnsw", partial(self._build_index, fingerprint, dimension))
         return there
 
@@ -94,7 +94,7 @@ class HnswSearch:
 
 
 def _indexed(connection: PostgresConnection, fingerprint: str, dimension: int) -> bool:
-    """Whether the vectors of an encoder have their index now; builds it, unless another proxy is at it."""
+    """Whether the vectors of an encoder have their index now; builds it, unless another proxy does."""
     name = _index_name(fingerprint)
     if _is_valid(connection, name):
         return True

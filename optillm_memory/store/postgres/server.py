@@ -15,7 +15,7 @@ from optillm_memory.store.postgres.search import UNCOUNTED, may_build
 from optillm_memory.store.sqlite.connection import DatabaseError
 
 _WEIGHED_S, _SAMPLED = 60.0, 5_000  # how long a mean size holds; rows that it is taken from
-_TURN_S = 1.0  # between two tries to become the one who writes the vectors anew
+_TURN_S = 1.0  # between two tries to get the lock of those who build or rewrite vectors
 
 
 class Server:
@@ -53,7 +53,7 @@ class Server:
         *,
         progress: Callable[[str], None],
     ) -> list[str]:
-        """Write the tables anew without what was deleted, one at a time, each locked meanwhile, and their statistics.
+        """Rewrite the tables without what was deleted, one at a time, each locked meanwhile, and their statistics.
 
         The server's write-ahead log and its backups are its operator's.
         """
@@ -65,12 +65,12 @@ class Server:
                 others = []
                 for table in TABLES:
                     progress(f"writing the table {table} anew")
-                    if not _anew(connection, "VACUUM (FULL, ANALYZE)", table):
+                    if not _rewrite(connection, "VACUUM (FULL, ANALYZE)", table):
                         others.append(table)
                     _drop_old_statistics(connection, table)
                 _drop_index_statistics(connection)
                 left = [f"only their owner can write these tables anew: {', '.join(others)}"] if others else []
-                return left + _statistics_left(connection)
+                return left + _rewrite_statistics(connection)
         except DatabaseError as error:
             return [f"the tables could not be written anew, so deleted rows may be left in them: {error}"]
 
@@ -79,15 +79,15 @@ class Server:
         return []
 
 
-def _anew(connection: PostgresConnection, how: str, table: str) -> bool:
-    """Have a table written anew; whether it was: the server only warns whoever is not its owner."""
+def _rewrite(connection: PostgresConnection, how: str, table: str) -> bool:
+    """Have a table rewritten; whether it was: for a table of another owner the server only warns."""
     before = connection.execute(_FILE, (table,)).fetchone()
     connection.execute(f"{how} {table}")
     return bool(connection.execute(_FILE, (table,)).fetchone() != before)
 
 
 def _drop_index_statistics(connection: PostgresConnection) -> None:
-    """Make the indexes of vectors anew that have statistics: those of an index go with it, and in no other way."""
+    """Rebuild the indexes of vectors that have statistics: those of an index can be dropped in no other way."""
     for index, definition in connection.execute(_COUNTED).fetchall():
         connection.execute("BEGIN")  # nobody finds it missing
         connection.execute(f"DROP INDEX {index}")
@@ -97,7 +97,7 @@ def _drop_index_statistics(connection: PostgresConnection) -> None:
 
 
 def _drop_old_statistics(connection: PostgresConnection, table: str) -> None:
-    """Drop what the planner still knows of values that are gone: ANALYZE lets it stand where it finds no row at all."""
+    """Drop the planner's statistics of values that are gone: ANALYZE keeps them where it finds no row at all."""
     known = connection.execute("SELECT 1 FROM pg_stats WHERE schemaname = ? AND tablename = ?", (SCHEMA, table))
     if known.fetchone() is None or connection.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone():
         return
@@ -111,10 +111,10 @@ def _drop_old_statistics(connection: PostgresConnection, table: str) -> None:
     connection.execute("COMMIT")
 
 
-def _statistics_left(connection: PostgresConnection) -> list[str]:
-    """Have the catalog of statistics written anew; say so where that may not be."""
+def _rewrite_statistics(connection: PostgresConnection) -> list[str]:
+    """Have the catalog of statistics rewritten; return why not, where that is forbidden."""
     try:
-        if _anew(connection, "VACUUM FULL", "pg_catalog.pg_statistic"):
+        if _rewrite(connection, "VACUUM FULL", "pg_catalog.pg_statistic"):
             return []
         reason = "only the database's owner can write it anew"
     except DatabaseError as error:

@@ -21,8 +21,8 @@ from optillm_memory.store.tables.words import scoped
 from optillm_memory.store.transaction import Transaction
 from optillm_memory.store.writer import ReadOnlyWriter, Writer, start_thread
 
-# A transaction of the writer in which nothing happens for so long holds up all proxies, and is ended by the server. A
-# fold computes between its statements, so it is no less than anybody waits for a commit.
+# An idle transaction of a writer blocks all proxies, so the server ends it after this time. A fold computes between its
+# statements, so it is no less than anybody waits for a commit.
 _IDLE_S = 120
 
 

@@ -83,7 +83,7 @@ class DecisionReads:
         return max((row[-1] for row in found), default=since), changed
 
     def arm_of(self, scope: Scope, episode_id: str) -> str | None:
-        """Return the name of the arm that an episode was given."""
+        """Return the name of the arm that was chosen for an episode."""
         with self.readers.borrow() as db:
             row = db.execute(
                 "SELECT arm FROM traces CROSS JOIN decisions USING (trace_id) WHERE traces.scope_id = ? "

@@ -1,4 +1,4 @@
-"""The tables `fixes` and `fix_evidence`: what mended a failing action, and the evidence on it."""
+"""The tables `fixes` and `fix_evidence`: what repaired a failing action, and the evidence on it."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class FixReads:
         ]
 
     def details(self, scope: Scope, memory_id: str) -> dict[str, Any]:
-        """Return what a fix of a scope mends and the evidence on it; only the latter where it is withdrawn."""
+        """Return what a fix repairs and the evidence on it; only the evidence where it is withdrawn."""
         with self.readers.borrow() as db:
             key = (scopes.known(db, scope), memory_id)
             columns = "tool, field, signature, relation, output"

@@ -8,7 +8,7 @@ from optillm_memory.store.backend import Pool
 from optillm_memory.store.sqlite.connection import Connection
 from optillm_memory.store.tables import scopes
 
-_SHARED_BY = 256  # changes with one revision: whoever reads some of them reads all of them at once
+_SHARED_BY = 256  # changes with one revision, which are always read together
 
 
 class Counters:
