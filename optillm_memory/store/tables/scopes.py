@@ -15,22 +15,17 @@ class ScopeTable:
     def __init__(self, db: Connection) -> None:
         self._db = db
         self._numbers: dict[Scope, int] = {}
-        self._latest: tuple[Scope, int] | None = None
 
     def number(self, scope: Scope) -> int:
         """Return the scope's number, assigned at first use."""
-        if self._latest is not None and self._latest[0] is scope:
-            return self._latest[1]
         if (number := self._numbers.get(scope)) is None:
             row = self._db.execute(_NUMBER, _key(scope)).fetchone() or self._db.execute(_INSERT, _key(scope)).fetchone()
             number = self._numbers[scope] = int(row[0])
-        self._latest = scope, number
         return number
 
     def clear_cache(self) -> None:
         """Read the numbers again: scopes were deleted."""
         self._numbers.clear()
-        self._latest = None
 
 
 def known(db: Connection, scope: Scope) -> int:

@@ -107,14 +107,7 @@ class TraceTable:
     def demonstrated(self, scope: Scope, episode_id: str) -> list[Trace]:
         """Return the traces of an episode that a demonstration, on them or on the episode, belongs to."""
         key = self._key(scope, episode_id)
-        found = self._db.execute(
-            "SELECT traces.trace_id FROM traces CROSS JOIN feedback ON feedback.trace_id = traces.trace_id "
-            "WHERE traces.scope_id = ? AND traces.episode_id = ? AND metric = 'demonstration'",
-            key,
-        ).fetchall()
-        of_episode = "SELECT 1 FROM feedback WHERE episode_id = ? AND metric = 'demonstration' LIMIT 1"
-        if self._db.execute(of_episode, (episode_id,)).fetchone():
-            found += self._db.execute(f"SELECT trace_id FROM traces WHERE {_OF_EPISODE} {_LATEST}", key).fetchall()
+        found = self._db.execute(_DEMONSTRATED, (*key, *key, episode_id)).fetchall()
         return [trace for trace_id in sorted({row[0] for row in found}) if (trace := self.get(trace_id)) is not None]
 
     # -- untouched episodes ------------------------------------------------------------------------
@@ -189,6 +182,11 @@ _INSERT = (
 )
 _OF_EPISODE = "scope_id = ? AND episode_id = ?"
 _LATEST = "ORDER BY created_at DESC, trace_id DESC LIMIT 1"
+_DEMONSTRATED = f"""
+    SELECT traces.trace_id FROM traces CROSS JOIN feedback ON feedback.trace_id = traces.trace_id
+    WHERE traces.scope_id = ? AND traces.episode_id = ? AND metric = 'demonstration'
+    UNION SELECT trace_id FROM (SELECT trace_id FROM traces WHERE {_OF_EPISODE} {_LATEST}) AS latest
+    WHERE EXISTS (SELECT 1 FROM feedback WHERE episode_id = ? AND metric = 'demonstration')"""
 # Whether anything is written about a trace and its episode, except what `add` writes of a plain one.
 _TOUCHED = """
     SELECT (SELECT count(*) FROM traces WHERE scope_id = ? AND episode_id = ?) > 1
