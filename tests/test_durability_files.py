@@ -356,7 +356,7 @@ def test_a_file_that_is_opened_again_keeps_its_generation(path: Path) -> None:
 
 def test_beliefs_of_a_file_that_was_deleted_are_forgotten(path: Path) -> None:
     """The policy counts the choices of the new file alone, and those at once."""
-    with hashing_memory(path.parent, arms="none@default, none@small=0.1", audition=1.0) as memory:
+    with hashing_memory(path.parent, arms="none@default, none@small=0.1", warmup_share=1.0) as memory:
         auto = {"agent_memory": {"approach": "auto"}}
         for number in range(20):
             ask(memory, body(f"question {number}", **auto))

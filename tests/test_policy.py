@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from optillm_memory.background.threads import start_thread
 from optillm_memory.decide.clusters import LIMIT, NOWHERE, Clusters
-from optillm_memory.decide.policy import AUDITIONED, Chosen, Known, Policy, Situation, Terms
+from optillm_memory.decide.policy import WARMUP_REQUESTS, Chosen, Known, Policy, Situation, Terms
 from optillm_memory.decide.policy_updater import PolicyUpdater, Row
 from optillm_memory.errors import InvalidField
 from optillm_memory.records import Arm
@@ -129,17 +129,17 @@ def test_a_little_exploration_finds_the_better_arm() -> None:
 
 def test_exploration_keeps_its_budget() -> None:
     """What exploring puts at stake never exceeds what was granted; with a budget of nothing, nothing is explored."""
-    terms = Terms(exploration=0.003)
+    terms = Terms(exploration_budget=0.003)
     policy = Policy(ARMS, LARGE.name, terms)
     random = np.random.default_rng(1)
     staked = 0.0
     for number in range(1200):
         choice = policy.choose(ANYTHING, random.random())
         staked += choice.stake
-        assert staked <= terms.exploration * number + 1e-9
+        assert staked <= terms.exploration_budget * number + 1e-9
         policy.add(choice.logged(ANYTHING), Known(float(random.random() < 0.7), 1.0, 0.0))
     assert staked > 0.0
-    frugal = Policy(ARMS, LARGE.name, Terms(exploration=0.0))
+    frugal = Policy(ARMS, LARGE.name, Terms(exploration_budget=0.0))
     assert set(play(frugal, {arm.name: 0.5 for arm in ARMS}, 500)) == {LARGE.name}
 
 
@@ -159,28 +159,30 @@ def test_a_default_that_goes_bad_is_left() -> None:
     assert Counter(chosen[-200:])[SMALL.name] > 150
 
 
-def test_an_audition_spreads_the_first_requests() -> None:
-    """Each arm gets its part of the auditioned share; afterwards the better arm answers, default or not."""
-    policy = Policy(ARMS, LARGE.name, Terms(audition=0.6))
-    chosen = play(policy, {LARGE.name: 0.5, SMALL.name: 0.7, HEAVY.name: 0.2}, AUDITIONED)
+def test_a_warmup_spreads_the_first_requests() -> None:
+    """Each arm gets its part of the warm-up share; afterwards the better arm answers, default or not."""
+    policy = Policy(ARMS, LARGE.name, Terms(warmup_share=0.6))
+    chosen = play(policy, {LARGE.name: 0.5, SMALL.name: 0.7, HEAVY.name: 0.2}, WARMUP_REQUESTS)
     counts = Counter(chosen)
-    assert counts[HEAVY.name] == pytest.approx(0.2 * AUDITIONED, abs=30)
-    assert counts[SMALL.name] >= 0.2 * AUDITIONED - 30
+    assert counts[HEAVY.name] == pytest.approx(0.2 * WARMUP_REQUESTS, abs=30)
+    assert counts[SMALL.name] >= 0.2 * WARMUP_REQUESTS - 30
     after = policy.choose(ANYTHING, 0.0)
     assert (after.arm, after.probabilities[HEAVY.name] < 0.05) == (SMALL, True)
 
 
-def test_with_an_audition_the_default_has_no_claim() -> None:
+def test_with_a_warmup_the_default_has_no_claim() -> None:
     """Where the default was a guess, the arm that is more likely better answers; else certainty is needed."""
     shares = {LARGE.name: 0.62, SMALL.name: 0.66}
-    taught_both = [taught(Policy(ARMS[:2], LARGE.name, Terms(audition=a)), shares, AUDITIONED // 2) for a in (0.0, 0.5)]
+    taught_both = [
+        taught(Policy(ARMS[:2], LARGE.name, Terms(warmup_share=a)), shares, WARMUP_REQUESTS // 2) for a in (0.0, 0.5)
+    ]
     assert [policy.choose(ANYTHING, 0.0).arm for policy in taught_both] == [LARGE, SMALL]
 
 
 @given(st.floats(0, 1, exclude_max=True), st.sets(st.sampled_from([a.name for a in ARMS]), min_size=1), st.booleans())
-def test_only_arms_that_can_answer_are_chosen(chance: float, eligible: set[str], audition: bool) -> None:
+def test_only_arms_that_can_answer_are_chosen(chance: float, eligible: set[str], warmup: bool) -> None:
     """The choice and all probabilities are of the eligible arms, and sum to one."""
-    terms = Terms(audition=0.5) if audition else Terms()
+    terms = Terms(warmup_share=0.5) if warmup else Terms()
     policy = taught(Policy(ARMS, LARGE.name, terms), {LARGE.name: 0.5, SMALL.name: 0.6, HEAVY.name: 0.55}, 5)
     choice = policy.choose(ANYTHING, chance, eligible)
     assert choice.arm.name in eligible == set(choice.probabilities)
@@ -344,7 +346,7 @@ def test_arms_are_read_from_the_settings() -> None:
         ("none@a b", "approach@model"),
         ("none@a, none@a=2", "twice"),
         ("agent_memory@a", "optillm's own"),
-        ("none@a=1e", "no number"),
+        ("none@a=1e", "not a number"),
         ("none@a=-1", "0 or more"),
     ],
 )

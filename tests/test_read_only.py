@@ -13,7 +13,7 @@ from builders import SCOPE, lexical_memory, teach, trace
 from click.testing import CliRunner
 from postgres import Server
 
-from optillm_memory import NotFound, StoreError, StoreTooNew, StoreUnavailable
+from optillm_memory import NotFound, StoreError, StoreTooNew, StoreTooOld, StoreUnavailable
 from optillm_memory.cli import main
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.store.base import Store
@@ -95,7 +95,7 @@ def test_an_earlier_schema_is_named_and_left_alone(tmp_path: Path) -> None:
     with closing(sqlite3.connect(path)) as db:
         db.executescript((SCHEMAS / "m006.sql").read_text())
     before = state(tmp_path)
-    with pytest.raises(StoreError, match="optillm-memory migrate"):
+    with pytest.raises(StoreTooOld, match="optillm-memory migrate"):
         read_only(path)
     assert state(tmp_path) == before
 
@@ -163,7 +163,7 @@ def test_a_server_is_only_looked_at(postgres: Server) -> None:
             store.write(lambda tx: tx.counters.probe())
     with psycopg.connect(url) as connection:
         connection.execute("DELETE FROM agent_memory.migrations WHERE name LIKE 'p004%'")
-    with pytest.raises(StoreError, match="optillm-memory migrate"):
+    with pytest.raises(StoreTooOld, match="optillm-memory migrate"):
         read_only(url)
     with psycopg.connect(url) as connection:
         assert connection.execute("SELECT count(*) FROM agent_memory.migrations").fetchone() == (3,)

@@ -23,7 +23,7 @@ SCOPE = Scope("local")
 
 @pytest.fixture
 def memory(tmp_path: Path) -> Iterator[Memory]:
-    """Give a memory with three arms, all auditioned, on an encoder that needs no weights."""
+    """Give a memory with three arms, all tried in the warm-up, on an encoder that needs no weights."""
     with opened(tmp_path) as made:
         yield made
 
@@ -31,7 +31,7 @@ def memory(tmp_path: Path) -> Iterator[Memory]:
 def opened(tmp_path: Path, **settings: Any) -> Memory:
     """Open the memory of a test."""
     made = Memory.open(
-        tmp_path / "memory.db", **{"encoder": "hashing", "arms": ARMS, "audition": 1.0, "holdout": 0.0, **settings}
+        tmp_path / "memory.db", **{"encoder": "hashing", "arms": ARMS, "warmup_share": 1.0, "holdout": 0.0, **settings}
     )
     made.encoder.wait(20)
     return made

@@ -47,8 +47,8 @@ class Router:
         """Start with nothing known; without arms in the settings every request goes the way it names."""
         self.arms = settings.parsed_arms
         self._terms = Terms(
-            cost_price=settings.cost_price, latency_price=settings.second_price, exploration=settings.exploration,
-            audition=settings.audition,
+            cost_price=settings.cost_price, latency_price=settings.second_price,
+            exploration_budget=settings.exploration_budget, warmup_share=settings.warmup_share,
         )  # fmt: skip
         self._source = source
         self._encoder = encoder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 
-from optillm_memory.errors import NotFound, StoreError, StoreTooNew
+from optillm_memory.errors import NotFound, StoreTooNew, StoreTooOld
 from optillm_memory.store.postgres.connection import SCHEMA, PostgresConnection
 from optillm_memory.store.sqlite import migrations
 
@@ -42,13 +42,13 @@ def _migrate(connection: PostgresConnection, place: str) -> None:
 
 
 def refuse_other_schema(connection: PostgresConnection, place: str) -> None:
-    """Refuse a schema that this release cannot read. Raises NotFound for none, StoreTooNew, StoreError for an older."""
+    """Refuse a schema that this release cannot read. Raises NotFound for none, StoreTooNew, StoreTooOld."""
     if not _exists(connection):
         raise NotFound(f"there is no memory on {place}")
     done = _done(connection)
     _refuse_newer(done, place)
     if done != set(_MIGRATIONS):
-        raise StoreError(
+        raise StoreTooOld(
             f"{place} has the schema of an earlier release and was opened read-only; "
             "bring it up to date with: optillm-memory migrate"
         )
