@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 from optillm_memory.conversation.parse import key_of
 from optillm_memory.store.backend import Dialect, Pool
 from optillm_memory.store.sqlite.connection import Connection, marks
-from optillm_memory.store.sqlite.reading import UntouchedReaders
 
 SEARCHED = "kind = 'exemplar' AND status = 'verified'"
 # Numbers examined in one statement: some milliseconds, so that no reader holds on to an old state for long.
@@ -107,12 +104,6 @@ class VectorReads:
                 "SELECT key_hash FROM vectors EXCEPT SELECT key_hash FROM traces EXCEPT SELECT key_hash FROM memories"
             ).fetchall()
         return [str(row[0]) for row in found], int(last)
-
-
-def coverage_in(path: Path) -> tuple[int, dict[str, int]]:
-    """Return the coverage of a database file. Raises StoreError."""
-    with contextlib.closing(UntouchedReaders(path)) as readers, readers.borrow() as db:
-        return coverage_of(db)
 
 
 def coverage_of(db: Connection) -> tuple[int, dict[str, int]]:
