@@ -21,7 +21,10 @@ from test_postgres import opened_at
 from test_store import add, verified
 
 from optillm_memory import StoreUnavailable
+from optillm_memory.background.threads import start_thread
+from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.store.base import Store
+from optillm_memory.store.opening import open_store
 from optillm_memory.store.postgres import connection as postgres_connection
 from optillm_memory.store.postgres import search
 from optillm_memory.store.postgres import store as postgres_store
@@ -79,6 +82,20 @@ def indexes(url: str) -> list[tuple[object, ...]]:
 def finds(store: Store, fingerprint: str) -> bool:
     """Whether the index of an encoder is found, and the memory in it."""
     return bool(store.recall.nearest(SCOPE, fingerprint, np.ones(DIMENSION, np.float32), 5))
+
+
+def test_an_index_is_built_on_a_thread_of_whoever_opened_the_store(url: str) -> None:
+    """The store starts no thread by itself: the one that writes and the one that builds an index come from outside."""
+    filled(url, "f")
+    names = []
+
+    def start(name: str, work: Callable[[], None]) -> threading.Thread:
+        names.append(name)
+        return start_thread(name, work)
+
+    with closing(open_store(url, queue_size=10, normal=normal_answer, start=start)) as store:
+        until(lambda: finds(store, "f"))
+    assert names == ["agent-memory-writer", "agent-memory-hnsw"]
 
 
 def test_many_proxies_build_each_index_once(
