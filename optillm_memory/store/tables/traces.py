@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from optillm_memory.learn.attempts import environment_of
@@ -160,11 +161,9 @@ def trace_of(row: tuple[Any, ...]) -> Trace:
 
 def _values(trace: Trace, scope_id: int) -> tuple[Any, ...]:
     """Return a trace's values in the order of `_INSERT`, without the key hash."""
-    values = {name: getattr(trace, name) for name in _NAMES}
-    values["tags"] = json.dumps(dict(trace.tags)) if trace.tags else "{}"
-    for flag in _FLAGS:
-        values[flag] = int(values[flag])
-    return scope_id, *values.values()
+    values = list(_VALUES(trace))
+    values[_TAGS] = json.dumps(dict(trace.tags)) if trace.tags else "{}"
+    return scope_id, *values
 
 
 _NAMES = (
@@ -173,6 +172,7 @@ _NAMES = (
     *("latency_ms", "recall_ms", "tags", "extra_calls", "partition", "continued", "continuation", "one_shot"),
 )
 _FLAGS = ("held_out", "one_shot")
+_VALUES, _TAGS = attrgetter(*_NAMES), _NAMES.index("tags")
 SELECT = (
     f"SELECT tenant, namespace, user_id, agent_id, {', '.join(_NAMES)} FROM traces JOIN scopes ON scopes.id = scope_id"
 )
