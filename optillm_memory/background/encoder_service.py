@@ -61,6 +61,7 @@ class EncoderService:
         self.state = "loading"
         self.reason = ""
         self.fingerprint = ""
+        self.former_fingerprints: tuple[str, ...] = ()  # under which earlier releases stored this encoder's vectors
         self.unrelated = UNRELATED  # (median, spread) of this encoder's cosines of unrelated texts
         self.settled = threading.Event()
         self._cache: OrderedDict[str, Vector] = OrderedDict()
@@ -124,6 +125,7 @@ class EncoderService:
                 self.state = "none"
             else:
                 self.unrelated = spread_of(encoder.encode(REFERENCE))  # the first call also warms it up
+                self.former_fingerprints = getattr(encoder, "former_fingerprints", ())
                 self.fingerprint, self.state = encoder.fingerprint, "ready"
                 logger.info("agent_memory: the encoder %s is ready", encoder.fingerprint)
         except Exception as error:  # noqa: BLE001 - whatever a model raises: recall is lexical then
