@@ -267,7 +267,7 @@ def test_a_request_that_reads_slowly_undoes_no_label(tmp_path: Path, monkeypatch
         monkeypatch.setattr(memory.store, "gate_changes", slowly)
         memory.begin(wanting("a request that is slow"))
         gate = memory._reuser._gate(SCOPE, memory.store.revision(SCOPE))
-        assert [verdict for _, verdict in gate.books[""].rows].count(WRONG) == 1
+        assert [verdict for _, verdict in gate.logs[""].rows].count(WRONG) == 1
 
 
 LABELS = st.lists(
@@ -299,8 +299,8 @@ def test_the_gate_does_not_depend_on_the_order_of_arrival(labels: list[Label], c
     for start in range(0, len(arriving), 40):
         keeper.take(keeper.since, 0, arriving[start : start + 40])
     whole = Gate(labels)
-    assert {name: book.rows for name, book in keeper.gate.books.items()} == {
-        name: book.rows for name, book in whole.books.items()
+    assert {name: book.rows for name, book in keeper.gate.logs.items()} == {
+        name: book.rows for name, book in whole.logs.items()
     }
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from optillm_memory.decide.policy import Choice, Chosen, Known, Policy, Situation, Terms
+from optillm_memory.decide.policy import Choice, LoggedChoice, Measurement, Policy, Situation, Terms
 from optillm_memory.records import Arm
 
 _INLINE = 2_000  # rows that are folded within a request; more take a thread of their own
@@ -20,7 +20,7 @@ class Row:
     """A choice in the log, and what is known of its episode: the reward once there is an outcome, tokens, time."""
 
     trace_id: str
-    chosen: Chosen
+    chosen: LoggedChoice
     reward: float | None
     tokens: int
     latency_ms: float
@@ -101,7 +101,9 @@ class PolicyUpdater:
     def _fold(self, rows: Iterable[Row]) -> None:
         for row in rows:
             self._reserved.pop(row.trace_id, None)
-            known = Known(row.reward, row.tokens / 1000 * self._prices.get(row.chosen.arm, 1.0), row.latency_ms / 1000)
+            known = Measurement(
+                row.reward, row.tokens / 1000 * self._prices.get(row.chosen.arm, 1.0), row.latency_ms / 1000
+            )
             if (index := self._index.get(row.trace_id)) is not None:
                 self.policy.observe(index, known)
                 continue

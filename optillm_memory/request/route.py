@@ -102,14 +102,14 @@ class Router:
             "default": self.arms[0].name,
             "terms": asdict(self._terms),
             "choices": policy.count,
-            "budget_left": round(policy.purse, 4),
-            "all": _rounded(policy.beliefs()),
+            "budget_left": round(policy.budget, 4),
+            "all": _rounded(policy.estimates()),
             "clusters": [
                 {
                     "cluster": cluster,
                     "requests": policy.requests_of(cluster),
                     "example": self._source.task_of(scope, examples[cluster])[:_SHOWN],
-                    "arms": _rounded(policy.beliefs(cluster)),
+                    "arms": _rounded(policy.estimates(cluster)),
                 }
                 for cluster in sorted(c for c in examples if c >= 0)
             ],
