@@ -167,15 +167,6 @@ def test_a_calibrator_learns_and_stays_monotone() -> None:
         start.fitted([0.5], [])
 
 
-def test_a_grown_book_calibrates_itself() -> None:
-    """From thirty examples on the book's own rehearsals set the confidence; a given calibrator stays as it is."""
-    assert FixBook(many(29)).calibrator == Calibrator()
-    own = FixBook(many(40)).calibrator
-    assert own != Calibrator()
-    assert own(0.5) > Calibrator()(0.5)  # all of them are right
-    assert FixBook(many(40), calibrator=Calibrator(1.0, -2.0)).calibrator == Calibrator(1.0, -2.0)
-
-
 def test_rehearsals_tell_right_from_wrong() -> None:
     """A kind of repair that carries over rehearses right; fixes that share nothing do not."""
     shares, right = FixBook(many(10)).rehearse(100)

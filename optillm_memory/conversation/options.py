@@ -66,9 +66,9 @@ def parse_options(value: Any, headers: Mapping[str, str] | None = None, *, now: 
     """
     if value is not None and not isinstance(value, Mapping):
         raise InvalidField(FIELD, f"must be an object, not {type(value).__name__}")
-    given = {**_from_headers({name: as_utf8(text) for name, text in (headers or {}).items()}), **(value or {})}
+    values = {**_from_headers({name: as_utf8(text) for name, text in (headers or {}).items()}), **(value or {})}
     checked: dict[str, Any] = {}
-    for key, item in given.items():
+    for key, item in values.items():
         if key not in KEYS:
             raise InvalidField(f"{FIELD}.{key}", f"unknown key; known are {', '.join(KEYS)}")
         if item is not None:
@@ -79,11 +79,11 @@ def parse_options(value: Any, headers: Mapping[str, str] | None = None, *, now: 
 def identified(options: Options, body: Mapping[str, Any], headers: Mapping[str, str], *, maps: bool) -> Options:
     """Return the options with who asks, where the request says so in a field or header of others.
 
-    With `maps` that is the `user_id` where none is given. Without, it still keeps one user's answers from another.
+    With `maps` that is the `user_id` where none is values. Without, it still keeps one user's answers from another.
     """
     named = {name.lower(): as_utf8(text) for name, text in headers.items()}
-    said = [named.get(name) for name in _USER_HEADERS] + [body.get(name) for name in _USER_FIELDS]
-    names = [str(n).strip() for n in said if isinstance(n, (str, int, float)) and not isinstance(n, bool)]
+    identifiers = [named.get(name) for name in _USER_HEADERS] + [body.get(name) for name in _USER_FIELDS]
+    names = [str(n).strip() for n in identifiers if isinstance(n, (str, int, float)) and not isinstance(n, bool)]
     names = [_short(name) for name in names if name]
     if not names:
         return options
@@ -115,19 +115,19 @@ def _is_unicode(text: str) -> bool:
 
 
 def _from_headers(headers: Mapping[str, str]) -> dict[str, Any]:
-    given: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, text in headers.items():
         if not name.lower().startswith(HEADER_PREFIX.lower()):
             continue
         key = name[len(HEADER_PREFIX) :].lower().replace("-", "_")
         if key in ("max_items", "token_budget", "tags", "feedback", "reuse"):
             try:
-                given[key] = json.loads(text)
+                values[key] = json.loads(text)
             except ValueError:
                 raise InvalidField(name, "must be JSON") from None
         else:
-            given[key] = text
-    return given
+            values[key] = text
+    return values
 
 
 def _name(param: str, value: Any, _now: float) -> str:

@@ -12,12 +12,12 @@ from optillm_memory.conversation.parse import Conversation
 from optillm_memory.conversation.steps import calls_of
 
 # What does not shape the answer: our own field, the transport, bookkeeping; the messages are looked at one by one.
-_NO_MATTER = {
+_IGNORED_FIELDS = {
     *("messages", "agent_memory", "optillm_approach", "stream", "stream_options", "user", "metadata", "store"),
     *("safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"),
 }
 # What asks for more than an answer in words.
-_MORE = ("logprobs", "top_logprobs", "modalities", "audio", "prediction", "web_search_options")
+_UNSUPPORTED_FIELDS = ("logprobs", "top_logprobs", "modalities", "audio", "prediction", "web_search_options")
 
 
 def partition_of(body: Mapping[str, Any], conversation: Conversation, end_user: str = "") -> tuple[str, str]:
@@ -35,9 +35,9 @@ def partition_of(body: Mapping[str, Any], conversation: Conversation, end_user: 
         return "", "not_words"
     if body.get("n", 1) not in (None, 1):
         return "", "several_choices"
-    if any(body.get(name) for name in _MORE):
+    if any(body.get(name) for name in _UNSUPPORTED_FIELDS):
         return "", "unsupported_option"
-    settings = {key: value for key, value in body.items() if key not in _NO_MATTER and value is not None}
+    settings = {key: value for key, value in body.items() if key not in _IGNORED_FIELDS and value is not None}
     parts = [settings, _as_sent(messages[:-1]), *([end_user] if end_user else [])]
     digest = hashlib.blake2b(as_json(parts).encode("utf-8", "replace"), digest_size=12).hexdigest()
     language = language_of(conversation.task)

@@ -11,23 +11,23 @@ from typing import Any, TypeAlias
 from optillm_memory.conversation.episodes import Candidate, Located
 from optillm_memory.records import Placement, Scope
 
-_Place: TypeAlias = tuple[str, str]  # anchor and form
+_Slot: TypeAlias = tuple[str, str]  # anchor and form
 _KEPT = 20_000
-_BEGIN_ALIKE = 64  # episodes kept of one prefix
+_EPISODES_PER_PREFIX = 64  # episodes kept of one prefix
 # After so long it is on disk, or will never be. The store knows for longer what was forgotten: none of it comes back.
 _KEPT_S = 6 * 3600.0
 
 
 @dataclass(slots=True)
-class _Known:
-    """What is known of an episode that has a prefix: requests by how they go on from there, less those that failed."""
+class _EpisodeState:
+    """What is state of an episode that has a prefix: requests by how they go on from there, less those that failed."""
 
     latest: float
     inherits: str = ""
-    taken: Counter[str] = field(default_factory=Counter)
+    continuations: Counter[str] = field(default_factory=Counter)
 
 
-class Recent:
+class RecentEpisodes:
     """Episodes by conversation prefix, and what is under way by episode; the oldest are forgotten (the store has them).
 
     A request takes the place where a conversation goes on when it begins, long before its record is on disk.
@@ -38,9 +38,9 @@ class Recent:
     def __init__(self) -> None:
         """Start empty."""
         self._lock = threading.Lock()
-        self._episodes: OrderedDict[tuple[Scope, str], dict[str, _Known]] = OrderedDict()
+        self._episodes: OrderedDict[tuple[Scope, str], dict[str, _EpisodeState]] = OrderedDict()
         self._advice: OrderedDict[tuple[Scope, str], tuple[float, tuple[Any, ...]]] = OrderedDict()
-        self._placements: OrderedDict[tuple[Scope, str], dict[_Place, tuple[float, Placement]]] = OrderedDict()
+        self._placements: OrderedDict[tuple[Scope, str], dict[_Slot, tuple[float, Placement]]] = OrderedDict()
 
     def remember(
         self, scope: Scope, episode_id: str, prefixes: Iterable[str], fresh: Sequence[Placement], now: float
@@ -49,10 +49,10 @@ class Recent:
         with self._lock:
             for prefix in prefixes:
                 self._episodes.setdefault((scope, prefix), {}).pop(episode_id, None)
-                self._known(scope, prefix, episode_id, now)
+                self._state(scope, prefix, episode_id, now)
             if fresh:
-                noted: dict[_Place, tuple[float, Placement]] = {(p.anchor, p.form): (now, p) for p in fresh}
-                self._placements.setdefault((scope, episode_id), {}).update(noted)
+                pending: dict[_Slot, tuple[float, Placement]] = {(p.anchor, p.form): (now, p) for p in fresh}
+                self._placements.setdefault((scope, episode_id), {}).update(pending)
             for kept in (self._episodes, self._placements):
                 while len(kept) > _KEPT:
                     kept.popitem(last=False)
@@ -71,55 +71,55 @@ class Recent:
         return advice if now - at < _KEPT_S else ()
 
     def episodes_of(self, scope: Scope, prefix: str) -> list[Candidate]:
-        """Return the episodes that have a prefix, as far as they are known here."""
+        """Return the episodes that have a prefix, as far as they are state here."""
         with self._lock:
             return [
-                Candidate(name, k.latest, continuations=frozenset(+k.taken), inherits=k.inherits, here=True)
+                Candidate(name, k.latest, continuations=frozenset(+k.continuations), inherits=k.inherits, here=True)
                 for name, k in self._episodes.get((scope, prefix), {}).items()
             ]
 
     def take(self, scope: Scope, located: Located, now: float) -> None:
         """Note that a request goes on from a prefix in this way."""
         with self._lock:
-            known = self._known(scope, located.continued, located.episode_id, now)
-            known.inherits = located.inherits
-            known.taken[located.continuation] += 1
+            state = self._state(scope, located.continued, located.episode_id, now)
+            state.inherits = located.inherits
+            state.continuations[located.continuation] += 1
 
-    def _known(self, scope: Scope, prefix: str, episode_id: str, now: float) -> _Known:
+    def _state(self, scope: Scope, prefix: str, episode_id: str, now: float) -> _EpisodeState:
         episodes = self._episodes.setdefault((scope, prefix), {})
-        known = episodes.setdefault(episode_id, _Known(now))
-        known.latest = now
-        while len(episodes) > _BEGIN_ALIKE:
+        state = episodes.setdefault(episode_id, _EpisodeState(now))
+        state.latest = now
+        while len(episodes) > _EPISODES_PER_PREFIX:
             del episodes[next(iter(episodes))]
-        return known
+        return state
 
     def settle(self, scope: Scope, located: Located, *, answered: bool) -> None:
         """Note what became of a request that took its place: where it was not answered, it has not gone on."""
         with self._lock:
-            known = self._episodes.get((scope, located.continued), {}).get(located.episode_id)
-            if known is not None and answered:
-                known.inherits = ""
-            elif known is not None:
-                known.taken[located.continuation] -= 1
+            state = self._episodes.get((scope, located.continued), {}).get(located.episode_id)
+            if state is not None and answered:
+                state.inherits = ""
+            elif state is not None:
+                state.continuations[located.continuation] -= 1
 
     def ledger(
-        self, scope: Scope, episode_id: str, written: Callable[[], Sequence[Placement]], now: float
+        self, scope: Scope, episode_id: str, stored: Callable[[], Sequence[Placement]], now: float
     ) -> list[Placement]:
-        """Return what stands in an episode's prompts, in order: what is `written`, and what is on its way there.
+        """Return what stands in an episode's prompts, in order: what is `stored`, and what is on its way there.
 
-        Any process may have put it there, so what is written comes first; it is not kept here any longer: where it is
+        Any process may have put it there, so what is stored comes first; it is not kept here any longer: where it is
         deleted there, it is gone.
         """
         key = (scope, episode_id)
-        with self._lock:  # before it is read what is written: what gets there in between must not be missed
-            noted = dict(self._placements.get(key, {}))
-        found = {(p.anchor, p.form): p for p in written()}
-        under_way = {place: p for place, (at, p) in noted.items() if now - at < _KEPT_S and place not in found}
+        with self._lock:  # before it is read what is stored: what gets there in between must not be missed
+            pending = dict(self._placements.get(key, {}))
+        found = {(p.anchor, p.form): p for p in stored()}
+        unwritten = {place: p for place, (at, p) in pending.items() if now - at < _KEPT_S and place not in found}
         with self._lock:
-            known = self._placements.get(key, {})
-            for place in noted.keys() - under_way.keys():
-                if known.get(place) is noted[place]:
-                    del known[place]
-            if not known:
+            state = self._placements.get(key, {})
+            for place in pending.keys() - unwritten.keys():
+                if state.get(place) is pending[place]:
+                    del state[place]
+            if not state:
                 self._placements.pop(key, None)
-        return sorted([*found.values(), *under_way.values()], key=lambda p: p.position)
+        return sorted([*found.values(), *unwritten.values()], key=lambda p: p.position)

@@ -1,4 +1,4 @@
-"""What test runners, builds and linters report at their end, in their own fixed shapes."""
+"""What test runners, builds and linters report at their end, in their own constant shapes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _CLOSING: tuple[tuple[str, str, str], ...] = (
     ("shell", r"^(?:added|up to date|changed|removed) (?:\d+ packages?|in \d).{0,200}$", "success"),
     ("shell", r"^Successfully installed \S", "success"),
 )  # fmt: skip
-_LINES = tuple((basis, re.compile(pattern), said) for basis, pattern, said in _CLOSING)
+_LINES = tuple((basis, re.compile(pattern), verdict) for basis, pattern, verdict in _CLOSING)
 
 
 def report_of(lines: Sequence[str]) -> tuple[Verdict, str, int] | None:
@@ -58,23 +58,27 @@ def report_of(lines: Sequence[str]) -> tuple[Verdict, str, int] | None:
     start = max(0, len(lines) - _LAST)
     last = [line.rstrip()[:400] for line in lines[-_LAST:]]
     for index, line in enumerate(last):
-        said = _pytest(line) or _jest(line) or _go(line)
-        if said is None and (match := _UNITTEST.match(line)) and any(_RAN.match(earlier) for earlier in last[:index]):
-            said = "success" if match["good"] else "failure"
-        if said is not None:
-            found.append((said, "test_summary", start + index))
+        verdict = _pytest(line) or _jest(line) or _go(line)
+        if (
+            verdict is None
+            and (match := _UNITTEST.match(line))
+            and any(_RAN.match(earlier) for earlier in last[:index])
+        ):
+            verdict = "success" if match["good"] else "failure"
+        if verdict is not None:
+            found.append((verdict, "test_summary", start + index))
             continue
-        for basis, pattern, fixed in _LINES:
+        for basis, pattern, constant in _LINES:
             if match := pattern.match(line):
-                found.append((_closing(match, fixed), basis, start + index))
+                found.append((_closing(match, constant), basis, start + index))
                 break
     failures = [item for item in found if item[0] == "failure"]
     return failures[0] if failures else found[-1] if found else None
 
 
-def _closing(match: re.Match[str], fixed: str) -> Verdict:
-    if fixed:
-        return "success" if fixed == "success" else "failure"
+def _closing(match: re.Match[str], constant: str) -> Verdict:
+    if constant:
+        return "success" if constant == "success" else "failure"
     groups = match.groupdict()
     if "good" in groups:
         return "success" if groups["good"] else "failure"

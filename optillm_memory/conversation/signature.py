@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from optillm_memory.conversation.complaints import Found, find_errors, generic_error, lines_of
+from optillm_memory.conversation.error_search import FoundError, find_errors, generic_error, lines_of
 from optillm_memory.conversation.wrapping import unwrap
 
 _LIMIT = 300
@@ -52,11 +52,11 @@ def signature_of(text: str) -> Signature | None:
 
     The text may still be in the wrapping that an agent's tool put around it.
     """
-    shown = unwrap(text)
-    return signature_in(lines_of(shown.text), structured=shown.error if shown.failed else "")
+    result = unwrap(text)
+    return signature_in(lines_of(result.text), structured=result.error if result.failed else "")
 
 
-def signature_in(lines: list[str], *, structured: str = "", found: list[Found] | None = None) -> Signature | None:
+def signature_in(lines: list[str], *, structured: str = "", found: list[FoundError] | None = None) -> Signature | None:
     """Return the signature of an output's lines; `structured` is the kind of error that a tool's JSON named."""
     errors = [f for f in (find_errors(lines) if found is None else found) if f.message or f.error]
     best = errors[0] if errors else generic_error(lines)
@@ -73,15 +73,15 @@ def _signature(language: str, error: str, message: str) -> Signature:
 
 
 def normalised(message: str) -> tuple[str, tuple[str, ...]]:
-    """Return a message with paths, numbers, addresses, hashes, times and quoted names as slots, and what they held."""
+    """Return (message with paths, numbers, hashes, times, quoted names and the like as slots, contents of slots)."""
     slots: list[str] = []
 
     def put(match: re.Match[str]) -> str:
         kind = match.lastgroup or "slot"
         if kind == "slot":
             return match[0]
-        held = match[0]
-        slots.append(held[1:-1] if kind == "quoted" else held)
+        content = match[0]
+        slots.append(content[1:-1] if kind == "quoted" else content)
         return f"<{kind}>"
 
     cut = " ".join(_valid(message[:600]).split())
@@ -90,10 +90,10 @@ def normalised(message: str) -> tuple[str, tuple[str, ...]]:
         text = text[:_LIMIT].rpartition(" ")[0] or text[:_LIMIT]
     # What was put together can read as a slot anew (what a quote ran up to, a cut end): until nothing changes.
     for _ in range(4):
-        again = _SLOT.sub(put, text)
-        if again == text:
+        repeated = _SLOT.sub(put, text)
+        if repeated == text:
             break
-        text = again
+        text = repeated
     return text, tuple(slots)
 
 

@@ -62,8 +62,8 @@ def steps_of(messages: Sequence[Mapping[str, Any]], prefixes: Sequence[str]) -> 
             after = messages[index + 1] if index + 1 < len(messages) else {}
             if is_observation(messages, index + 1):
                 step_id = _digest(prefixes[index], TEXT_TOOL, command, "1")
-                shown = text_of(after)
-                steps.append(_step(step_id, steps, f"text-{index}", TEXT_TOOL, command, shown, prefixes[index]))
+                observation = text_of(after)
+                steps.append(_step(step_id, steps, f"text-{index}", TEXT_TOOL, command, observation, prefixes[index]))
     return tuple(steps)
 
 
@@ -75,12 +75,12 @@ def under_known_ids(steps: Sequence[Step], known: Iterable[tuple[str, str]]) -> 
     stored: dict[str, list[str]] = {}
     for step_id, made in known:
         stored.setdefault(made, []).append(step_id)
-    asked: dict[str, list[str]] = {}
+    unanswered: dict[str, list[str]] = {}
     for step in steps:
-        asked.setdefault(step.made, []).append(step.step_id)
+        unanswered.setdefault(step.made, []).append(step.step_id)
     own = {
         new: old
-        for made, ids in asked.items()
+        for made, ids in unanswered.items()
         if len(stored.get(made, ())) == len(ids)
         for new, old in zip(ids, stored[made], strict=True)
         if new not in stored[made]
@@ -126,8 +126,8 @@ def calls_of(message: Mapping[str, Any], index: int) -> list[tuple[str, str, str
         made = (call.get("function") or call.get("custom")) if isinstance(call, Mapping) else None
         if isinstance(made, Mapping):
             call_id = str(call.get("id") or f"call-{index}-{number}")
-            said = made.get("arguments", made.get("input"))
-            found.append((call_id, str(made.get("name") or ""), _as_text(said)))
+            arguments = made.get("arguments", made.get("input"))
+            found.append((call_id, str(made.get("name") or ""), _as_text(arguments)))
     legacy = message.get("function_call")
     if isinstance(legacy, Mapping):
         found.append((f"function-{index}", str(legacy.get("name") or ""), _as_text(legacy.get("arguments"))))
@@ -135,7 +135,7 @@ def calls_of(message: Mapping[str, Any], index: int) -> list[tuple[str, str, str
 
 
 def _results(messages: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], str]:
-    """Return the results by the index of the message that asked and the number of the call in it."""
+    """Return the results by the index of the message that unanswered and the number of the call in it."""
     results: dict[tuple[int, int], str] = {}
     # The calls that wait, by id. Where ids are used again, a result belongs to the latest call of its id, and in one
     # answer to the first that has none; a legacy result has no id and belongs to the answer before it.
@@ -144,13 +144,13 @@ def _results(messages: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], str
         role = message.get("role")
         if role == "assistant":
             waiting.pop(_LEGACY, None)
-            asked: dict[str, list[tuple[int, int]]] = {}
+            unanswered: dict[str, list[tuple[int, int]]] = {}
             for number, (call_id, _, _) in enumerate(calls_of(message, index)):
                 made_up = _MADE_UP.fullmatch(call_id)
                 nameless = () if made_up is None else (_LEGACY,) if made_up[1] is None else ("",)
                 for name in (call_id, *nameless):
-                    asked.setdefault(name, []).append((index, number))
-            waiting.update(asked)
+                    unanswered.setdefault(name, []).append((index, number))
+            waiting.update(unanswered)
         elif role in ("tool", "function"):
             call_id = _LEGACY if role == "function" else str(message.get("tool_call_id") or "")
             if queue := waiting.get(call_id):

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 
-from optillm_memory.conversation.language import DETECTING
+from optillm_memory.conversation.language import DETECTOR_LOCK
 from optillm_memory.errors import AgentMemoryError
 from optillm_memory.host.failopen import FailOpen
 from optillm_memory.memory import Memory
@@ -92,4 +92,6 @@ atexit.register(_close)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_leave_to_parent)
     # A child must not find it held by a thread that it does not have.
-    os.register_at_fork(before=DETECTING.acquire, after_in_parent=DETECTING.release, after_in_child=DETECTING.release)
+    os.register_at_fork(
+        before=DETECTOR_LOCK.acquire, after_in_parent=DETECTOR_LOCK.release, after_in_child=DETECTOR_LOCK.release
+    )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from optillm_memory.conversation.actions import Action
-from optillm_memory.conversation.complaints import lines_of
+from optillm_memory.conversation.error_search import lines_of
 from optillm_memory.conversation.observation import Reading
 from optillm_memory.conversation.reports import report_of
 from optillm_memory.conversation.wrapping import unwrap

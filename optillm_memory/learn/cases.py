@@ -22,13 +22,12 @@ COMPLAINT = re.compile(
     r"\b(?:unknown|unrecogni[sz]ed|invalid|illegal|ambiguous|undefined|missing|error|fatal|cannot|can't|not|no such)\b",
     re.IGNORECASE,
 )
-_PATH = re.compile(r"[\w.~+/-]+")
 _OPERATOR = re.compile(r"\s(?:&&|\|\||;|\|)\s")
 _ASSIGNMENT = re.compile(r"\w{1,50}=")
 _LINES, _CHARS, _WORDS, _POOL, _FAULTS = 200, 12_000, 1_500, 400, 80
 WRAPPERS = frozenset(("sudo", "env", "time", "nohup", "command"))
 CLOSE = 0.5
-_LONG_WORD, _LONGEST_PATH = 60, 400
+_LONG_WORD = 60
 
 
 class Case:
@@ -61,13 +60,8 @@ class Case:
         return posixpath.basename(self.tokens[self.head]) if self.tokens else ""
 
     @cached_property
-    def flags(self) -> list[int]:
-        """Indices of the words that start with a dash."""
-        return [i for i in range(self.head + 1, len(self.tokens)) if self.tokens[i].startswith("-")]
-
-    @cached_property
     def arguments(self) -> list[int]:
-        """Indices of the other words after the program's name."""
+        """Indices of the words after the program's name that start with no dash."""
         return [i for i in range(self.head + 1, len(self.tokens)) if not self.tokens[i].startswith("-")]
 
     @cached_property
@@ -157,12 +151,6 @@ class Case:
         # What starts with the failing program comes first: that is what it proposes instead.
         split.sort(key=lambda words: posixpath.basename(words[0]) != self.program)
         return split[:6]
-
-    @cached_property
-    def paths(self) -> list[str]:
-        """Paths in the output, each once."""
-        found = (w.rstrip(".-") for w in _PATH.findall(self.output) if "/" in w and len(w) <= _LONGEST_PATH)
-        return list(dict.fromkeys(w for w in found if w.strip("/.~")))[:12]
 
     def after(self, keyword: str) -> str | None:
         """Return the output's word that follows a keyword."""

@@ -18,11 +18,6 @@ _LONGEST = 4_000
 _CUT = 1.0
 
 
-def thaw(value: Any) -> Any:
-    """Return a program as it was before it went through JSON: its lists are tuples again."""
-    return tuple(thaw(part) for part in value) if isinstance(value, list) else value
-
-
 def apply(program: Program, case: Case) -> str | None:
     """Return the action that the program makes of a case; None where it does not fit or changes nothing."""
     made = _PROGRAMS[program[0]](program, case)
@@ -47,17 +42,12 @@ def select(selector: Selector, case: Case) -> int | None:
     kind, value = selector
     if kind == "start":
         index = case.head + value
-    elif kind == "first":
-        index = value
     elif kind == "end":
         index = len(case.tokens) - 1 - value
     elif kind == "is":
         return case.tokens.index(value) if value in case.tokens else None
     else:
-        places = _places(kind, case)
-        if not -len(places) <= value < len(places):
-            return None
-        index = places[value]
+        index = case.named[value][0] if value < len(case.named) else -1
     return index if 0 <= index < len(case.tokens) else None
 
 
@@ -133,13 +123,11 @@ _NEAR_COST = {"any": 1.0, "suggested": 1.4, "output": 1.4, "known": 1.7}
 _PROGRAM_COST: dict[str, Callable[..., float]] = {
     "hunks": _hunks_cost,
     "named": lambda number, expression: 1.5 + 0.4 * number + expression_cost(expression),
-    "each_named": lambda _where: 3.0,
     "propose": lambda number, _how: 3.0 + number,
     "wrap": lambda before, after, _quoted: 2.0 + 0.3 * (len(before) + len(after)) + _cut(before, after),
     "characters": lambda _old, _new: 4.0,
     "swaps": lambda pairs: 2.0 + sum(1.0 + 0.15 * (len(old) + len(new)) for old, new in pairs),
     "without": lambda _word: 2.5,
-    "spaced": lambda: 2.0,
     "chain": lambda _operator, pieces: 1.0 + sum(_piece_cost(piece) for piece in pieces),
     "whole": lambda fix: 12.0 + 0.25 * len(fix),
 }
@@ -153,15 +141,7 @@ _EXPRESSION_COST: dict[str, Callable[..., float]] = {
     "replace": _replaced_cost,
     "text": lambda text: 2.0 + 0.3 * min(len(text), 30),
 }
-_SELECTOR_COST = {"start": 0.6, "first": 0.7, "repeated": 0.4, "end": 0.8, "named": 0.5, "flag": 0.8, "argument": 0.7}
-
-
-def _places(kind: str, case: Case) -> list[int]:
-    if kind == "named":
-        return [index for index, _ in case.named]
-    if kind == "repeated":
-        return [i for i in range(1, len(case.tokens)) if case.tokens[i] == case.tokens[i - 1]]
-    return case.flags if kind == "flag" else case.arguments
+_SELECTOR_COST = {"start": 0.6, "end": 0.8, "named": 0.5}
 
 
 def _hunks(program: Program, case: Case) -> str | None:
@@ -200,15 +180,6 @@ def _named(program: Program, case: Case) -> str | None:
         return None
     words = list(case.tokens)
     words[index] = words[index].replace(part, made, 1)
-    return " ".join(words)
-
-
-def _each_named(program: Program, case: Case) -> str | None:
-    words = list(case.tokens)
-    for index, part in case.named:
-        made = case.near(part, program[1])
-        if made is not None:
-            words[index] = words[index].replace(part, made, 1)
     return " ".join(words)
 
 
@@ -273,18 +244,6 @@ def _chain(program: Program, case: Case) -> str | None:
     return f" {program[1]} ".join(made)
 
 
-def _spaced(_program: Program, case: Case) -> str | None:
-    # A known program's name and its first argument were run together.
-    if case.vocabulary is None or not case.tokens:
-        return None
-    name = case.tokens[case.head]
-    known = case.vocabulary.words("", first=True)
-    start = max((w for w in known if name.startswith(w) and w != name), key=lambda w: (len(w), w), default="")
-    if not start:
-        return None
-    return " ".join([*case.tokens[: case.head], start, name[len(start) :], *case.tokens[case.head + 1 :]])
-
-
 def _swaps(program: Program, case: Case) -> str | None:
     # One text after the other is replaced, each behind the one before.
     text, at = case.action, 0
@@ -303,22 +262,15 @@ _PROGRAMS: dict[str, Callable[[Program, Case], str | None]] = {
     "characters": lambda program, case: case.action.replace(program[1], program[2]),
     "swaps": _swaps,
     "named": _named,
-    "each_named": _each_named,
     "without": _without,
     "propose": _propose,
     "chain": _chain,
-    "spaced": _spaced,
     "whole": lambda program, _case: program[1],
 }
 
 
-def _at(items: list[str], index: int) -> str | None:
-    return items[index] if -len(items) <= index < len(items) else None
-
-
-def _name(items: list[str], index: int) -> str | None:
-    found = _at(items, index)
-    return None if found is None else safe(found)
+def _quoted(expression: Expression, case: Case) -> str | None:
+    return safe(case.quoted[expression[1]]) if expression[1] < len(case.quoted) else None
 
 
 def _word(expression: Expression, case: Case) -> str | None:
@@ -355,9 +307,7 @@ def _proposed(expression: Expression, case: Case) -> str | None:
 _EXPRESSIONS: dict[str, Callable[[Expression, Case], str | None]] = {
     "text": lambda expression, _case: expression[1],
     "word": _word,
-    "quoted": lambda expression, case: _name(case.quoted, expression[1]),
-    "suggested": lambda expression, case: _name(case.suggested, expression[1]),
-    "path": lambda expression, case: _at(case.paths, expression[1]),
+    "quoted": _quoted,
     "after": lambda expression, case: case.after(expression[1]),
     "proposed": _proposed,
 }

@@ -86,8 +86,6 @@ def _words(action: str) -> list[str]:
 
 
 def _wholesale(case: Case, fix: str) -> Iterable[Program]:
-    yield from (("each_named", where) for where in _NEAR)
-    yield ("spaced",)
     if "\n" in case.action or "(" in case.action:
         yield from _swapped(case.action, fix)
     yield from (("without", token) for token in dict.fromkeys(case.tokens))
@@ -188,16 +186,7 @@ def _selectors(case: Case, index: int) -> list[Selector]:
         ("end", len(case.tokens) - 1 - index),
         ("is", case.tokens[index]),
     ]
-    if case.head or not index:
-        found.append(("first", index))
     found += [("named", k) for k, (i, _) in enumerate(case.named[:3]) if i == index]
-    if index and case.tokens[index] == case.tokens[index - 1]:
-        found.append(("repeated", 0))
-    if index in case.flags:
-        found.append(("flag", case.flags.index(index)))
-    if index in case.arguments:
-        place = case.arguments.index(index)
-        found += [("argument", place), ("argument", place - len(case.arguments))]
     return [s for s in found if select(s, case) == index]
 
 
@@ -254,12 +243,10 @@ def _from_word(word: str, text: str, expression: Expression) -> list[Expression]
 
 def _from_output(case: Case, text: str) -> list[Expression]:
     found: list[Expression] = []
-    for kind, items in (("quoted", case.quoted), ("suggested", case.suggested), ("path", case.paths)):
-        for number, item in enumerate(items):
-            name = item if kind == "path" else safe(item)
-            expression = (kind, number)
-            made = [*_mapped(name, text, expression), *_affixed(name, text, expression)]
-            found += [expression] if name == text else made
+    for number, item in enumerate(case.quoted):
+        name, expression = safe(item), ("quoted", number)
+        derived = [*_mapped(name, text, expression), *_affixed(name, text, expression)]
+        found += [expression] if name == text else derived
     for number, proposal in enumerate(case.proposals):
         found += [("proposed", number, i, False) for i, word in enumerate(proposal[:8]) if safe(word) == text]
     if len(text) > 1:

@@ -32,7 +32,7 @@ _RIGHT_OFFSET, _WRONG_OFFSET = 0.11, 0.45
 _ABSTAIN = 0.02  # less of the votes than this is noise
 _UNRELATED = 2.75  # a nearest example with less affinity than this has nothing to say
 _SUPPORT, _FEW = 0.05, 0.3
-_CALIBRATE_FROM, _CALIBRATE_ON, _CALIBRATE_AGAIN = 30, 32, 1.25
+_FEW_UNTIL = 30  # examples; with fewer, confidences are lowered
 _SIGNS = frozenset("/:.@")
 _NAME = re.compile(r"\w{2,80}")
 _GRAVE = frozenset(
@@ -107,11 +107,10 @@ class FixBook:
     Nothing is computed before the first suggestion; programs are induced for the nearest examples only and kept.
     """
 
-    def __init__(self, examples: Iterable[Example], *, calibrator: Calibrator | None = None) -> None:
-        """Take the examples; with a calibrator of one's own, the book does not fit one to its examples."""
+    def __init__(self, examples: Iterable[Example], *, calibrator: Calibrator = Calibrator()) -> None:
+        """Take the examples, and what turns shares of the votes into confidences."""
         self._examples = list(examples)
-        self._given = calibrator
-        self._fitted: tuple[int, Calibrator] | None = None
+        self.calibrator = calibrator
         self._forget()
 
     @property
@@ -142,27 +141,7 @@ class FixBook:
         # A fix that is half believed is right half as often; few examples have not shown yet what they are worth.
         believed = max((self._examples[e].weight for e in support), default=1.0)
         count = len(self._examples)
-        return believed * (1.0 - _FEW / math.sqrt(count) if count < _CALIBRATE_FROM else 1.0)
-
-    @property
-    def calibrator(self) -> Calibrator:
-        """What turns shares into confidences: the one that was given, or one fitted to some of the book's own examples.
-
-        Each of them is suggested for from the others; below 30 examples the constants stand. It is fitted once, and
-        again when a quarter more examples have come.
-        """
-        if self._given:
-            return self._given
-        count = len(self._examples)
-        if count < _CALIBRATE_FROM:
-            return Calibrator()
-        if self._fitted is None or count >= _CALIBRATE_AGAIN * self._fitted[0]:
-            self._fitted = count, Calibrator().fitted(*self.rehearse(_CALIBRATE_ON))
-        return self._fitted[1]
-
-    @calibrator.setter
-    def calibrator(self, calibrator: Calibrator) -> None:
-        self._given = calibrator
+        return believed * (1.0 - _FEW / math.sqrt(count) if count < _FEW_UNTIL else 1.0)
 
     def nearest(self, action: str, output: str) -> int | None:
         """Return the index of the example that is nearest to a case; None for an empty book."""

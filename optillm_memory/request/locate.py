@@ -9,7 +9,7 @@ from typing import Protocol
 from optillm_memory.conversation import parse as conversations
 from optillm_memory.conversation.episodes import Candidate, Located, locate, merged
 from optillm_memory.conversation.parse import Conversation
-from optillm_memory.conversation.recent import Recent
+from optillm_memory.conversation.recent import RecentEpisodes
 from optillm_memory.conversation.text import BLOCK_OPEN, text_of
 from optillm_memory.inject.place import still_anchored
 from optillm_memory.inject.refusals import Refusals
@@ -40,7 +40,7 @@ class Locator:
         """Start with nothing under way."""
         self._source = source
         self._clock = clock
-        self.recent = Recent()
+        self.recent = RecentEpisodes()
         self.refusals = Refusals()
 
     def located(self, turn: Turn) -> Turn:
