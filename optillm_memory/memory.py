@@ -25,7 +25,7 @@ from optillm_memory.decide.holdout import assign
 from optillm_memory.errors import NotFound, StoreUnavailable
 from optillm_memory.inject.advice import as_advice
 from optillm_memory.inject.refusals import FORMS
-from optillm_memory.inject.render import Rendering, in_form, placed_at
+from optillm_memory.inject.render import Rendering, placement_at, render_fitting
 from optillm_memory.learn import fold
 from optillm_memory.learn.conflicts import without_superseded
 from optillm_memory.learn.forms import form_named
@@ -170,7 +170,7 @@ class Memory:
         limits = turn.options.limits(self.settings.max_block_items, self.settings.token_budget)
         limits["token_budget"] -= sum(item.tokens for placement in turn.fresh for item in placement.items)
         rendering = as_advice(advice, **limits)
-        fresh = placed_at(conversation, len(conversation.messages) - 1, rendering)
+        fresh = placement_at(conversation, len(conversation.messages) - 1, rendering)
         standing = [p for p in turn.placements if p not in turn.fresh]
         if fresh is None:
             turn = turn.skip("over_budget", memory_id=advice[0].memory_id)
@@ -327,7 +327,7 @@ class Memory:
         if lot.held_out:
             withheld = tuple(rendering.injected) if rendering is not None else ()
             return replace(turn, action="holdout", withheld=withheld) if withheld else turn
-        fresh = placed_at(conversation, position, rendering) if rendering is not None else None
+        fresh = placement_at(conversation, position, rendering) if rendering is not None else None
         return turn.placing(standing, fresh)
 
     def _considered(self, turn: Turn) -> Turn:
@@ -392,5 +392,5 @@ class Memory:
         turns = options.limits(settings.max_items, settings.token_budget)
         block = options.limits(settings.max_block_items, settings.token_budget)
         refused = {*refused, "turns"} if text_only else refused
-        rendering = in_form(hits, conversation, refused, turns=turns, block=block) if hits else None
+        rendering = render_fitting(hits, conversation, refused, turns=turns, block=block) if hits else None
         return turn.skip("refused_before") if hits and rendering is None else turn, rendering

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from optillm_memory.learn.cases import Case, Vocabulary, likest, tokenize
+from optillm_memory.learn.cases import Case, Vocabulary, most_similar, tokenize
 from optillm_memory.learn.edits import Program, apply, cost, literals
 from optillm_memory.learn.induce import MOST_PROGRAMS, induce
 
@@ -138,8 +138,8 @@ def test_the_word_at_fault_is_the_one_complained_of() -> None:
 
 def test_nearness_prefers_swapped_letters_and_what_is_proposed() -> None:
     """A swap of letters is a likely slip, and a proposed word beats a known one."""
-    assert [word for word, _ in likest("sl", ["so", "ls"], 0.0)] == ["ls"]
-    assert list(likest("abc", ["xyz", "abc", ""], 0.0)) == []
+    assert [word for word, _ in most_similar("sl", ["so", "ls"], 0.0)] == ["ls"]
+    assert list(most_similar("abc", ["xyz", "abc", ""], 0.0)) == []
     case = Case("tool stat", "Did you mean this?\n\tstatus\n", Vocabulary(["tool start"]))
     assert case.near("stat", "any") == "status"
     assert case.near("stat", "known") == "start"

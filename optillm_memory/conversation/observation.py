@@ -1,7 +1,7 @@
-"""Read off an observation how the action went: from exit codes, and from what tools print in shapes of their own.
+"""The verdict on an action from its observation: from exit codes, and from fixed formats in which tools report.
 
-Text is evidence only where a tool prints it of itself. What a program says in its own words, and what a file, a page or
-a log holds, is none. When in doubt the verdict is `unknown`.
+Text is evidence only in a tool's own fixed format. A program's free text, and the content of a file, a page or a log,
+is no evidence. When in doubt the verdict is `unknown`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ANSWER = 1  # the exit code by which grep, diff and test answer "no"
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How an action went as far as its observation tells, and what that was read off."""
+    """The verdict on an action, and the basis of it; `signature` is that of its error, if it failed."""
 
     verdict: Verdict
     exit_code: int | None = None
@@ -47,14 +47,14 @@ class Reading:
 
 
 def read(observation: str, *, tool: str = "", arguments: str = "") -> Reading:
-    """Read an observation's verdict, exit code and, on failure, the error's signature.
+    """Return an observation's verdict, exit code and, on failure, the error's signature.
 
-    `tool` and `arguments` are those of the call; they tell a program's own output from a text that it shows.
+    `tool` and `arguments` are those of the call; they distinguish a program's own output from content that it displays.
     """
     command = command_of(tool, arguments)
     result = unwrap(observation)
     if command.views and result.structured and not result.wraps and not _is_own_result(command, result):
-        result = ToolResult(ends_of(observation))  # it is the content that is JSON, not the wrapping
+        result = ToolResult(ends_of(observation))  # the content is JSON, not the tool's format
     lines = lines_of(result.text)
     found = find_errors(lines)
     verdict, basis = _verdict_of(result, command, lines, found)
@@ -68,13 +68,13 @@ def read(observation: str, *, tool: str = "", arguments: str = "") -> Reading:
 
 
 def _is_own_result(command: Command, result: ToolResult) -> bool:
-    """Whether a tool that shows things answered with an error of its own, and not with a file that holds one."""
-    text_verdict = result.failed or result.http_status is not None
-    return text_verdict and command.dedicated and not _DATA_FILE.search(command.names)
+    """Whether a viewing tool returned an error of its own, and not a file that contains one."""
+    failed = result.failed or result.http_status is not None
+    return failed and command.dedicated and not _DATA_FILE.search(command.names)
 
 
 def _relevant_errors(command: Command, found: list[FoundError]) -> list[FoundError]:
-    """Of a tool that shows things only its own complaints tell the error; what it showed does not."""
+    """Return the errors that belong to the call: of a viewing tool only its own, not those in the content."""
     return [f for f in found if _is_own_error(command, f)] if command.views else found
 
 
@@ -101,7 +101,7 @@ def _exit_code_verdict(
 ) -> tuple[Verdict, str]:
     failed = text_verdict if text_verdict is not None and text_verdict[0] == "failure" else None
     if code == 0:
-        # The exit code is that of a program after the one that did the work: `pytest | tail`, `make || true`.
+        # The exit code is from a program after the one that did the work: `pytest | tail`, `make || true`.
         hidden = failed if command.masks and failed is not None and failed[1] != "shell" else None
         return hidden or ("success", "exit_code")
     if code == _ANSWER and command.compares and not has_error and failed is None:
@@ -110,7 +110,7 @@ def _exit_code_verdict(
 
 
 def _fetch_verdict(command: Command, lines: Sequence[str]) -> tuple[Verdict, str]:
-    """Of what is fetched only the status line that was asked for (`curl -i`) says how it went."""
+    """Return the verdict on fetched content: only an HTTP status line (`curl -i`) decides it."""
     if command.programs[-1:] == ("curl",) and lines:
         if _HTTP_OK.match(lines[0]):
             return "success", "http"
@@ -120,9 +120,9 @@ def _fetch_verdict(command: Command, lines: Sequence[str]) -> tuple[Verdict, str
 
 
 def _viewer_error(command: Command, lines: Sequence[str], found: list[FoundError], *, coded: bool) -> str | None:
-    """Return the basis of a viewing tool's own viewer_error: it names the tool, and what the tool was asked for.
+    """Return the basis of a viewing tool's own error: a line with the tool's name and a name from the call.
 
-    With an exit code that says so as well (`coded`), a first or last line that names the tool is enough.
+    With a failing exit code (`coded`) a first or last line with the tool's name is enough.
     """
     for error in found:
         alone = command.single or error.line == len(lines) - 1
@@ -146,7 +146,7 @@ def _is_own_error(command: Command, error: FoundError) -> bool:
 
 
 def _mentions(command: Command, line: str) -> bool:
-    """Whether a line repeats something that the caller named: a file's content has no reason to."""
+    """Whether a line contains a name from the call, which a file's content is unlikely to."""
     if "git" in command.programs or "curl" in command.programs:
         return True
     named = {word for word in _WORD.findall(command.names) if word not in command.programs}
@@ -154,12 +154,12 @@ def _mentions(command: Command, line: str) -> bool:
 
 
 def _text_verdict(command: Command, lines: Sequence[str], found: list[FoundError]) -> tuple[Verdict, str] | None:
-    """Return what the text alone proves of a program that was run."""
+    """Return the verdict that the text alone proves for a program, and its basis."""
     report = report_of(lines)
     last = len(lines) - 1
     while last > 0 and _ADVICE.match(lines[last]):
         last -= 1
-    # Tests that passed may have printed any error before: only what comes after their report counts against it.
+    # Passing tests may print any error: only errors after their report count.
     start = report[2] if report is not None and report[:2] == ("success", "test_summary") else -1
     for error in found:
         if error.line > start and _proves(command, error, lines, last):
@@ -177,7 +177,7 @@ def _proves(command: Command, error: FoundError, lines: Sequence[str], last: int
         return proof == "always"
     if proof == "last":
         return error.line >= last or _trails_off(error, lines)
-    # The program's own viewer_error: anywhere when it was the only one, else only as the last word.
+    # The program's own error: anywhere if it was the only program, else only in the last line.
     if error.program:
         name = error.program.rpartition("/")[2]
         named = {word.rpartition("/")[2] for word in _WORD.findall(command.names)}  # `python py/args.py`
@@ -187,7 +187,7 @@ def _proves(command: Command, error: FoundError, lines: Sequence[str], last: int
     elif not command.ran(*_PROGRAMS.get(error.language, ())):
         return False
     if command.ends_idle:
-        return False  # `rm x; true`: the viewer_error was expected
+        return False  # `rm x; true`: the error was expected
     return (command.single and bool(command.programs)) or error.line >= last
 
 
@@ -204,7 +204,7 @@ _PROGRAMS = {
 
 
 def _trails_off(error: FoundError, lines: Sequence[str]) -> bool:
-    """Whether only the rest of a traceback follows the error: frames, a cause, the runtime's name."""
+    """Whether only the rest of a traceback follows the error: frames, a cause, the runtime's version."""
     rest = lines[error.line + 1 :]
     return all(_FRAME.match(line) for line in rest)
 

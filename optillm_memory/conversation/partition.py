@@ -1,4 +1,4 @@
-"""Partition: what else must be equal, exactly, for the answer to one request to be the answer to another."""
+"""Partitions: the parts of a request, beside the task, that must be equal for an answer to be reusable."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from optillm_memory.conversation.language import ENGLISH, language_of
 from optillm_memory.conversation.parse import Conversation
 from optillm_memory.conversation.steps import calls_of
 
-# What does not shape the answer: our own field, the transport, bookkeeping; the messages are looked at one by one.
+# Fields without influence on the answer: our own, transport, bookkeeping; the messages are handled separately.
 _IGNORED_FIELDS = {
     *("messages", "agent_memory", "optillm_approach", "stream", "stream_options", "user", "metadata", "store"),
     *("safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"),
 }
-# What asks for more than an answer in words.
+# Fields that request more than a text.
 _UNSUPPORTED_FIELDS = ("logprobs", "top_logprobs", "modalities", "audio", "prediction", "web_search_options")
 
 
 def partition_of(body: Mapping[str, Any], conversation: Conversation, end_user: str = "") -> tuple[str, str]:
     """Return the hash of model, system prompt, history, tools, response format, sampling settings and end user.
 
-    With it comes the reason why reuse is out of the question: `tools`, `not_words`, `several_choices`,
-    `unsupported_option`; then the hash is empty. Answers in another language than English are a partition of their
-    own: what is proven for one language says nothing of another.
+    The second value is the reason why reuse is impossible: `tools`, `not_words`, `several_choices`,
+    `unsupported_option`; then the hash is empty. Each language is a partition of its own: an error rate proven for one
+    does not hold for another.
     """
     if body.get("tools") or body.get("functions") or conversation.steps:
         return "", "tools"
@@ -45,7 +45,7 @@ def partition_of(body: Mapping[str, Any], conversation: Conversation, end_user: 
 
 
 def _as_sent(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Return the hash of the history, to the letter: what a client only writes in another way is another one."""
+    """Return the hash of the exact history: another serialisation of the same messages has another hash."""
     hashed = ""
     for message in messages:
         content = message.get("content")

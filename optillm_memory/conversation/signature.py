@@ -1,4 +1,4 @@
-"""What an error is, whoever had it: its language, class and message with all that varies put in slots."""
+"""Error signatures: language, class and message of an error, with variable parts replaced by slots."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SLOT = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """An error without what differs from run to run; `slots` holds what stood in the message's slots, in order."""
+    """An error with the parts that differ from run to run as slots; `slots` are their contents, in order."""
 
     language: str
     error: str
@@ -43,21 +43,21 @@ class Signature:
 
     @property
     def key(self) -> str:
-        """The text by which errors are the same: equal on every machine, for every user and in every run."""
+        """Equal for equal errors, on every machine, for every user and in every run."""
         return f"{self.language}|{self.error}|{self.message}"
 
 
 def signature_of(text: str) -> Signature | None:
-    """Return the signature of the error that a failed action printed, or None where it printed nothing.
+    """Return the signature of the error in a failed action's output, or None without output.
 
-    The text may still be in the wrapping that an agent's tool put around it.
+    The text may still be in the wrapping of an agent's tool.
     """
     result = unwrap(text)
     return signature_in(lines_of(result.text), structured=result.error if result.failed else "")
 
 
 def signature_in(lines: list[str], *, structured: str = "", found: list[FoundError] | None = None) -> Signature | None:
-    """Return the signature of an output's lines; `structured` is the kind of error that a tool's JSON named."""
+    """Return the signature of an output's lines; `structured` is the kind of error in a tool's JSON."""
     errors = [f for f in (find_errors(lines) if found is None else found) if f.message or f.error]
     best = errors[0] if errors else generic_error(lines)
     if best is None:
@@ -88,7 +88,7 @@ def normalised(message: str) -> tuple[str, tuple[str, ...]]:
     text = _SLOT.sub(put, cut)
     if len(text) > _LIMIT:
         text = text[:_LIMIT].rpartition(" ")[0] or text[:_LIMIT]
-    # What was put together can read as a slot anew (what a quote ran up to, a cut end): until nothing changes.
+    # A replacement can form a new slot with its surroundings (a quote, a cut end): until nothing changes.
     for _ in range(4):
         repeated = _SLOT.sub(put, text)
         if repeated == text:
@@ -102,7 +102,7 @@ def _valid(text: str) -> str:
 
 
 def similarity(a: Signature, b: Signature) -> float:
-    """Return how like two errors are, in [0, 1]: 0 for another language or class, else the overlap of their words."""
+    """Return the similarity of two errors in [0, 1]: 0 for another language or class, else Jaccard of the words."""
     if (a.language, a.error) != (b.language, b.error):
         return 0.0
     if a.message == b.message:

@@ -1,4 +1,4 @@
-"""How an agent's tool shows a result: JSON, tags or lines around the printed text, which may tell the exit code."""
+"""Unwrapping of tool results: JSON, tags or lines around the output, which may contain the exit code."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ _LABEL = re.compile(r"^(?:output|stdout|stderr|wall time)\b.{0,40}$", re.IGNOREC
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """What was shown, less its wrapping.
+    """The output of a tool without its wrapping.
 
-    `firm` is False where the exit code is only a line of text, which a file may hold as well; `wraps` is True where
-    the wrapping is known to be one. `failed` is the tool
-    protocol's own word (True, or None when it name nothing); `error` names the kind of a structured error.
+    `firm` is False where the exit code is only a line of text, which a file may contain too; `wraps` is True where the
+    wrapping is certain. `failed` is True where the tool protocol reports a failure, else None; `error` is the kind of a
+    structured error.
     """
 
     text: str
@@ -72,7 +72,7 @@ class ToolResult:
 
 
 def ends_of(text: str) -> str:
-    """Return a text's head and tail without colours: what is between them is never looked at."""
+    """Return a text's head and tail without colours; the middle is never read."""
     if len(text) > HEAD + TAIL:
         text = f"{text[:HEAD]}\n{text[-TAIL:]}"
     text = text.replace("\r\n", "\n").replace("\r", "\n")
@@ -80,7 +80,7 @@ def ends_of(text: str) -> str:
 
 
 def unwrap(observation: str) -> ToolResult:
-    """Read the wrapping off an observation."""
+    """Remove the wrapping of an observation."""
     start = observation[:200].lstrip()
     if start.startswith(("{", "[{")):
         if len(observation) <= _JSON_LIMIT:
@@ -88,7 +88,7 @@ def unwrap(observation: str) -> ToolResult:
                 return _from_json(json.loads(observation))
             except (ValueError, RecursionError):
                 pass
-        # Cut off on its way, or too long to parse: real keys are still told from quoted ones by their quotes.
+        # Truncated, or too long to parse: real keys differ from quoted ones by their quotation marks.
         near = f"{observation[:2000]}\n{observation[-2000:]}"
         if found := _CUT_JSON.search(near):
             return ToolResult(
@@ -117,7 +117,7 @@ def _from_text(text: str, *, firm: bool = False) -> ToolResult:
 
 
 def _without(text: str, line: str) -> str:
-    """Return the text without the wrapping's own line, so that only what the program printed is left."""
+    """Return the program's output: the text without the line of the wrapping."""
     if _RECIPE.match(line.strip()):
         return text
     before, _, after = text.partition(line)
@@ -165,7 +165,7 @@ def _levels(value: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _reported_failure(level: Mapping[str, Any]) -> tuple[bool | None, str]:
-    """Return whether a result says of itself that the call failed, and the kind of error that it names."""
+    """Return whether a result reports that the call failed (True or None), and the kind of the error."""
     error = level.get("error")
     name = ""
     if isinstance(error, Mapping):

@@ -1,7 +1,7 @@
-"""Edit programs: how a failing action becomes the one that worked, in terms that carry over to another case.
+"""Edit programs: transformations of a failing action into one that worked, which generalise to other cases.
 
-A program is a nested tuple of names, numbers and texts: data, never code. It is applied by interpreting it on a Case;
-wherever one of its parts is not there, it abstains (None).
+A program is a nested tuple of names, numbers and texts: data, never code. It is interpreted on a Case; where one of its
+parts is missing in the case, the result is None.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _CUT = 1.0
 
 
 def apply(program: Program, case: Case) -> str | None:
-    """Return the action that the program makes of a case; None where it does not fit or changes nothing."""
+    """Return the result of a program on a case; None where it does not apply or changes nothing."""
     made = _PROGRAMS[program[0]](program, case)
     if made is None or not made.strip() or made.split() == case.action.split() or len(made) > _LONGEST:
         return None
@@ -27,7 +27,7 @@ def apply(program: Program, case: Case) -> str | None:
 
 
 def evaluate(expression: Expression, case: Case, own: str | None = None) -> str | None:
-    """Return the text that an expression stands for in a case; `own` is the word that it takes the place of."""
+    """Return the value of an expression in a case; `own` is the word that it replaces."""
     kind = expression[0]
     if kind == "own":
         return own
@@ -38,7 +38,7 @@ def evaluate(expression: Expression, case: Case, own: str | None = None) -> str 
 
 
 def select(selector: Selector, case: Case) -> int | None:
-    """Return the index of the word that a selector means in a case."""
+    """Return the index of the selected word in a case."""
     kind, value = selector
     if kind == "start":
         index = case.head + value
@@ -52,7 +52,7 @@ def select(selector: Selector, case: Case) -> int | None:
 
 
 def literals(program: Program) -> list[str]:
-    """Return the texts that a program spells out, rather than takes from the case at hand."""
+    """Return the literal texts of a program, in contrast to those that it takes from the case."""
     kind = program[0]
     if kind in ("text", "is", "whole"):
         return [program[1]]
@@ -72,7 +72,7 @@ def _nested(part: Program) -> list[str]:
 
 
 def cost(program: Program) -> float:
-    """Return how special a program is: the longer its own texts and the more parts, the dearer (in rough bits)."""
+    """Return the description length of a program in rough bits: it grows with its parts and its literal texts."""
     return float(_PROGRAM_COST[program[0]](*program[1:]))
 
 
@@ -93,7 +93,7 @@ def _piece_cost(piece: Program) -> float:
 def selector_cost(selector: Selector) -> float:
     """Return a selector's share of a program's cost."""
     kind, value = selector
-    if isinstance(value, str):  # a flag or a plain word may be part of the language, a name or a path is the case's own
+    if isinstance(value, str):  # a flag or a plain word may be part of the language, a name or a path is of one case
         return 1.2 if value.lstrip("-").replace("-", "").islower() and value.isascii() else 2.5
     return float(_SELECTOR_COST[kind] + 0.4 * abs(value))
 
@@ -107,7 +107,7 @@ def expression_cost(expression: Expression) -> float:
 
 
 def _cut(before: str, after: str) -> float:
-    # Letters put onto a word's own letters are seldom meant: that is how chance explains a word.
+    # Letters added directly to letters of a word are seldom meant: such programs explain a word by chance.
     return _CUT if before[-1:].isalnum() or after[:1].isalnum() else 0.0
 
 
@@ -196,7 +196,7 @@ def _wrap(program: Program, case: Case) -> str:
 
 
 def _propose(program: Program, case: Case) -> str | None:
-    # What the output proposes, with what else the action said.
+    # The command that the output suggests, with the other words of the action.
     _, number, how = program
     if number >= len(case.proposals):
         return None
@@ -204,7 +204,7 @@ def _propose(program: Program, case: Case) -> str | None:
     if how == "alone":
         return " ".join(proposal)
     words = case.tokens[case.head :]
-    if not words or words[0] != proposal[0]:  # it proposes another program
+    if not words or words[0] != proposal[0]:  # another program is suggested
         return " ".join([*case.tokens[: case.head], *proposal, *words[1:]])
     # Options before the subcommand stay there.
     at = words.index(proposal[1]) if len(proposal) > 1 and proposal[1] in words else 0
@@ -215,13 +215,13 @@ def _propose(program: Program, case: Case) -> str | None:
 
 
 def safe(word: str) -> str:
-    """Return a word of the output as it may stand in an action."""
-    # A lone quotation mark in the output is a part of a name; in an action it would open a text.
+    """Return a word of the output with a single quotation mark escaped."""
+    # A single quotation mark in the output is part of a name; in an action it would open a quotation.
     return word.replace("'", "\\'") if word.count("'") == 1 and '"' not in word else word
 
 
 def _covered(word: str, proposal: list[str]) -> bool:
-    # What is proposed already says it: the word itself, or a short flag by its long twin.
+    # The suggested command contains the word, or the long form of a short flag.
     if word in proposal:
         return True
     letter = word[1:] if len(word) == 2 and word[0] == "-" else ""  # noqa: PLR2004
@@ -245,7 +245,7 @@ def _chain(program: Program, case: Case) -> str | None:
 
 
 def _swaps(program: Program, case: Case) -> str | None:
-    # One text after the other is replaced, each behind the one before.
+    # The texts are replaced in order, each after the one before.
     text, at = case.action, 0
     for old, new in program[1]:
         found = text.find(old, at)
@@ -287,7 +287,7 @@ def _replace(expression: Expression, text: str, _case: Case) -> str | None:
     return text.replace(old, new, 1) if old in text else None
 
 
-# Expressions about another expression, which stands last in them.
+# Expressions on another expression, which is their last part.
 _WRAPPERS: dict[str, Callable[[Expression, str, Case], str | None]] = {
     "map": lambda expression, text, _case: TRANSFORMS[expression[1]](text),
     "near": lambda expression, text, case: case.near(text, expression[1]),
