@@ -41,16 +41,16 @@ _N, _REWARD, _ANSWERS, _COST, _LATENCY = range(5)
 class Terms:
     """What the user asks of the policy.
 
-    Utility is reward less `cost_price` a unit of cost and `latency_price` a unit of latency. `exploration` is the
-    utility a request that finding out may cost, as far as one can tell beforehand. Another arm takes the default's
-    place where it is better with probability `certainty`. `audition` is the share of the first requests that is spread
-    evenly over the arms; with one, the default has no claim, and the better arm is the likelier one.
+    Utility is reward less `cost_price` a unit of cost and `latency_price` a unit of latency. `exploration_budget` is
+    the utility a request that finding out may cost, as far as one can tell beforehand. Another arm takes the default's
+    place where it is better with probability `certainty`. `warmup_share` is the share of the first requests that is
+    spread evenly over the arms; with one, the default has no claim, and the better arm is the likelier one.
     """
 
     cost_price: float = 0.0
     latency_price: float = 0.0
-    exploration: float = 0.003
-    audition: float = 0.0
+    exploration_budget: float = 0.003
+    warmup_share: float = 0.0
     certainty: float = 0.9
 
 
@@ -90,7 +90,7 @@ class Measurement:
 class Choice:
     """The arm for a request, its probability and that of all, the task cluster, and why.
 
-    Reasons: `default`, `better`, `exploration`, `audition`, `only_arm` where no other could answer this request, and
+    Reasons: `default`, `better`, `exploration`, `warmup`, `only_arm` where no other could answer this request, and
     `over_budget` where the default was kept because the budget for exploration is spent.
     """
 
@@ -170,7 +170,7 @@ class Policy:
         wanted[base] = 0.0
         share = stake = 0.0
         probabilities = np.zeros(len(self.arms))
-        warmup = self.terms.audition if self.count < WARMUP_REQUESTS else 0.0
+        warmup = self.terms.warmup_share if self.count < WARMUP_REQUESTS else 0.0
         if warmup:
             probabilities[able] = warmup / len(able)
         elif self._has_recent_feedback():
@@ -183,7 +183,7 @@ class Policy:
         if len(able) == 1:
             reason = "only_arm"
         elif chosen != base:
-            reason = "audition" if warmup else "exploration"
+            reason = "warmup" if warmup else "exploration"
         elif base != default:
             reason = "better"
         else:
@@ -203,8 +203,8 @@ class Policy:
             self._base += _REBASE
         situation = chosen.situation
         cluster = NOWHERE if situation.vector is None else self.clusters.add(situation.vector)
-        most = _LARGEST_BUDGET * self.terms.exploration
-        self._budget = max(0.0, min(most, self._budget + self.terms.exploration - chosen.stake))
+        most = _LARGEST_BUDGET * self.terms.exploration_budget
+        self._budget = max(0.0, min(most, self._budget + self.terms.exploration_budget - chosen.stake))
         self._rows.append((self._index.get(chosen.arm), cluster, situation.band, measured))
         self._accumulate(index, 1.0)
         return index
@@ -302,7 +302,7 @@ class Policy:
 
     def _base_arm(self, estimates: _Estimates, able: Sequence[int], default: int) -> int:
         """Return the default, or of the arms that are better with enough probability the one of highest utility."""
-        claim = 0.5 if self.terms.audition else self.terms.certainty
+        claim = 0.5 if self.terms.warmup_share else self.terms.certainty
         best = default
         for number in able:
             if number != default and estimates.utility[number] > estimates.utility[best]:
