@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from optillm_memory.learn.offpolicy import Estimate, Logged, Prices, always, as_logged, estimate
+from optillm_memory.learn.offpolicy import Estimate, LoggedEpisode, Prices, always, estimate, logged_policy
 
 _THIN = 10  # effective episodes, below which an estimate is not worth the name
 _HEAVY = 20.0  # a weight from which single episodes decide
 
 
-def run(rows: Sequence[Logged], prices: Prices) -> dict[str, Any]:
+def run(rows: Sequence[LoggedEpisode], prices: Prices) -> dict[str, Any]:
     """Return the estimates of the policy and of every arm in the log, and what to be careful with."""
     told = [row for row in rows if row.reward is not None]
     arms = sorted({arm for row in rows for arm in (row.arm, *row.probabilities)})
-    found = {"policy": estimate(rows, as_logged, prices), **{arm: estimate(rows, always(arm), prices) for arm in arms}}
+    found = {
+        "policy": estimate(rows, logged_policy, prices),
+        **{arm: estimate(rows, always(arm), prices) for arm in arms},
+    }
     return {
         "episodes": len(rows),
         "episodes_with_outcome": len(told),
@@ -42,7 +45,7 @@ def lines(figures: dict[str, Any]) -> dict[str, str]:
     return {**shown, **{f"warning {i}": said for i, said in enumerate(figures["warnings"], 1)}}
 
 
-def _of_log(rows: Sequence[Logged], told: Sequence[Logged]) -> list[str]:
+def _of_log(rows: Sequence[LoggedEpisode], told: Sequence[LoggedEpisode]) -> list[str]:
     if not rows:
         return ["the policy made no decision in this log: requests with approach `auto` do"]
     said = []

@@ -9,7 +9,7 @@ from typing import Protocol
 from optillm_memory.errors import InvalidField
 from optillm_memory.learn.attempts import Attempt, inferred_id
 from optillm_memory.learn.exemplars import Learned, learn
-from optillm_memory.learn.fixes import FixEvidence, followed, mine, shown
+from optillm_memory.learn.fixes import FixEvidence, advice_evidence, demonstrated_fix, mine
 from optillm_memory.learn.outcomes import effective
 from optillm_memory.records import VERIFYING, Feedback, FeedbackReceipt, FeedbackStatus, Scope, Step, Trace, Verdict
 
@@ -156,12 +156,15 @@ def relearn_steps(log: Log, scope: Scope, episode_id: str) -> list[Attempt]:
         ]
         # A step that failed is inferred evidence whatever became of the episode; one that worked shares its success.
         evidence += [
-            replace(e, verified=e.success and good) for e in followed(attempts, log.advice_given(scope, episode_id))
+            replace(e, verified=e.success and good)
+            for e in advice_evidence(attempts, log.advice_given(scope, episode_id))
         ]
     for trace in log.demonstrated(scope, episode_id):
         own, of_episode = log.feedback_on(trace)
         standing = effective([*of_episode, *own])
-        found = shown(standing, [a for a in attempts if a.trace_id == trace.trace_id] or attempts, trace.answer)
+        found = demonstrated_fix(
+            standing, [a for a in attempts if a.trace_id == trace.trace_id] or attempts, trace.answer
+        )
         if found is not None:
             fix, demonstration = found
             verified = demonstration.source in VERIFYING

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from optillm_memory.decide.policy import Choice, Chosen, Situation
+from optillm_memory.decide.policy import Choice, LoggedChoice, Situation
 from optillm_memory.decide.policy_updater import Row
 from optillm_memory.records import Scope, Trace
 from optillm_memory.store.sqlite.connection import Connection, Readers
@@ -73,7 +73,7 @@ class DecisionReads:
         changed = [
             Row(
                 trace_id,
-                Chosen(arm, json.loads(probabilities), Situation(_vector(vector), length), stake),
+                LoggedChoice(arm, json.loads(probabilities), Situation(_vector(vector), length), stake),
                 reward,
                 tokens,
                 latency_ms,
