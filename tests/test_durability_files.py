@@ -16,7 +16,7 @@ from hosting import until
 
 from optillm_memory import Memory, StoreError, StoreUnavailable, Turn
 from optillm_memory.decide.calibration import WRONG
-from optillm_memory.decide.gate import Book
+from optillm_memory.decide.gate import LabelLog
 from optillm_memory.store.sqlite.audit import integrity
 from optillm_memory.store.sqlite.connection import open_writer, sqlite3
 
@@ -285,7 +285,7 @@ def verdicts(memory: Memory) -> list[int]:
     """Return the verdicts of all labels that the gate has."""
     memory.settle()
     gate = memory._reuse._gate(SCOPE, memory.store.recall.revision(SCOPE))
-    return [verdict for _, verdict in gate.books.get("", Book()).rows]
+    return [verdict for _, verdict in gate.logs.get("", LabelLog()).rows]
 
 
 def test_nothing_of_a_file_that_was_deleted_is_reused(path: Path) -> None:

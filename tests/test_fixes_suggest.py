@@ -167,22 +167,13 @@ def test_a_calibrator_learns_and_stays_monotone() -> None:
         start.fitted([0.5], [])
 
 
-def test_a_grown_book_calibrates_itself() -> None:
-    """From thirty examples on the book's own rehearsals set the confidence; a given calibrator stays as it is."""
-    assert FixBook(many(29)).calibrator == Calibrator()
-    own = FixBook(many(40)).calibrator
-    assert own != Calibrator()
-    assert own(0.5) > Calibrator()(0.5)  # all of them are right
-    assert FixBook(many(40), calibrator=Calibrator(1.0, -2.0)).calibrator == Calibrator(1.0, -2.0)
-
-
 def test_rehearsals_tell_right_from_wrong() -> None:
     """A kind of repair that carries over rehearses right; fixes that share nothing do not."""
-    shares, right = FixBook(many(10)).rehearse(100)
+    shares, right = FixBook(many(10)).cross_validate(100)
     assert (len(shares), sum(right)) == (10, 10)
-    assert len(FixBook(many(10)).rehearse(4)[0]) == 4
+    assert len(FixBook(many(10)).cross_validate(4)[0]) == 4
     strange = [Example(f"frob {'abcdefgh'[n] * 4}", "frob: failed", f"zap {n * 7919 % 10007}") for n in range(8)]
-    assert not any(FixBook(strange).rehearse(8)[1])
+    assert not any(FixBook(strange).cross_validate(8)[1])
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -201,6 +201,40 @@ def test_vectors_of_another_encoder_never_mix(
         assert memory.recall("question number 3")[0].cosine == pytest.approx(1.0, abs=1e-3)
 
 
+class Renamed(HashingEncoder):
+    """The shipped encoder under another fingerprint, which fails where it is asked for a vector that there is."""
+
+    fingerprint = "hashing-by-content"
+    former_fingerprints = ("hashing-trigram-256", "never-used")
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """Encode what no memory has."""
+        assert not [text for text in texts if text.startswith("question number")]
+        return super().encode(texts)
+
+
+def test_vectors_under_a_former_fingerprint_are_taken_over(
+    tmp_path: Path, either: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the encoder is the same under another fingerprint, nothing is encoded again, and recall goes by meaning."""
+    taught(tmp_path, 150, **either)
+    if "postgres" not in str(either["db"]):  # one vector is there already under the new one
+        with hashing_memory(tmp_path, **either) as memory:
+            copied = "SELECT key_hash, 'hashing-by-content', vector FROM vectors ORDER BY id LIMIT 1"
+            memory.store.write(
+                lambda tx: tx.db.execute(f"INSERT INTO vectors(key_hash, fingerprint, vector) {copied}")
+            ).result(10)
+    monkeypatch.setattr("optillm_memory.background.maintenance.Maintenance._fill", lambda _self: None)
+    with Memory(settings(tmp_path, **either), encoder=Renamed) as memory:
+        assert memory.encoder.wait(10) == "ready"
+        assert reembed(memory.store, memory.encoder) >= 149
+        _, embedded = memory.store.vectors.coverage()
+        assert embedded["hashing-by-content"] == 150
+        assert embedded.get("hashing-trigram-256", 0) <= 1
+        memory.encoder._cache["question number 3"] = HashingEncoder().encode(["question number 3"])[0]
+        assert memory.recall("question number 3")[0].cosine == pytest.approx(1.0, abs=1e-3)
+
+
 def test_embedding_anew_can_be_broken_off(
     tmp_path: Path, either: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

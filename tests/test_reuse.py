@@ -269,7 +269,7 @@ def test_a_request_that_reads_slowly_undoes_no_label(tmp_path: Path, monkeypatch
         monkeypatch.setattr(memory.store.proposals, "gate_changes", slowly)
         memory.begin(wanting("a request that is slow"))
         gate = memory._reuse._gate(SCOPE, memory.store.recall.revision(SCOPE))
-        assert [verdict for _, verdict in gate.books[""].rows].count(WRONG) == 1
+        assert [verdict for _, verdict in gate.logs[""].rows].count(WRONG) == 1
 
 
 def test_no_other_request_takes_a_neighbour_that_disagrees_away(
@@ -324,8 +324,8 @@ def test_the_gate_does_not_depend_on_the_order_of_arrival(labels: list[Label], c
     for start in range(0, len(arriving), 40):
         keeper.take(keeper.since, 0, arriving[start : start + 40])
     whole = Gate(labels)
-    assert {name: book.rows for name, book in keeper.gate.books.items()} == {
-        name: book.rows for name, book in whole.books.items()
+    assert {name: book.rows for name, book in keeper.gate.logs.items()} == {
+        name: book.rows for name, book in whole.logs.items()
     }
 
 

@@ -23,7 +23,7 @@ from optillm_memory.background.worker import BackgroundWorker, Closed
 from optillm_memory.decide import gate_updater, policy_updater
 from optillm_memory.decide.gate import Gate, Label
 from optillm_memory.decide.gate_updater import Change, GateUpdater
-from optillm_memory.decide.policy import Chosen, Policy, Situation, Terms
+from optillm_memory.decide.policy import LoggedChoice, Policy, Situation, Terms
 from optillm_memory.decide.policy_updater import PolicyUpdater, Row
 from optillm_memory.errors import EncoderUnavailable
 from optillm_memory.host.failopen import FailOpen
@@ -273,13 +273,19 @@ def test_a_gate_that_could_not_be_folded_is_folded_later(monkeypatch: pytest.Mon
             updater.take(updater.since, 2, [replace(changes[7], label=found[7])])
     updater.take(updater.since, 3, [replace(changes[30], label=found[30])])
     starter.join()
-    assert {n: b.rows for n, b in updater.gate.books.items()} == {n: b.rows for n, b in Gate(found).books.items()}
+    assert {n: b.rows for n, b in updater.gate.logs.items()} == {n: b.rows for n, b in Gate(found).logs.items()}
 
 
 def rows(count: int, first: int = 0) -> list[Row]:
     """Return choices with their rewards."""
     return [
-        Row(f"t{n:05}", Chosen(ARMS[n % 2].name, {ARMS[n % 2].name: 1.0}, Situation(None, 0)), float(n % 2), 1000, 5.0)
+        Row(
+            f"t{n:05}",
+            LoggedChoice(ARMS[n % 2].name, {ARMS[n % 2].name: 1.0}, Situation(None, 0)),
+            float(n % 2),
+            1000,
+            5.0,
+        )
         for n in range(first, first + count)
     ]
 

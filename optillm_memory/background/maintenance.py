@@ -156,6 +156,9 @@ def prune_vectors(store: Store, fingerprint: str) -> int:
 
 
 def _embed(store: Store, encoder: EncoderService, rows: Missing) -> None:
+    """Give memories their vectors: those of the same encoder under a former fingerprint, else new ones."""
+    if encoder.former_fingerprints:
+        rows = store.write(lambda tx: _renamed(tx, encoder, rows)).result(WAIT_S)
     vectors = encoder.encode([key for _, key, _ in rows])
     if vectors is None:
         raise EncoderUnavailable(f"the encoder is {encoder.state}: {encoder.reason}")
@@ -166,3 +169,12 @@ def _embed(store: Store, encoder: EncoderService, rows: Missing) -> None:
         tx.exemplars.touch([number for number, _, _ in rows])
 
     store.write(fill).result(WAIT_S)
+
+
+def _renamed(tx: Transaction, encoder: EncoderService, rows: Missing) -> Missing:
+    """Take over the vectors that have a former fingerprint of the encoder; return the memories without one."""
+    hashes = [hashed for _, _, hashed in rows]
+    renamed = tx.vectors.rename(hashes, encoder.former_fingerprints, encoder.fingerprint)
+    if renamed:
+        tx.exemplars.touch([number for number, _, hashed in rows if hashed in renamed])
+    return [row for row in rows if row[2] not in renamed]

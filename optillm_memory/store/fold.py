@@ -8,7 +8,7 @@ from dataclasses import replace
 from optillm_memory.errors import InvalidField
 from optillm_memory.learn.attempts import Attempt, inferred_id
 from optillm_memory.learn.exemplars import learn
-from optillm_memory.learn.fixes import FixEvidence, followed, mine, shown
+from optillm_memory.learn.fixes import FixEvidence, advice_evidence, demonstrated_fix, mine
 from optillm_memory.learn.outcomes import effective
 from optillm_memory.records import VERIFYING, Feedback, FeedbackReceipt, Scope, Step, Trace
 from optillm_memory.store.transaction import Transaction
@@ -74,11 +74,13 @@ def relearn_steps(tx: Transaction, scope: Scope, episode_id: str) -> list[Attemp
         ]
         # A step that failed is inferred evidence whatever became of the episode; one that worked shares its success.
         given = tx.fixes.advice_given(scope, episode_id)
-        evidence += [replace(e, verified=e.success and good) for e in followed(attempts, given)]
+        evidence += [replace(e, verified=e.success and good) for e in advice_evidence(attempts, given)]
     for trace in tx.traces.demonstrated(scope, episode_id):
         own, of_episode = tx.feedback.on(trace)
         standing = effective([*of_episode, *own])
-        found = shown(standing, [a for a in attempts if a.trace_id == trace.trace_id] or attempts, trace.answer)
+        found = demonstrated_fix(
+            standing, [a for a in attempts if a.trace_id == trace.trace_id] or attempts, trace.answer
+        )
         if found is not None:
             fix, demonstration = found
             verified = demonstration.source in VERIFYING

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from optillm_memory.decide.policy import Choice, Chosen, Situation
+from optillm_memory.decide.policy import Choice, LoggedChoice, Situation
 from optillm_memory.decide.policy_updater import Row
 from optillm_memory.recall.retriever import Version
 from optillm_memory.records import Scope, Trace
@@ -79,7 +79,7 @@ class DecisionReads:
         changed = []
         for trace_id, arm, probabilities, length, stake, vector, *reward, _ in found:
             situation = Situation(None if vector is None else np.frombuffer(vector, dtype=np.float32), length)
-            changed.append(Row(trace_id, Chosen(arm, json.loads(probabilities), situation, stake), *reward))
+            changed.append(Row(trace_id, LoggedChoice(arm, json.loads(probabilities), situation, stake), *reward))
         return max((row[-1] for row in found), default=since), changed
 
     def arm_of(self, scope: Scope, episode_id: str) -> str | None:

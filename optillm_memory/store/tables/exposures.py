@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optillm_memory.learn.offpolicy import Logged
+from optillm_memory.learn.offpolicy import LoggedEpisode
 from optillm_memory.learn.uplift import Episode, standing, tabulated
 from optillm_memory.records import Scope
 from optillm_memory.store.backend import Pool
@@ -79,7 +79,7 @@ class ExposureReads:
             return episodes_of(db, _BY_TENANT, (tenant, tenant))
 
 
-def read_decisions(path: Path, tenant: str | None) -> list[Logged]:
+def read_decisions(path: Path, tenant: str | None) -> list[LoggedEpisode]:
     """Return a tenant's episodes in a database file in which the policy chose an arm, the oldest first.
 
     An episode has one outcome, so it is one row, with its first choice; tokens and milliseconds are those of all its
@@ -88,7 +88,7 @@ def read_decisions(path: Path, tenant: str | None) -> list[Logged]:
     with contextlib.closing(UntouchedReaders(path)) as readers, readers.borrow() as db:
         found = db.execute(_DECISIONS, (tenant, tenant)).fetchall()
     return [
-        Logged(
+        LoggedEpisode(
             arm, propensity, json.loads(probabilities) or {arm: propensity},
             None if verdict is None else float(_VERDICTS[verdict]), tokens, latency_ms, switched=arms > 1,
         )

@@ -54,6 +54,19 @@ class VectorTable:
         self.db.executemany("DELETE FROM vectors WHERE key_hash = ? AND fingerprint = ?", found)
         return len(found)
 
+    def rename(self, keys: Sequence[str], former: Collection[str], fingerprint: str) -> set[str]:
+        """Give vectors with a former fingerprint of an encoder its present one; return the key hashes that had any."""
+        renamed: set[str] = set()
+        for name in former:
+            found = self.db.execute(
+                f"UPDATE vectors SET fingerprint = ? WHERE key_hash IN ({marks(keys)}) AND fingerprint = ? AND NOT "
+                "EXISTS (SELECT 1 FROM vectors AS own WHERE own.key_hash = vectors.key_hash AND own.fingerprint = ?) "
+                "RETURNING key_hash",
+                (fingerprint, *keys, name, fingerprint),
+            )
+            renamed |= {str(row[0]) for row in found.fetchall()}
+        return renamed
+
 
 @dataclass
 class VectorReads:
