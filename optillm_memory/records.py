@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
+
+# Starts a daemon thread of this name that does this work; `background.threads.start_thread` is the one that does.
+ThreadStarter: TypeAlias = Callable[[str, Callable[[], None]], threading.Thread]
+# Whose call it is: a caller's tenant, or None for the operator at the machine, who may see and judge every scope.
+Tenant: TypeAlias = str | None
+OPERATOR: Tenant = None
 
 Message = dict[str, Any]
 Mode = Literal["readwrite", "read", "write", "off"]

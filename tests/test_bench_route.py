@@ -49,11 +49,11 @@ def test_a_good_default_is_kept(figures: dict[str, Any]) -> None:
 
 
 def test_a_bad_default_is_overcome(figures: dict[str, Any]) -> None:
-    """With an audition the policy gets to the best arm, with sparse and wrong feedback too."""
-    found = figures["bad_default_audition"]
+    """With a warm-up the policy gets to the best arm, with sparse and wrong feedback too."""
+    found = figures["bad_default_warmup"]
     assert found["way_to_best_arm"] > 0.8
     assert found["utility"] > found["single_arms"]["small"]
-    assert figures["bad_default_audition_sparse"]["way_to_best_arm"] > 0.5
+    assert figures["bad_default_warmup_sparse"]["way_to_best_arm"] > 0.5
 
 
 def test_an_arm_that_degrades_is_left(figures: dict[str, Any]) -> None:
@@ -93,7 +93,7 @@ def test_the_same_seed_gives_the_same_run() -> None:
     """A seed is all the randomness there is; another one is another order."""
     rows = made_up(count=300)
     table = Table.of(rows, vectors_of(rows), 0.1)
-    scenario = next(s for s in SCENARIOS if s.name == "bad_default_audition_sparse")
+    scenario = next(s for s in SCENARIOS if s.name == "bad_default_warmup_sparse")
     one, again, other = (play(table, scenario, seed, 0.01) for seed in (1, 1, 2))
     assert (one.chosen == again.chosen).all()
     assert not np.array_equal(one.table.rewards, other.table.rewards)

@@ -1,21 +1,24 @@
-"""The commands on a database that is not there: who only reads or deletes says so, and makes none."""
+"""The commands: what they print and write, and that those which only read or delete never create a database."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import click
 import pytest
+from builders import body, response
 from click.testing import CliRunner
 from postgres import Server
 
+from optillm_memory import Memory
 from optillm_memory.cli import main
 from optillm_memory.store.postgres.schema import is_there
 
 ON_WHAT_IS_THERE = {
     "stats": (), "traces": (), "show": ("t1",), "why": ("t1",), "memories": (), "uplift": (), "policy": (),
-    "recall": ("a task",), "rebuild": (), "verify": (), "backup": ("copy.db",), "forget": ("--trace", "t1", "--yes"),
-    "reembed": (),
+    "recall": ("a task",), "rebuild": (), "verify": (), "migrate": (), "backup": ("copy.db",),
+    "forget": ("--trace", "t1", "--yes"), "reembed": (),
 }  # fmt: skip
 
 
@@ -58,3 +61,43 @@ def test_feedback_makes_the_database_it_waits_in(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)[0]["status"] == "pending"
     assert json.loads(CliRunner().invoke(main, ["stats", *where]).stdout)["feedback"] == 1
+
+
+def test_json_is_a_flag_and_output_a_file() -> None:
+    """Every command that prints a result has `--json` as a flag and `--output` as a file."""
+    names = {*ON_WHAT_IS_THERE, "feedback", "install", "doctor", "settings", "copy"}
+    for name in names:
+        options = {opt: parameter for parameter in main.commands[name].params for opt in parameter.opts}
+        assert isinstance(options["--json"], click.Option)
+        assert options["--json"].is_flag
+        assert isinstance(options["--output"].type, click.Path)
+
+
+@pytest.mark.parametrize("command", [("stats",), ("verify",), ("traces", "--text", "two"), ("settings",)], ids=" ".join)
+def test_output_holds_what_json_prints(command: tuple[str, ...], tmp_path: Path) -> None:
+    """The file holds the JSON of the result, and what is printed is the same as without it."""
+    with Memory.open(tmp_path / "memory.db", encoder="none") as memory:
+        for task in ("one", "two"):
+            memory.finish(memory.begin(body(task)), response("an answer"))
+    where = () if command[0] == "settings" else ("--db", str(tmp_path / "memory.db"))
+    file = tmp_path / "out.json"
+    as_json = CliRunner().invoke(main, [*command, *where, "--json"])
+    assert as_json.exit_code == 0, as_json.output
+    for options in ((), ("--json",)):
+        plain = CliRunner().invoke(main, [*command, *where, *options])
+        written = CliRunner().invoke(main, [*command, *where, *options, "--output", str(file)])
+        assert (written.exit_code, written.stdout) == (0, plain.stdout)
+        assert file.read_text(encoding="utf-8") == as_json.stdout
+        file.unlink()
+    if command[0] == "traces":
+        assert [trace["task"] for trace in json.loads(as_json.stdout)] == ["two"]
+
+
+def test_output_into_no_folder_is_refused_at_once(tmp_path: Path) -> None:
+    """A file in a folder that does not exist is a usage error, before anything is done."""
+    db = tmp_path / "memory.db"
+    options = ("--db", str(db), "--output", str(tmp_path / "missing" / "out.json"))
+    done = CliRunner().invoke(main, ["feedback", "t1", "--success", *options])
+    assert done.exit_code == 2
+    assert "there is no folder" in done.stderr
+    assert not db.exists()

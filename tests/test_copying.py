@@ -14,7 +14,7 @@ from builders import SCOPE, ask, body, hashing_memory
 from click.testing import CliRunner
 from postgres import Server
 
-from optillm_memory import InvalidField, Memory, NotFound, Settings, StoreError, StoreUnavailable
+from optillm_memory import InvalidField, Memory, NotFound, Settings, StoreError
 from optillm_memory.cli import main
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.store.base import Store
@@ -23,7 +23,7 @@ from optillm_memory.store.maintenance.copying import copy
 from optillm_memory.store.opening import open_store
 from optillm_memory.store.postgres.connection import PostgresConnection
 from optillm_memory.store.postgres.schema import TABLES
-from optillm_memory.store.sqlite.connection import connect, open_writer, sqlite3
+from optillm_memory.store.sqlite.connection import connect, sqlite3
 from optillm_memory.testing.host import HostProcess
 
 
@@ -128,20 +128,20 @@ def test_a_source_that_goes_away_is_told_in_one_line(
     assert copy(server, str(tmp_path / "new.db"))["traces"] >= 6
 
 
-def test_a_source_that_is_only_read_is_copied(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that cannot be written now is copied all the same, unless it first needs a later schema."""
-
-    def refused(path: Path, **_: Any) -> Any:
-        if path == Path(file):
-            raise StoreUnavailable(f"cannot write {path}: it is read-only")
-        return open_writer(path)
-
-    monkeypatch.setattr("optillm_memory.store.maintenance.copying.open_writer", refused)
+def test_a_source_is_only_read(file: str, tmp_path: Path) -> None:
+    """Copying changes no byte of the source and makes no file beside it; an earlier schema is named, not migrated."""
+    source = Path(file)
+    before, files = source.read_bytes(), set(source.parent.iterdir())
     assert copy(file, str(tmp_path / "copy.db"))["traces"] >= 6
-    with contextlib.closing(connect(Path(file))) as db:
-        db.execute("DELETE FROM _sqlite_migrations WHERE id = (SELECT max(id) FROM _sqlite_migrations)")
-    with pytest.raises(StoreError, match=r"the source .* read-only"):
+    made = {tmp_path / f"copy.db{suffix}" for suffix in ("", "-wal", "-shm", "-turnstile")}
+    assert set(source.parent.iterdir()) - made == files
+    assert source.read_bytes() == before
+    with contextlib.closing(connect(source)) as db:
+        db.execute("DELETE FROM _sqlite_migrations WHERE name >= 'm008'")
+    before = source.read_bytes()
+    with pytest.raises(StoreError, match="optillm-memory migrate"):
         copy(file, str(tmp_path / "other.db"))
+    assert source.read_bytes() == before
     assert not list(tmp_path.glob("other*"))
 
 

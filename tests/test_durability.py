@@ -17,6 +17,7 @@ from benchmarks import acknowledged, durability, kills, soak
 from benchmarks.acknowledged import Faults
 from optillm_memory import HostError
 from optillm_memory.store.sqlite.turnstile import Turnstile
+from optillm_memory.store.writer import start_thread
 
 
 def test_killed_at_any_moment_no_acknowledged_feedback_is_lost(tmp_path: Path) -> None:
@@ -110,7 +111,8 @@ PASSES = """
 import sys, time
 from pathlib import Path
 from optillm_memory.store.sqlite.turnstile import Turnstile
-turnstile = Turnstile(Path(sys.argv[1]))
+from optillm_memory.store.writer import start_thread
+turnstile = Turnstile(Path(sys.argv[1]), start_thread)
 for _ in range(int(sys.argv[2])):
     with turnstile.passing():
         print("in", flush=True)
@@ -189,7 +191,7 @@ def test_a_process_that_was_stopped_inside_stops_nobody(tmp_path: Path, monkeypa
 
 def test_without_a_turnstile_writing_goes_on(tmp_path: Path) -> None:
     """Where its file cannot be made, SQLite's own lock has to do."""
-    turnstile = Turnstile(tmp_path / "no such folder" / "turnstile")
+    turnstile = Turnstile(tmp_path / "no such folder" / "turnstile", start_thread)
     with turnstile.passing():
         assert not (tmp_path / "no such folder").exists()
     (tmp_path / "memory.db-turnstile").mkdir()

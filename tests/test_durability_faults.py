@@ -100,7 +100,7 @@ def test_a_checkpoint_that_fails_costs_nothing(
     tmp_path: Path, trouble: Trouble, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the WAL cannot be copied into the database it grows, and every acknowledged feedback is kept in it."""
-    monkeypatch.setattr("optillm_memory.store.sqlite.writer._CHECKPOINT_EVERY", 10)
+    monkeypatch.setattr("optillm_memory.store.sqlite.writer.WAL_BYTES", 40_000)
     with lexical_memory(tmp_path) as memory:
         memory.settle()
         trouble.begin(EIO, "write", "sync", suffix="memory.db")

@@ -284,7 +284,7 @@ def asked_otherwise(memory: Memory) -> list[int]:
 def verdicts(memory: Memory) -> list[int]:
     """Return the verdicts of all labels that the gate has."""
     memory.settle()
-    gate = memory._reuser._gate(SCOPE, memory.store.revision(SCOPE))
+    gate = memory._reuse._gate(SCOPE, memory.store.revision(SCOPE))
     return [verdict for _, verdict in gate.books.get("", Book()).rows]
 
 
@@ -349,14 +349,14 @@ def test_a_file_that_is_opened_again_keeps_its_generation(path: Path) -> None:
         before = memory.store.revision().generation
         path.with_name(path.name + "-wal").unlink()
         teach(memory, "a task of meanwhile", "done")
-        memory.store._writer.distrust()  # type: ignore[attr-defined]
+        memory.store._writer.distrust()  # type: ignore[union-attr]
         teach(memory, "a task of after", "done")
         assert memory.store.revision().generation == before
 
 
 def test_beliefs_of_a_file_that_was_deleted_are_forgotten(path: Path) -> None:
     """The policy counts the choices of the new file alone, and those at once."""
-    with hashing_memory(path.parent, arms="none@default, none@small=0.1", audition=1.0) as memory:
+    with hashing_memory(path.parent, arms="none@default, none@small=0.1", warmup_share=1.0) as memory:
         auto = {"agent_memory": {"approach": "auto"}}
         for number in range(20):
             ask(memory, body(f"question {number}", **auto))

@@ -137,6 +137,7 @@ def known(store: SqliteStore) -> list[Any]:
     return sorted(rows, key=repr)
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(logs(), st.randoms(use_true_random=False))
 def test_order_of_arrival_does_not_matter_and_rebuild_agrees(parts: list[list[Event]], random: Any) -> None:

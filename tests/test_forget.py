@@ -362,6 +362,7 @@ def test_another_process_stops_using_it_at_once(memory: Memory, tmp_path: Path) 
         server.stdin.close()
 
 
+@pytest.mark.slow
 def test_a_reader_that_holds_the_journal_back_is_named(memory: Memory, tmp_path: Path) -> None:
     """While somebody reads an earlier state the journal cannot be emptied: that is said; done again, it is."""
     turn = ask(memory, f"say {SECRET}")

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optillm_memory.background.threads import start_thread
 from optillm_memory.decide import gate_updater as keeper_module
 from optillm_memory.decide.agreement import Proposal
 from optillm_memory.decide.calibration import (
@@ -485,7 +486,7 @@ def agrees(keeper: GateUpdater, found: list[Label]) -> None:
 def test_a_keeper_has_the_gate_of_all_labels(seed: int, count: int, chance: random.Random) -> None:
     """Whatever comes late, changes its verdict or is retracted, once it is settled."""
     found = some_labels(seed, count)
-    keeper = GateUpdater()
+    keeper = GateUpdater(start_thread)
     rows = [Change(f"{i:04}", label, served=chance.random() < 0.3) for i, label in enumerate(found)]
     for place in sorted(range(count), key=lambda i: i + chance.choice([0, 0, 0, 40])):
         keeper.take(keeper.since, place, [replace(rows[place], label=replace(found[place], correct=None))])
@@ -504,7 +505,7 @@ def test_a_keeper_has_the_gate_of_all_labels(seed: int, count: int, chance: rand
 
 def test_a_keeper_waits_for_feedback_but_not_for_ever() -> None:
     """The gate lags behind a request that may yet be labelled, by 32 at most; a served one is not waited for."""
-    keeper = GateUpdater()
+    keeper = GateUpdater(start_thread)
     keeper.take(keeper.since, 1, [Change("0000", Label(0.9, None, "p"), served=True)])
     assert len(keeper.gate.books[""].rows) == 1
     keeper.take(keeper.since, 2, [Change("0001", Label(0.9, None, "p"), served=False)])
@@ -517,7 +518,7 @@ def test_a_keeper_waits_for_feedback_but_not_for_ever() -> None:
 
 def test_a_keeper_takes_no_batch_that_another_overtook() -> None:
     """Read before a label changed but taken after it, a batch would undo what nobody tells of again."""
-    keeper = GateUpdater()
+    keeper = GateUpdater(start_thread)
     served = [Change("0000", Label(0.9, correct, "p"), served=True) for correct in (None, False)]
     assert keeper.take(0, 12, served[1:])
     assert not keeper.take(0, 11, served[:1])
@@ -529,7 +530,7 @@ def test_many_labels_are_folded_again_behind_the_request(monkeypatch: pytest.Mon
     """A late label in a long log leaves the old gate in place until a thread has the new one."""
     monkeypatch.setattr(keeper_module, "_INLINE", 50)
     found = [label for label in some_labels(5, 400) if label.correct is not None]
-    keeper = GateUpdater()
+    keeper = GateUpdater(start_thread)
     rows = [Change(f"{i:04}", label, served=False) for i, label in enumerate(found)]
     keeper.take(keeper.since, 1, rows)
     agrees(keeper, found)

@@ -254,7 +254,7 @@ def test_routes_show_traces_and_memories(host: Host, namespace: dict[str, str]) 
     assert [m["content"] for m in shown["messages"]] == [TASK, ANSWER]
     assert [(f["metric"], f["value"], f["source"]) for f in shown["feedback"]] == [("success", True, "code")]
     assert [t["trace_id"] for t in host.get("traces", limit=1)["data"]] == [used["trace_id"]]
-    assert trace_id in {t["trace_id"] for t in host.get("traces", query="nightly uploader", limit=1000)["data"]}
+    assert trace_id in {t["trace_id"] for t in host.get("traces", text="nightly uploader", limit=1000)["data"]}
     memory_id = used["injected"][0]["memory_id"]
     memory = host.get(f"memories/{memory_id}")
     assert (memory["task"], memory["answer"], memory["status"]) == (TASK, ANSWER, "verified")

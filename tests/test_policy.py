@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from optillm_memory.background.threads import start_thread
 from optillm_memory.decide.clusters import LIMIT, NOWHERE, Clusters
-from optillm_memory.decide.policy import AUDITIONED, Chosen, Known, Policy, Situation, Terms
+from optillm_memory.decide.policy import WARMUP_REQUESTS, Chosen, Known, Policy, Situation, Terms
 from optillm_memory.decide.policy_updater import PolicyUpdater, Row
 from optillm_memory.errors import InvalidField
 from optillm_memory.records import Arm
@@ -128,17 +129,17 @@ def test_a_little_exploration_finds_the_better_arm() -> None:
 
 def test_exploration_keeps_its_budget() -> None:
     """What exploring puts at stake never exceeds what was granted; with a budget of nothing, nothing is explored."""
-    terms = Terms(exploration=0.003)
+    terms = Terms(exploration_budget=0.003)
     policy = Policy(ARMS, LARGE.name, terms)
     random = np.random.default_rng(1)
     staked = 0.0
     for number in range(1200):
         choice = policy.choose(ANYTHING, random.random())
         staked += choice.stake
-        assert staked <= terms.exploration * number + 1e-9
+        assert staked <= terms.exploration_budget * number + 1e-9
         policy.add(choice.logged(ANYTHING), Known(float(random.random() < 0.7), 1.0, 0.0))
     assert staked > 0.0
-    frugal = Policy(ARMS, LARGE.name, Terms(exploration=0.0))
+    frugal = Policy(ARMS, LARGE.name, Terms(exploration_budget=0.0))
     assert set(play(frugal, {arm.name: 0.5 for arm in ARMS}, 500)) == {LARGE.name}
 
 
@@ -158,28 +159,30 @@ def test_a_default_that_goes_bad_is_left() -> None:
     assert Counter(chosen[-200:])[SMALL.name] > 150
 
 
-def test_an_audition_spreads_the_first_requests() -> None:
-    """Each arm gets its part of the auditioned share; afterwards the better arm answers, default or not."""
-    policy = Policy(ARMS, LARGE.name, Terms(audition=0.6))
-    chosen = play(policy, {LARGE.name: 0.5, SMALL.name: 0.7, HEAVY.name: 0.2}, AUDITIONED)
+def test_a_warmup_spreads_the_first_requests() -> None:
+    """Each arm gets its part of the warm-up share; afterwards the better arm answers, default or not."""
+    policy = Policy(ARMS, LARGE.name, Terms(warmup_share=0.6))
+    chosen = play(policy, {LARGE.name: 0.5, SMALL.name: 0.7, HEAVY.name: 0.2}, WARMUP_REQUESTS)
     counts = Counter(chosen)
-    assert counts[HEAVY.name] == pytest.approx(0.2 * AUDITIONED, abs=30)
-    assert counts[SMALL.name] >= 0.2 * AUDITIONED - 30
+    assert counts[HEAVY.name] == pytest.approx(0.2 * WARMUP_REQUESTS, abs=30)
+    assert counts[SMALL.name] >= 0.2 * WARMUP_REQUESTS - 30
     after = policy.choose(ANYTHING, 0.0)
     assert (after.arm, after.probabilities[HEAVY.name] < 0.05) == (SMALL, True)
 
 
-def test_with_an_audition_the_default_has_no_claim() -> None:
+def test_with_a_warmup_the_default_has_no_claim() -> None:
     """Where the default was a guess, the arm that is more likely better answers; else certainty is needed."""
     shares = {LARGE.name: 0.62, SMALL.name: 0.66}
-    taught_both = [taught(Policy(ARMS[:2], LARGE.name, Terms(audition=a)), shares, AUDITIONED // 2) for a in (0.0, 0.5)]
+    taught_both = [
+        taught(Policy(ARMS[:2], LARGE.name, Terms(warmup_share=a)), shares, WARMUP_REQUESTS // 2) for a in (0.0, 0.5)
+    ]
     assert [policy.choose(ANYTHING, 0.0).arm for policy in taught_both] == [LARGE, SMALL]
 
 
 @given(st.floats(0, 1, exclude_max=True), st.sets(st.sampled_from([a.name for a in ARMS]), min_size=1), st.booleans())
-def test_only_arms_that_can_answer_are_chosen(chance: float, eligible: set[str], audition: bool) -> None:
+def test_only_arms_that_can_answer_are_chosen(chance: float, eligible: set[str], warmup: bool) -> None:
     """The choice and all probabilities are of the eligible arms, and sum to one."""
-    terms = Terms(audition=0.5) if audition else Terms()
+    terms = Terms(warmup_share=0.5) if warmup else Terms()
     policy = taught(Policy(ARMS, LARGE.name, terms), {LARGE.name: 0.5, SMALL.name: 0.6, HEAVY.name: 0.55}, 5)
     choice = policy.choose(ANYTHING, chance, eligible)
     assert choice.arm.name in eligible == set(choice.probabilities)
@@ -269,7 +272,7 @@ def rows_of(learner: PolicyUpdater, count: int, first: int = 0) -> list[Row]:
 
 def test_the_learner_takes_rows_once() -> None:
     """A row that comes again with its reward is the same row; tokens become cost at the arm's price."""
-    learner = PolicyUpdater((LARGE, SMALL), Terms())
+    learner = PolicyUpdater((LARGE, SMALL), Terms(), start_thread)
     rows = rows_of(learner, 40)
     silent = [Row(r.trace_id, r.chosen, None, r.tokens, r.latency_ms) for r in rows]
     learner.take(learner.since, 1, silent)
@@ -280,12 +283,12 @@ def test_the_learner_takes_rows_once() -> None:
     assert beliefs[SMALL.name]["told"] == pytest.approx(20, abs=0.2)
     assert beliefs[SMALL.name]["cost"] == pytest.approx(0.1)
     assert beliefs[LARGE.name]["latency"] == pytest.approx(0.5)
-    assert learner.examples() == {NOWHERE: rows[-1].trace_id}
+    assert learner.report()[1] == {NOWHERE: rows[-1].trace_id}
 
 
 def test_the_learner_takes_no_batch_that_another_overtook() -> None:
     """Read before a reward came but taken after it, a batch would undo what nobody tells of again."""
-    learner = PolicyUpdater((LARGE, SMALL), Terms())
+    learner = PolicyUpdater((LARGE, SMALL), Terms(), start_thread)
     rows = rows_of(learner, 40)
     assert learner.take(-1, 12, rows)
     assert not learner.take(-1, 11, [replace(row, reward=None) for row in rows])
@@ -295,12 +298,12 @@ def test_the_learner_takes_no_batch_that_another_overtook() -> None:
 
 def test_many_rows_that_come_later_are_folded_into_what_is_there() -> None:
     """Another process may bring thousands at once: what was learned before still counts."""
-    learner = PolicyUpdater((LARGE, SMALL), Terms())
+    learner = PolicyUpdater((LARGE, SMALL), Terms(), start_thread)
     learner.take(learner.since, 1, rows_of(learner, 40))
     learner.take(learner.since, 2, rows_of(learner, 3000, first=40))
     learner.wait(30)
     assert learner.policy.count == 3040
-    whole = PolicyUpdater((LARGE, SMALL), Terms())
+    whole = PolicyUpdater((LARGE, SMALL), Terms(), start_thread)
     whole.take(whole.since, 2, rows_of(whole, 3040))
     whole.wait(30)
     assert learner.policy.beliefs() == whole.policy.beliefs()
@@ -308,7 +311,7 @@ def test_many_rows_that_come_later_are_folded_into_what_is_there() -> None:
 
 def test_many_rows_are_folded_behind() -> None:
     """A log of thousands of choices does not hold a request up, and is there soon after."""
-    learner = PolicyUpdater((LARGE, SMALL), Terms())
+    learner = PolicyUpdater((LARGE, SMALL), Terms(), start_thread)
     learner.take(learner.since, 1, rows_of(learner, 3000))
     assert learner.busy or learner.policy.count == 3000
     learner.wait(30)
@@ -321,7 +324,7 @@ def test_many_rows_are_folded_behind() -> None:
 
 def test_requests_that_are_not_recorded_explore_nothing() -> None:
     """Nothing is learned from them, so nothing is risked for it; what is recorded is charged at once."""
-    learner = PolicyUpdater((LARGE, SMALL, HEAVY), Terms())
+    learner = PolicyUpdater((LARGE, SMALL, HEAVY), Terms(), start_thread)
     taught(learner.policy, {LARGE.name: 0.6, SMALL.name: 0.55, HEAVY.name: 0.5}, 40)
     names = {arm.name for arm in learner.policy.arms}
     assert learner.choose("a", ANYTHING, 0.0, names, recorded=False).stake == 0
@@ -343,7 +346,7 @@ def test_arms_are_read_from_the_settings() -> None:
         ("none@a b", "approach@model"),
         ("none@a, none@a=2", "twice"),
         ("agent_memory@a", "optillm's own"),
-        ("none@a=1e", "no number"),
+        ("none@a=1e", "not a number"),
         ("none@a=-1", "0 or more"),
     ],
 )

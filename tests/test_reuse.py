@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optillm_memory import Memory, Scope, Turn
+from optillm_memory.background.threads import start_thread
 from optillm_memory.conversation.parse import parse
 from optillm_memory.conversation.partition import partition_of
 from optillm_memory.decide.calibration import WRONG
@@ -266,7 +267,7 @@ def test_a_request_that_reads_slowly_undoes_no_label(tmp_path: Path, monkeypatch
 
         monkeypatch.setattr(memory.store, "gate_changes", slowly)
         memory.begin(wanting("a request that is slow"))
-        gate = memory._reuser._gate(SCOPE, memory.store.revision(SCOPE))
+        gate = memory._reuse._gate(SCOPE, memory.store.revision(SCOPE))
         assert [verdict for _, verdict in gate.books[""].rows].count(WRONG) == 1
 
 
@@ -286,7 +287,7 @@ LABELS = st.lists(
 @given(LABELS, st.randoms(use_true_random=False))
 def test_the_gate_does_not_depend_on_the_order_of_arrival(labels: list[Label], chance: random.Random) -> None:
     """Labels that come late, change or are taken back leave the gate that a fold in the order of requests gives."""
-    keeper = GateUpdater()
+    keeper = GateUpdater(start_thread)
     rows = [Change(f"{i:04d}", label, served=label.correct is None) for i, label in enumerate(labels)]
     arriving = sorted(rows, key=lambda row: int(row.trace_id) + chance.choice([0, 0, 0, 5, 90]))
     for change in arriving:

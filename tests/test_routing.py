@@ -12,6 +12,7 @@ from optillm_memory.conversation.options import Options
 from optillm_memory.decide.policy_updater import Row
 from optillm_memory.memory import Memory
 from optillm_memory.records import Arm, Scope
+from optillm_memory.request.deadline import Deadline
 from optillm_memory.request.route import can_answer, chance, length_of
 from optillm_memory.request.turn import Turn
 
@@ -22,7 +23,7 @@ SCOPE = Scope("local")
 
 @pytest.fixture
 def memory(tmp_path: Path) -> Iterator[Memory]:
-    """Give a memory with three arms, all auditioned, on an encoder that needs no weights."""
+    """Give a memory with three arms, all tried in the warm-up, on an encoder that needs no weights."""
     with opened(tmp_path) as made:
         yield made
 
@@ -30,7 +31,7 @@ def memory(tmp_path: Path) -> Iterator[Memory]:
 def opened(tmp_path: Path, **settings: Any) -> Memory:
     """Open the memory of a test."""
     made = Memory.open(
-        tmp_path / "memory.db", **{"encoder": "hashing", "arms": ARMS, "audition": 1.0, "holdout": 0.0, **settings}
+        tmp_path / "memory.db", **{"encoder": "hashing", "arms": ARMS, "warmup_share": 1.0, "holdout": 0.0, **settings}
     )
     made.encoder.wait(20)
     return made
@@ -195,7 +196,7 @@ def test_rebuild_leaves_nothing_that_the_log_does_not_say(memory: Memory) -> Non
 def test_approaches_are_given_words_alone(extra: dict[str, Any], able: bool) -> None:
     """An approach gets what it can carry; a plain call gets all; what the host does not have is never chosen."""
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **extra}
-    turn = Turn.plain(body, tenant="t", options=Options(), approach="none", now=0.0)
+    turn = Turn.plain(body, tenant="t", options=Options(), approach="none", now=0.0, deadline=Deadline())
     assert can_answer(WORDS, turn, None) == can_answer(WORDS, turn, {"moa"}) == able
     assert can_answer(PLAIN, turn, set())
     assert not can_answer(WORDS, turn, {"bon"})

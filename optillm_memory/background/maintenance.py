@@ -1,4 +1,4 @@
-"""Maintenance: missing vectors are filled in, and what is beyond the limits goes, behind everything else."""
+"""Maintenance: missing vectors are filled in and what is beyond the limits is deleted, in the background."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from optillm_memory.background.encoder_service import EncoderService
+from optillm_memory.background.threads import start_thread
+from optillm_memory.errors import EncoderUnavailable
 from optillm_memory.settings import Settings
 from optillm_memory.store.base import Store
 from optillm_memory.store.maintenance.erase import BATCH, WAIT_S
@@ -21,49 +23,50 @@ _GATHER_S = 0.02  # what was learned meanwhile is looked at together, and does n
 _REST = 9.0  # times as long as it looked at what is there already
 _LOOK_S = 60.0  # between two looks at what is to go, and at what other processes learned
 _ANEW_S = 3_600.0  # after which everything is looked through again: what was no memory yet may be one now
+_CLOSING_S = 10.0
 Missing = Sequence[tuple[int, str, str]]
 
 
 class Maintenance:
     """Two threads: one fills in missing vectors, woken when something was learned; one deletes what is to go."""
 
-    def __init__(self, store: Store, encoder: EncoderService, limits: Limits) -> None:
-        """Start the threads."""
+    def __init__(self, store: Store, encoder: EncoderService, settings: Settings) -> None:
+        """Start the threads; the settings say how much is kept."""
         self._store = store
         self._encoder = encoder
-        self._limits = limits
+        self._limits = Limits(settings.retention_days, settings.max_traces, settings.max_bytes)
         self._closing = threading.Event()
         self._missing = threading.Event()
         self._caught_up = False  # every memory has its vector, but for what was learned this moment
-        self._brought: set[str] = set()  # keys of vectors that came with requests before that
+        self._arrived: set[str] = set()  # keys of vectors that came with requests before that
+        self._lock = threading.Lock()
         self._threads = [
-            threading.Thread(target=work, name=f"agent-memory-{name}", daemon=True)
-            for name, work in (("upkeep", self._fill), ("retention", self._keep))
+            start_thread("agent-memory-vectors", self._fill),
+            start_thread("agent-memory-retention", self._delete),
         ]
-        for thread in self._threads:
-            thread.start()
 
     def wake(self) -> None:
         """Look for memories without a vector."""
         self._missing.set()
 
-    def note(self, key: str) -> None:
-        """Note that a vector came with a request: those that search do not know that a memory has got one."""
-        if not self._caught_up:
-            self._brought.add(key)
+    def vector_arrived(self, key: str) -> None:
+        """Note that a vector came with a request: searches do not know yet that a memory has it."""
+        with self._lock:
+            if not self._caught_up:
+                self._arrived.add(key)
 
     def close(self) -> None:
         """Stop the threads."""
         self._closing.set()
         self._missing.set()
         for thread in self._threads:
-            thread.join(10)
+            thread.join(_CLOSING_S)
 
     def _fill(self) -> None:
-        """Encode the memories that have no vector: those learned just now at once, those of before bit by bit.
+        """Encode the memories that have no vector: those learned just now at once, older ones bit by bit.
 
-        To look through a million takes seconds of a core, and reads much of the file while a host starts: that rests
-        in between.
+        To look through a million takes seconds of a core, and reads much of the file while a host starts: so this
+        rests in between.
         """
         while not self._closing.is_set() and not self._encoder.settled.wait(0.2):
             pass
@@ -87,8 +90,9 @@ class Maintenance:
                         continue
                     next_at = time.monotonic() + _REST * (time.monotonic() - started)
                 if looked >= before:
-                    self._caught_up = True
-                    self._brought.clear()
+                    with self._lock:
+                        self._caught_up = True
+                        self._arrived.clear()
             except Exception:
                 logger.exception("agent_memory: vectors could not be filled in; trying again")
                 self._closing.wait(1.0)
@@ -102,30 +106,30 @@ class Maintenance:
         rows, upto = self._store.without_vectors(self._encoder.fingerprint, after, _ROWS)
         if rows:
             _embed(self._store, self._encoder, rows)
-        if brought := self._store.numbers_of(self._brought.copy(), after, upto):
-            self._store.write(lambda tx: tx.touch(brought)).result()
+        with self._lock:
+            arrived = self._arrived.copy()
+        if found := self._store.numbers_of(arrived, after, upto):
+            self._store.write(lambda tx: tx.touch(found)).result(WAIT_S)
         return upto, bool(rows)
 
-    def _keep(self) -> None:
-        """Take out what requests under way copied of what was forgotten, and what is beyond the limits."""
+    def _delete(self) -> None:
+        """Delete what requests under way copied of what was forgotten, and what is beyond the limits."""
         while not self._closing.wait(_LOOK_S):
             try:
                 now = time.time()
                 if self._store.has_copies():
                     self._store.write(lambda tx: tx.forget_copies(BATCH, time.time())).result(WAIT_S)
                 if self._limits and (gone := retain(self._store, self._limits, now, closing=self._closing.is_set)):
-                    logger.info("agent_memory: beyond the limits, and gone: %s", gone)
+                    logger.info("agent_memory: deleted, for it was beyond the limits: %s", gone)
             except Exception:
-                logger.exception("agent_memory: what is to go could not be deleted; trying again")
-
-
-def limits_of(settings: Settings) -> Limits:
-    """Return how much the settings say is kept."""
-    return Limits(settings.retention_days, settings.max_traces, settings.max_bytes)
+                logger.exception("agent_memory: what is beyond the limits could not be deleted; trying again")
 
 
 def reembed(store: Store, encoder: EncoderService, *, progress: Callable[[str], None] = lambda _: None) -> int:
-    """Give every memory its vector by this encoder; return how many had none. Interrupted, it goes on where it was."""
+    """Give every memory its vector by this encoder; return how many had none.
+
+    Interrupted, it goes on where it was. Raises EncoderUnavailable.
+    """
     place = 0
     total, embedded = store.coverage()
     done = before = embedded.get(encoder.fingerprint, 0)
@@ -151,11 +155,11 @@ def prune_vectors(store: Store, fingerprint: str) -> int:
 def _embed(store: Store, encoder: EncoderService, rows: Missing) -> None:
     vectors = encoder.encode([key for _, key, _ in rows])
     if vectors is None:
-        return
+        raise EncoderUnavailable(f"the encoder is {encoder.state}: {encoder.reason}")
     pairs = [(hashed, vector.tobytes()) for (_, _, hashed), vector in zip(rows, vectors, strict=True)]
 
     def fill(tx: Transaction) -> None:
         tx.put_vectors(pairs, encoder.fingerprint)
         tx.touch([number for number, _, _ in rows])
 
-    store.write(fill).result()
+    store.write(fill).result(WAIT_S)

@@ -157,12 +157,12 @@ def near_misses(data: Path | None, traffic: Path | None, max_error: float, seed:
 @click.option("--seeds", type=click.IntRange(1), default=8, show_default=True, help="How many orders of the rows.")
 @click.option("--cost-weight", type=click.FloatRange(0), default=0.1, show_default=True,
               help="What the cost counts for, in units of the dearest arm's mean cost.")  # fmt: skip
-@click.option("--exploration", type=click.FloatRange(0, 1), default=Settings().exploration, show_default=True,
-              help="Reward a request that exploring may cost.")  # fmt: skip
+@click.option("--exploration-budget", type=click.FloatRange(0, 1), default=Settings().exploration_budget,
+              show_default=True, help="Reward a request that exploring may cost.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="The first of the seeds.")
 @click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file.")
 def route(
-    data: Path | None, seeds: int, cost_weight: float, exploration: float, seed: int, out: Path | None
+    data: Path | None, seeds: int, cost_weight: float, exploration_budget: float, seed: int, out: Path | None
 ) -> None:  # fmt: skip
     """Have the policy choose among arms whose every reward is known."""
     from optillm_memory.bench import report
@@ -173,12 +173,12 @@ def route(
     vectors = vectors_of(rows)
     with progress(len(SCENARIOS) * seeds, "runs") as bar:
         figures = run(
-            rows, vectors, seeds=range(seed, seed + seeds), weight=cost_weight, exploration=exploration,
+            rows, vectors, seeds=range(seed, seed + seeds), weight=cost_weight, exploration_budget=exploration_budget,
             tick=lambda: bar.update(1),
         )  # fmt: skip
     settings = {
-        "data": data.name if data else "support_tasks.jsonl", "cost_weight": cost_weight, "exploration": exploration,
-        "seed": seed, "seeds": seeds, "scenarios": scenarios(),
+        "data": data.name if data else "support_tasks.jsonl", "cost_weight": cost_weight,
+        "exploration_budget": exploration_budget, "seed": seed, "seeds": seeds, "scenarios": scenarios(),
     }  # fmt: skip
     report.write(report.report(figures, settings), out)
     click.echo(render.mapping(lines(figures)))

@@ -47,7 +47,7 @@ class Scenario:
 
     name: str
     good_default: bool = True
-    audition: float = 0.0
+    warmup_share: float = 0.0
     told: float = 1.0
     noise: float = 0.0
     delay: int = 0
@@ -58,10 +58,10 @@ _SPARSE: dict[str, Any] = {"told": 0.3, "noise": 0.1, "delay": 50}
 SCENARIOS = (
     Scenario("good_default"),
     Scenario("good_default_sparse", **_SPARSE),
-    Scenario("good_default_audition", audition=0.5),
+    Scenario("good_default_warmup", warmup_share=0.5),
     Scenario("bad_default", good_default=False),
-    Scenario("bad_default_audition", good_default=False, audition=0.5),
-    Scenario("bad_default_audition_sparse", good_default=False, audition=0.5, **_SPARSE),
+    Scenario("bad_default_warmup", good_default=False, warmup_share=0.5),
+    Scenario("bad_default_warmup_sparse", good_default=False, warmup_share=0.5, **_SPARSE),
     Scenario("degrades", degrades=True),
     Scenario("degrades_sparse", degrades=True, **_SPARSE),
 )
@@ -187,7 +187,7 @@ class Played:
         return {name: _way(float(earned[start:].mean()), stayed, best)}
 
 
-def play(table: Table, scenario: Scenario, seed: int, exploration: float) -> Played:
+def play(table: Table, scenario: Scenario, seed: int, exploration_budget: float) -> Played:
     """Have the policy choose for the whole table, in an order and with chances of this seed."""
     table = table.shuffled(seed)
     means = table.utility.mean(axis=0)
@@ -201,7 +201,7 @@ def play(table: Table, scenario: Scenario, seed: int, exploration: float) -> Pla
         chance.random(count),
     )
     arms = [Arm(name, "none", name) for name in table.names]
-    terms = Terms(cost_price=table.price, exploration=exploration, audition=scenario.audition)
+    terms = Terms(cost_price=table.price, exploration_budget=exploration_budget, warmup_share=scenario.warmup_share)
     policy = Policy(arms, table.names[default], terms)
     played = Played(table, default, np.zeros(count, dtype=np.int64))
     for row in range(count):
@@ -223,7 +223,7 @@ def run(
     *,
     seeds: Sequence[int],
     weight: float = COST_WEIGHT,
-    exploration: float = Terms().exploration,
+    exploration_budget: float = Terms().exploration_budget,
     scenarios: Sequence[Scenario] = SCENARIOS,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def run(
     for scenario in scenarios:
         found = []
         for seed in seeds:
-            found.append(play(table, scenario, seed, exploration).figures(scenario))
+            found.append(play(table, scenario, seed, exploration_budget).figures(scenario))
             tick()
         figures[scenario.name] = {**_mean(found), **_worst_seed(found)}
     return figures

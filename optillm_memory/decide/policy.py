@@ -29,7 +29,7 @@ _RECENT = 100  # an arm's latest rewards, by which its change is noticed
 _NOISE = 4.0  # squared standard errors by which what is recent differs from the whole by chance
 _PURSE = 100.0  # requests' worth of exploration that can be saved up
 _MOST = 0.5  # exploration at most, for one request
-AUDITIONED = 400  # the first requests, of which the audition takes its share
+WARMUP_REQUESTS = 400  # the first requests, a share of which is spread evenly over the arms
 _REBASE = 2048  # requests after which weights are scaled anew, so that they stay finite
 _GRID = np.linspace(0.0, 1.0, 49)
 _N, _REWARD, _ANSWERS, _COST, _LATENCY = range(5)
@@ -39,16 +39,16 @@ _N, _REWARD, _ANSWERS, _COST, _LATENCY = range(5)
 class Terms:
     """What the user asks of the policy.
 
-    Utility is reward less `cost_price` a unit of cost and `latency_price` a unit of latency. `exploration` is the
-    utility a request that finding out may cost, as far as one can tell beforehand. Another arm takes the default's
-    place where it is better with probability `certainty`. `audition` is the share of the first requests that is spread
-    evenly over the arms; with one, the default has no claim, and the better arm is the likelier one.
+    Utility is reward less `cost_price` a unit of cost and `latency_price` a unit of latency. `exploration_budget` is
+    the utility a request that finding out may cost, as far as one can tell beforehand. Another arm takes the default's
+    place where it is better with probability `certainty`. `warmup_share` is the share of the first requests that is
+    spread evenly over the arms; with one, the default has no claim, and the better arm is the likelier one.
     """
 
     cost_price: float = 0.0
     latency_price: float = 0.0
-    exploration: float = 0.003
-    audition: float = 0.0
+    exploration_budget: float = 0.003
+    warmup_share: float = 0.0
     certainty: float = 0.9
 
 
@@ -88,7 +88,7 @@ class Known:
 class Choice:
     """The arm for a request, its probability and that of all, the task cluster, and why.
 
-    Reasons: `default`, `better`, `exploration`, `audition`, `only_arm` where no other could answer this request, and
+    Reasons: `default`, `better`, `exploration`, `warmup`, `only_arm` where no other could answer this request, and
     `over_budget` where the default was kept because the budget for exploration is spent.
     """
 
@@ -168,9 +168,9 @@ class Policy:
         wanted[base] = 0.0
         share = stake = 0.0
         probabilities = np.zeros(len(self.arms))
-        auditioned = self.terms.audition if self.count < AUDITIONED else 0.0
-        if auditioned:
-            probabilities[able] = auditioned / len(able)
+        warming = self.terms.warmup_share if self.count < WARMUP_REQUESTS else 0.0
+        if warming:
+            probabilities[able] = warming / len(able)
         elif self._hears():
             stake = float(wanted @ _losses(belief, base))
             left = max(0.0, self._purse - reserved)
@@ -181,7 +181,7 @@ class Policy:
         if len(able) == 1:
             reason = "only_arm"
         elif chosen != base:
-            reason = "audition" if auditioned else "exploration"
+            reason = "warmup" if warming else "exploration"
         elif base != default:
             reason = "better"
         else:
@@ -201,8 +201,8 @@ class Policy:
             self._base += _REBASE
         situation = chosen.situation
         cluster = NOWHERE if situation.vector is None else self.clusters.add(situation.vector)
-        most = _PURSE * self.terms.exploration
-        self._purse = max(0.0, min(most, self._purse + self.terms.exploration - chosen.stake))
+        most = _PURSE * self.terms.exploration_budget
+        self._purse = max(0.0, min(most, self._purse + self.terms.exploration_budget - chosen.stake))
         self._rows.append((self._index.get(chosen.arm), cluster, situation.band, known))
         self._weigh(index, 1.0)
         return index
@@ -300,7 +300,7 @@ class Policy:
 
     def _base_arm(self, belief: _Belief, able: Sequence[int], default: int) -> int:
         """Return the default, or the arm of the highest utility among those that are better enough."""
-        claim = 0.5 if self.terms.audition else self.terms.certainty
+        claim = 0.5 if self.terms.warmup_share else self.terms.certainty
         best = default
         for number in able:
             if number != default and belief.utility[number] > belief.utility[best]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from optillm_memory.errors import InvalidField
 from optillm_memory.learn.outcomes import normal_answer
+from optillm_memory.settings import env_name
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -25,9 +26,11 @@ def form_named(name: str) -> Callable[[str], str]:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         known = ", ".join(_FORMS)
-        raise InvalidField("answer_form", f"{name!r} is none of {known}, and no module:function ({error})") from None
+        raise InvalidField(
+            env_name("answer_form"), f"{name!r} is none of {known}, and no module:function ({error})"
+        ) from None
     if not callable(found):
-        raise InvalidField("answer_form", f"{name!r} is not a function")
+        raise InvalidField(env_name("answer_form"), f"{name!r} is not a function")
     return _guarded(found)
 
 

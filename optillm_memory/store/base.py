@@ -28,7 +28,7 @@ from optillm_memory.store.tables.proposals import ProposalReads, proposal_of
 from optillm_memory.store.tables.vectors import VectorReads
 from optillm_memory.store.tables.words import WordReads
 from optillm_memory.store.transaction import Transaction
-from optillm_memory.store.writer import Writer
+from optillm_memory.store.writer import ReadOnlyWriter, Writer
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ T = TypeVar("T")
 class Store(EpisodeReads, CandidateReads, WordReads, ProposalReads, DecisionReads, FixReads, ForgetReads, VectorReads):
     """Reads on any thread, writes through one; satisfies `recall.recaller.Source`. A database brings the rest."""
 
-    def __init__(self, writer: Writer, readers: Any) -> None:
+    def __init__(self, writer: Writer | ReadOnlyWriter, readers: Any) -> None:
         """Join the two sides; the writer gives its operations a `Transaction`."""
         self._writer = writer
         self._readers = readers

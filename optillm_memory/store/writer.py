@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from optillm_memory.errors import AgentMemoryError, StoreTooNew, StoreUnavailable
+from optillm_memory.records import ThreadStarter
 from optillm_memory.store.sqlite.connection import Connection, DatabaseError, IntegrityError
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,13 @@ _CLOSING_S = 30.0
 _BEHIND_S = 0.02
 
 
+def start_thread(name: str, work: Callable[[], None]) -> threading.Thread:
+    """Start a daemon thread: for a store that is opened without a Memory, which brings its own way of doing so."""
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
 class _RefusedError(Exception):
     """An operation of a group was refused: the group is run again with each of them apart."""
 
@@ -38,11 +46,17 @@ class Writer:
     """
 
     def __init__(
-        self, place: str, *, queue_size: int, within: Callable[[Connection], Any] = lambda connection: connection
+        self,
+        place: str,
+        *,
+        queue_size: int,
+        within: Callable[[Connection], Any] = lambda connection: connection,
+        start: ThreadStarter = start_thread,
     ) -> None:
         """Open the database; where that fails for now, each later operation tries again. `place` is its name.
 
         `within` makes what operations are given: one for all of a commit, so it may remember what it read and wrote.
+        `start` starts the thread that writes.
         """
         self.place = place
         self._within = within
@@ -65,8 +79,7 @@ class Writer:
             raise
         except StoreUnavailable as error:
             self._note(error)
-        self._thread = threading.Thread(target=self._run, name="agent-memory-writer", daemon=True)
-        self._thread.start()
+        self._thread = start("agent-memory-writer", self._run)
 
     # -- what a database brings --------------------------------------------------------------------
 
@@ -78,8 +91,8 @@ class Writer:
         """Whether the connection still leads to where what is written should go; drops one that does not."""
         raise NotImplementedError
 
-    def _written(self, operations: int) -> None:
-        """Take note that a commit of so many operations went well."""
+    def _written(self) -> None:
+        """Take note that a commit went well."""
 
     def _tidy(self) -> None:
         """Do what is to be done now and then while the turn is still ours, and nobody waits for us."""
@@ -196,7 +209,7 @@ class Writer:
                     future.set_exception(fault)
             return [item for item in batch if item[1] is None]
         self.fault, self._passes = "", False
-        self._written(len(batch))
+        self._written()
         for (_, future), result in zip(batch, results, strict=True):
             if future is None and isinstance(result, Exception):
                 self.lost += 1
@@ -226,6 +239,37 @@ class Writer:
         if str(error) != self.fault:
             logger.error("agent_memory: %s", error)
         self.fault = str(error)
+
+
+class ReadOnlyWriter:
+    """Stands in for the writer of a store that was opened read-only: it has no connection, no queue and no thread."""
+
+    lost = 0
+    fault = ""
+
+    def __init__(self, place: str) -> None:
+        """Keep the name of the database."""
+        self.place = place
+
+    def submit(self, operation: Callable[[Any], T]) -> Future[T]:  # noqa: ARG002
+        """Raise StoreUnavailable."""
+        raise StoreUnavailable(f"{self.place} was opened read-only")
+
+    def post(self, operation: Operation) -> None:
+        """Drop an operation that nobody waits for."""
+
+    def flush(self) -> None:
+        """Return at once: nothing is queued."""
+
+    def pause(self, timeout_s: float) -> bool:  # noqa: ARG002
+        """Return that no commit is under way."""
+        return True
+
+    def resume(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 def _transact(

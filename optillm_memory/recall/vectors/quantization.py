@@ -102,7 +102,7 @@ def _with_kernels(kernels: Any, rows: Bytes, query: Bytes) -> NDArray[Any]:
     dimension, whole = len(query), len(rows) - len(rows) % _FOLDED
     if dimension > _SHORT or not whole or not rows.flags.c_contiguous:
         # For a single query this is twice as fast as a packed product where there is AVX2 only, and never slower.
-        return np.asarray(kernels.cdist(query[None], rows, metric="dot"))[0]
+        return np.asarray(kernels.cdist(query[None], rows, metric="dot")).reshape(-1)
     # The kernel takes longer to begin a short row than to multiply it: several rows are read as one, and multiplied
     # with as many queries, each of which is the query at the place of one of the rows and zero elsewhere.
     placed = np.zeros((_FOLDED, _FOLDED, dimension), dtype=np.int8)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from optillm_memory.errors import StoreError
-from optillm_memory.store.sqlite.connection import DatabaseError, Readers, sqlite3
+from optillm_memory.store.sqlite.connection import DatabaseError, sqlite3
+from optillm_memory.store.sqlite.reading import UntouchedReaders
 
 _PAGES = 1_000  # a step; what others write in between is copied, too
 _PAUSE_S = 0.005
@@ -31,7 +32,7 @@ def backup(source: Path, target: Path, *, progress: Progress = lambda _done, _to
     try:
         unfinished.unlink(missing_ok=True)
         os.close(os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-        _copy(source, unfinished, progress)
+        _copied(source, unfinished, progress)
         _check(unfinished)
         _sync(unfinished)
         unfinished.replace(target)
@@ -47,11 +48,18 @@ def backup(source: Path, target: Path, *, progress: Progress = lambda _done, _to
 
 def counts_of(path: Path) -> dict[str, int]:
     """Return how many rows the tables of a database file hold that nothing else holds."""
-    with contextlib.closing(Readers(path, 1)) as readers, readers.borrow() as db:
+    with contextlib.closing(UntouchedReaders(path)) as readers, readers.borrow() as db:
         return {
             name: int(db.execute(f"SELECT count(*) FROM {name}").fetchone()[0])
             for name in ("traces", "steps", "feedback", "memories")
         }
+
+
+def _copied(source: Path, target: Path, progress: Progress) -> None:
+    try:
+        _copy(source, target, progress)
+    except StoreError:  # somebody has opened the file meanwhile; from now on it is read beside those who write
+        _copy(source, target, progress)
 
 
 def _copy(source: Path, target: Path, progress: Progress) -> None:
@@ -59,7 +67,7 @@ def _copy(source: Path, target: Path, progress: Progress) -> None:
         progress(total - remaining, total)
 
     with (
-        contextlib.closing(Readers(source, 1)) as readers,
+        contextlib.closing(UntouchedReaders(source)) as readers,
         readers.borrow() as db,
         contextlib.closing(sqlite3.connect(target, isolation_level=None)) as copy,
     ):

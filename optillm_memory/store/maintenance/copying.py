@@ -5,19 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from sqlite_utils import Database
-
-from optillm_memory.errors import NotFound, StoreError, StoreUnavailable
+from optillm_memory.errors import NotFound, StoreError
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.settings import expanded, is_url, refuse_unknown_scheme, shown
 from optillm_memory.store.opening import open_store
 from optillm_memory.store.postgres.connection import PostgresConnection, vector_text
-from optillm_memory.store.postgres.schema import TABLES
-from optillm_memory.store.sqlite.connection import DatabaseError, connect, open_writer
-from optillm_memory.store.sqlite.migrations import migrations
+from optillm_memory.store.postgres.schema import TABLES, refuse_other_schema
+from optillm_memory.store.sqlite.connection import DatabaseError, connect
+from optillm_memory.store.sqlite.reading import reading
 
 Progress = Callable[[str, int, int], None]
 _BATCH = 1_000
@@ -30,52 +27,22 @@ _COUNTERS = ("revision", "generation")
 def copy(source: str, target: str, progress: Progress = lambda *_: None) -> dict[str, int]:
     """Copy a store into an empty one, and check it; return how many rows each table has.
 
-    It is one transaction: interrupted, the target is as empty as before. Raises NotFound where there is no source,
-    InvalidField for the URL of another kind of database, StoreError where the source cannot be read, the target
-    holds anything or the copy is not equal.
+    It is one transaction: interrupted, the target is as empty as before. The source is only read. Raises NotFound
+    where there is no source, InvalidField for the URL of another kind of database, StoreError where the source cannot
+    be read or has the schema of an earlier release, the target holds anything or the copy is not equal.
     """
     for name, db in (("source", source), ("target", target)):
         refuse_unknown_scheme(db, name)
     if not is_url(source) and not expanded(source).is_file():
         raise NotFound(f"there is no database {source}")
-    _bring_up(source)
     try:
         with _reading(source) as old:  # before anything is made in the target's place
             _refuse_full(target)
             with _writing(target) as new:
                 said = _all_copied(old, new, progress)
     except DatabaseError as error:
-        raise StoreError(f"{_place(source)} could not be copied: {error}; nothing was kept") from error
+        raise StoreError(f"the source {_place(source)} could not be copied: {error}; nothing was kept") from error
     return {table: rows for table, (rows, _) in said.items()}
-
-
-def _bring_up(source: str) -> None:
-    """See that the source has this release's schema, as the target will; never mend it. Raises StoreError."""
-    if is_url(source):
-        with contextlib.closing(open_store(source, queue_size=1, normal=normal_answer)) as store:
-            fault = store.fault
-    else:
-        fault = _fault_of(expanded(source))
-    if fault:
-        raise StoreError(f"the source {_place(source)} cannot be copied: {fault}")
-
-
-def _fault_of(path: Path) -> str:
-    try:
-        # A store would set a broken file aside, and start a fresh one: an empty copy, and no word of it.
-        open_writer(path, mend=False).close()
-    except StoreUnavailable as error:
-        return "" if _is_current(path) else str(error)
-    return ""
-
-
-def _is_current(path: Path) -> bool:
-    """Whether a file that cannot be written now has all of the schema: then reading it is enough."""
-    try:
-        with contextlib.closing(connect(path, read_only=True)) as file:
-            return not migrations.pending(Database(file))
-    except DatabaseError:
-        return False
 
 
 def _all_copied(old: _Side, new: _Side, progress: Progress) -> dict[str, tuple[int, int]]:
@@ -199,13 +166,15 @@ def _reading(db: str) -> Iterator[_Side]:
     """Give a side whose state stays the same while it is read."""
     if is_url(db):
         with contextlib.closing(PostgresConnection(db, read_only=True)) as server:
+            refuse_other_schema(server, shown(db))
             server.execute("SET statement_timeout = 0")
             server.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
             yield _ServerSide(server)
     else:
-        with contextlib.closing(connect(expanded(db), read_only=True)) as file:
+        with contextlib.closing(reading(expanded(db))) as readers, readers.borrow() as file:
             file.execute("BEGIN")
             yield _Side(file)
+            file.execute("COMMIT")
 
 
 @contextlib.contextmanager

@@ -24,9 +24,10 @@ from optillm_memory.store.maintenance.copying import copy
 from optillm_memory.store.maintenance.erase import BATCH, WAIT_S
 from optillm_memory.store.postgres.connection import SCHEMA, PostgresReaders
 from optillm_memory.store.postgres.schema import _MIGRATIONS
-from optillm_memory.store.sqlite.connection import Connection, Readers
+from optillm_memory.store.sqlite.connection import Connection
 from optillm_memory.store.sqlite.index_files import IndexFiles, folder_of
 from optillm_memory.store.sqlite.migrations import migrations, newer_than_us
+from optillm_memory.store.sqlite.reading import UntouchedReaders
 from optillm_memory.store.sqlite.store import SqliteStore
 from optillm_memory.store.tables import rows
 from optillm_memory.store.tables.vectors import SEARCHED, coverage_of
@@ -105,7 +106,7 @@ class _File:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Any]:
-        with contextlib.closing(Readers(self._path, 1)) as readers, readers.borrow() as db:
+        with contextlib.closing(UntouchedReaders(self._path)) as readers, readers.borrow() as db:
             yield db
 
     def first(self, db: Any) -> Iterator[Check]:
@@ -182,7 +183,7 @@ def _schema(newer: Sequence[str], pending: Sequence[str]) -> Check:
         return Check("schema", "fail", f"{said}; upgrade the package")
     if pending:
         said = f"an earlier optillm-memory wrote it, and {pending[0]} is still to be done"
-        return Check("schema", "fail", f"{said}; whatever opens it does that, run: optillm-memory stats")
+        return Check("schema", "fail", f"{said}; run: optillm-memory migrate")
     return Check("schema", "ok", "it is this release's")
 
 

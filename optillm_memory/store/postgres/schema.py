@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 
-from optillm_memory.errors import StoreTooNew
+from optillm_memory.errors import NotFound, StoreTooNew, StoreTooOld
 from optillm_memory.store.postgres.connection import SCHEMA, PostgresConnection
 from optillm_memory.store.sqlite import migrations
 
@@ -31,11 +31,7 @@ def _migrate(connection: PostgresConnection, place: str) -> None:
         connection.execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}")
         connection.execute("CREATE TABLE migrations(name TEXT PRIMARY KEY, at TIMESTAMPTZ DEFAULT now())")
     done = _done(connection)
-    if newer := sorted(done - set(_MIGRATIONS)):
-        raise StoreTooNew(
-            f"{place} was written by a newer optillm-memory (it knows {newer[-1]}); upgrade the package, "
-            "or name another database in OPTILLM_AGENT_MEMORY_DB"
-        )
+    _refuse_newer(done, place)
     for name, statements in _MIGRATIONS.items():
         if name not in done:
             for statement in statements:
@@ -43,6 +39,27 @@ def _migrate(connection: PostgresConnection, place: str) -> None:
             if name == "p001_tables":
                 connection.execute("INSERT INTO salt VALUES (?)", (os.urandom(16),))
             connection.execute("INSERT INTO migrations(name) VALUES (?)", (name,))
+
+
+def refuse_other_schema(connection: PostgresConnection, place: str) -> None:
+    """Refuse a schema that this release cannot read. Raises NotFound for none, StoreTooNew, StoreTooOld."""
+    if not _exists(connection):
+        raise NotFound(f"there is no memory on {place}")
+    done = _done(connection)
+    _refuse_newer(done, place)
+    if done != set(_MIGRATIONS):
+        raise StoreTooOld(
+            f"{place} has the schema of an earlier release and was opened read-only; "
+            "bring it up to date with: optillm-memory migrate"
+        )
+
+
+def _refuse_newer(done: set[str], place: str) -> None:
+    if newer := sorted(done - set(_MIGRATIONS)):
+        raise StoreTooNew(
+            f"{place} was written by a newer optillm-memory (it knows {newer[-1]}); upgrade the package, "
+            "or name another database in OPTILLM_AGENT_MEMORY_DB"
+        )
 
 
 def _done(connection: PostgresConnection) -> set[str]:

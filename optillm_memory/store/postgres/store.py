@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 
 from optillm_memory.errors import StoreUnavailable
 from optillm_memory.learn.outcomes import normal_answer
-from optillm_memory.records import Scope
+from optillm_memory.records import Scope, ThreadStarter
 from optillm_memory.settings import shown
 from optillm_memory.store.base import Store
 from optillm_memory.store.postgres.connection import SCHEMA, PostgresConnection, PostgresReaders, vector_text
-from optillm_memory.store.postgres.schema import TABLES, migrate
+from optillm_memory.store.postgres.schema import TABLES, migrate, refuse_other_schema
 from optillm_memory.store.sqlite import connection as sqlite
 from optillm_memory.store.tables import rows
 from optillm_memory.store.transaction import Transaction
-from optillm_memory.store.writer import Writer
+from optillm_memory.store.writer import ReadOnlyWriter, Writer, start_thread
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -54,10 +54,10 @@ class PostgresTransaction(Transaction):
 class PostgresWriter(Writer):
     """One connection and one thread that write; other proxies' writers wait for their turn in the database."""
 
-    def __init__(self, url: str, *, queue_size: int, within: Callable[[Any], Any]) -> None:
+    def __init__(self, url: str, *, queue_size: int, within: Callable[[Any], Any], start: ThreadStarter) -> None:
         """Connect and bring the schema up; where that fails for now, each later operation tries again."""
         self._url = url
-        super().__init__(shown(url), queue_size=queue_size, within=within)
+        super().__init__(shown(url), queue_size=queue_size, within=within, start=start)
 
     def _open(self) -> Any:
         try:
@@ -88,14 +88,32 @@ class PostgresWriter(Writer):
 class PostgresStore(Store):
     """Reads on any thread, writes through one; the fold of all proxies goes through one at a time."""
 
-    def __init__(self, url: str, *, queue_size: int = 10_000, normal: Callable[[str], str] = normal_answer) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        queue_size: int = 10_000,
+        normal: Callable[[str], str] = normal_answer,
+        read_only: bool = False,
+        start: ThreadStarter = start_thread,
+    ) -> None:
         """Connect and bring the schema up; `normal` gives the form in which answers are compared.
 
-        Raises StoreTooNew, and StoreUnavailable without psycopg.
+        Raises StoreTooNew, and StoreUnavailable without psycopg. Opened `read_only`, it migrates nothing, builds no
+        index and starts no thread; it raises NotFound where there is no memory, and StoreError for an older schema.
         """
         self.url = url
-        writer = PostgresWriter(url, queue_size=queue_size, within=partial(PostgresTransaction, normal=normal))
-        super().__init__(writer, PostgresReaders(url))
+        self._read_only, self._start = read_only, start
+        readers = PostgresReaders(url)
+        writer: Writer | ReadOnlyWriter
+        if read_only:
+            writer = ReadOnlyWriter(shown(url))
+            with readers.borrow() as db:
+                refuse_other_schema(db, shown(url))
+        else:
+            within = partial(PostgresTransaction, normal=normal)
+            writer = PostgresWriter(url, queue_size=queue_size, within=within, start=start)
+        super().__init__(writer, readers)
         self._indexed: set[str] = set()  # encoders whose vectors have their index
         self._look_at: dict[str, float] = {}  # when to look again whether those of others have
         self._weighed = (-_WEIGHED_S, 0.0)  # when, and the bytes that go with one trace
@@ -194,10 +212,9 @@ class PostgresStore(Store):
         with self._lock:
             if there:
                 self._indexed.add(fingerprint)
-            elif self._look_at.get(fingerprint) != math.inf:
+            elif self._look_at.get(fingerprint) != math.inf and not self._read_only:
                 self._look_at[fingerprint] = math.inf  # a thread is at it
-                args = (fingerprint, dimension)
-                threading.Thread(target=self._build_index, args=args, name="agent-memory-hnsw", daemon=True).start()
+                self._start("agent-memory-hnsw", partial(self._build_index, fingerprint, dimension))
         return there
 
     def _build_index(self, fingerprint: str, dimension: int) -> None:

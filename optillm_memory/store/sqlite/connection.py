@@ -34,7 +34,7 @@ BUSY_TIMEOUT_S = 10.0
 _AWAY_S, _REOPENED_S = 5.0, 0.1  # how long who opens a file again waits for those who read, and they for that
 _TELL_S = 0.2
 _CHECKED_BYTES = 64 << 20  # a check reads the whole file: a larger one would delay the start
-_WAL_KEPT_BYTES = 64 << 20  # of a WAL that had to grow, so much is kept for the next time
+WAL_BYTES = 16 << 20  # a larger WAL is copied into the file and cut off after the commit that made it so
 _JOURNALS = ("-shm", "-wal", "-journal")
 _CORRUPT = ("malformed", "not a database", "disk image", "file is encrypted")
 
@@ -81,8 +81,8 @@ def _open_writer(path: Path, *, thorough: bool = False) -> Connection:
     _make(path)
     connection = connect(path)
     try:
-        if not (current := _is_current(connection)):
-            _refuse_newer(connection, path)
+        if not (current := is_current(connection)):
+            refuse_newer(connection, path)
         # In a WAL the same as FULL; a rollback journal whose removal is not synced would undo what was acknowledged.
         connection.execute("PRAGMA synchronous=EXTRA")
         connection.execute("PRAGMA cache_size=-65536")  # KiB: what is found by a hash lies anywhere in a large file
@@ -90,7 +90,7 @@ def _open_writer(path: Path, *, thorough: bool = False) -> Connection:
         _set_journal(connection, "WAL" if wal_is_safe() else "DELETE")
         # The writer copies the WAL into the file itself, when what it wrote has been acknowledged.
         connection.execute("PRAGMA wal_autocheckpoint=0")
-        connection.execute(f"PRAGMA journal_size_limit={_WAL_KEPT_BYTES}")
+        connection.execute(f"PRAGMA journal_size_limit={WAL_BYTES}")
         if thorough or path.stat().st_size <= _CHECKED_BYTES:
             _check(connection, thorough=thorough)
         if not current:
@@ -159,7 +159,7 @@ def _check(connection: Connection, *, thorough: bool) -> None:
         raise sqlite3.DatabaseError(f"database disk image is malformed: {found}")
 
 
-def _is_current(connection: Connection) -> bool:
+def is_current(connection: Connection) -> bool:
     """Whether a file has had just the migrations that this release knows."""
     if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = '_sqlite_migrations'").fetchone():
         return False
@@ -167,7 +167,8 @@ def _is_current(connection: Connection) -> bool:
     return len(done) == int(LATEST[1:4]) and (LATEST,) in done
 
 
-def _refuse_newer(connection: Connection, path: Path) -> None:
+def refuse_newer(connection: Connection, path: Path) -> None:
+    """Raise StoreTooNew for a file that has had migrations which this release does not know."""
     from sqlite_utils import Database  # noqa: PLC0415
 
     from optillm_memory.store.sqlite.migrations import newer_than_us  # noqa: PLC0415
@@ -196,9 +197,12 @@ def _migrate(connection: Connection) -> None:
         connection.execute("COMMIT")
 
 
-def connect(path: Path, *, read_only: bool = False) -> Connection:
-    """Return a connection to a file, to write or to read: the one place where that is done."""
-    uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+def connect(path: Path, *, read_only: bool = False, immutable: bool = False) -> Connection:
+    """Return a connection to a file, to write or to read: the one place where that is done.
+
+    `immutable` asks SQLite to make no file beside it and to take no lock: only for a file that nobody writes.
+    """
+    uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}{'&immutable=1' if immutable else ''}"
     connection: Connection = sqlite3.connect(
         uri,
         uri=True,
@@ -243,12 +247,27 @@ def set_aside(path: Path, broken: Identity, error: object) -> None:
     logger.error("agent_memory: %s is broken (%s); kept as %s, a fresh one is started", path, error, aside.name)
 
 
-def checkpoint(connection: Connection) -> None:
-    """Copy what the WAL holds into the file, as far as nobody reads it; where that fails it stays in the WAL."""
+def wal_bytes(path: Path) -> int:
+    """Return the size of a file's WAL."""
+    return _size(f"{path}-wal") or 0
+
+
+def checkpoint(connection: Connection, *, wait_s: float) -> bool:
+    """Copy what the WAL holds into the file and cut it off; return whether nothing of it is left.
+
+    A reader of an earlier state holds part of it back: it is waited for, and who writes waits meanwhile.
+    """
     try:
+        # First what needs no lock: others go on writing and reading while it is copied.
         connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        connection.execute(f"PRAGMA busy_timeout={wait_s * 1000:.0f}")
+        try:
+            return not connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        finally:
+            connection.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_S * 1000:.0f}")
     except DatabaseError as error:
         logger.warning("agent_memory: the WAL grows, for it cannot be copied into the database: %s", error)
+        return False
 
 
 def leave(connection: Connection) -> None:

@@ -60,9 +60,10 @@ class _Draft:
 class IndexFiles:
     """Satisfies `recall.vectors.ivf_format.Files`. Files are named by a digest of the scope, so no name says whose."""
 
-    def __init__(self, folder: Path) -> None:
-        """Name the folder; it is made with the first file."""
+    def __init__(self, folder: Path, *, read_only: bool = False) -> None:
+        """Name the folder; it is made with the first file, and not at all where it is only read."""
         self._folder = folder
+        self._read_only = read_only
         self._kept: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()
 
     @staticmethod
@@ -106,7 +107,13 @@ class IndexFiles:
 
     @contextlib.contextmanager
     def draft(self, name: str) -> Iterator[_Draft | None]:
-        """Make a file; None while another process does. What is not committed is removed. Raises OSError."""
+        """Make a file; None while another process does, and read-only. What is not committed is removed.
+
+        Raises OSError.
+        """
+        if self._read_only:
+            yield None
+            return
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         unfinished = self._folder / f"{name}.unfinished"
         with self._alone(name) as alone:
@@ -136,7 +143,9 @@ class IndexFiles:
             os.close(descriptor)
 
     def remove(self, name: str) -> None:
-        """Take a file away, and one in the making."""
+        """Take a file away, and one in the making; read-only, leave it."""
+        if self._read_only:
+            return
         for path in (self._folder / name, self._folder / f"{name}.unfinished"):
             path.unlink(missing_ok=True)
 

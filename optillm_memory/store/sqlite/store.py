@@ -10,33 +10,46 @@ from pathlib import Path
 from typing import Any
 
 from optillm_memory.learn.outcomes import normal_answer
-from optillm_memory.records import Scope
+from optillm_memory.records import Scope, ThreadStarter
 from optillm_memory.store.base import Store
 from optillm_memory.store.maintenance.shrink import remove_indexes, set_aside_files, shrink
 from optillm_memory.store.sqlite.connection import Connection, OperationalError, Readers
 from optillm_memory.store.sqlite.index_files import IndexFiles, folder_of
+from optillm_memory.store.sqlite.reading import reading
 from optillm_memory.store.sqlite.writer import SqliteWriter
 from optillm_memory.store.tables import rows
 from optillm_memory.store.transaction import Transaction
+from optillm_memory.store.writer import ReadOnlyWriter, start_thread
 
 
 class SqliteStore(Store):
     """The store in one file."""
 
-    _writer: SqliteWriter
-
-    def __init__(self, path: Path, *, queue_size: int = 10_000, normal: Callable[[str], str] = normal_answer) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        queue_size: int = 10_000,
+        normal: Callable[[str], str] = normal_answer,
+        read_only: bool = False,
+        start: ThreadStarter = start_thread,
+    ) -> None:
         """Open the file, making it where it is missing; `normal` gives the form in which answers are compared.
 
-        Raises StoreTooNew.
+        Raises StoreTooNew. Opened `read_only`, it makes no file, migrates nothing and starts no thread; it raises
+        NotFound where there is no file, and StoreError for one with the schema of an earlier release.
         """
         self.path = path
+        self._read_only = read_only
+        self._paused = ExitStack()
+        if read_only:
+            super().__init__(ReadOnlyWriter(str(path)), reading(path))
+            return
         readers = Readers(path)
         within = partial(Transaction, normal=normal)
-        writer = SqliteWriter(path, queue_size=queue_size, within=within, alone=readers.away)
+        writer = SqliteWriter(path, queue_size=queue_size, within=within, alone=readers.away, start=start)
         readers.on_corruption, readers.on_change = writer.distrust, writer.look
         super().__init__(writer, readers)
-        self._paused = ExitStack()
 
     def pause(self, timeout_s: float) -> bool:
         """Start nothing until `resume`, and read nothing; return whether no commit is under way any more."""
@@ -95,7 +108,7 @@ class SqliteStore(Store):
 
     def index_files(self) -> IndexFiles:
         """Return where the vectors of large scopes lie."""
-        return IndexFiles(folder_of(self.path))
+        return IndexFiles(folder_of(self.path), read_only=self._read_only)
 
     def _postings(self, db: Connection, scope_id: int, words: Sequence[str], depth: int) -> Mapping[str, list[int]]:
         """Return for each word up to `depth` numbers of the scope's memories that hold it."""

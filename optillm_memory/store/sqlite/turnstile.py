@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from optillm_memory.records import ThreadStarter
+
 try:
     fcntl: Any = importlib.import_module("fcntl")
 except ImportError:  # Windows: SQLite's own waiting has to do
@@ -32,9 +34,10 @@ class Turnstile:
     lock still keeps writers apart. One thread goes through it.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Keep the path; the file is made when it is needed first."""
+    def __init__(self, path: Path, start: ThreadStarter) -> None:
+        """Keep the path; the file is made when it is needed first. `start` starts the thread that waits for a turn."""
         self._path = path
+        self._start = start
         self._file: int | None = None
         self._lock = threading.Lock()
         self._waiting = False  # a thread of ours stands before the turnstile
@@ -67,7 +70,7 @@ class Turnstile:
                 # Nothing can be waited for with a limit but by another thread; it goes on waiting when we do not.
                 self._waiting = True
                 self._turn.clear()
-                threading.Thread(target=self._wait, name="agent-memory-turnstile", daemon=True).start()
+                self._start("agent-memory-turnstile", self._wait)
         self._turn.wait(_AGAIN_S if before else PATIENCE_S)
         with self._lock:
             self._wanted = False

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from optillm_memory.errors import StoreUnavailable
+from optillm_memory.records import ThreadStarter
 from optillm_memory.store.sqlite.connection import (
+    WAL_BYTES,
     Connection,
     DatabaseError,
     Identity,
@@ -22,12 +25,16 @@ from optillm_memory.store.sqlite.connection import (
     leave,
     open_writer,
     set_aside,
+    wal_bytes,
 )
 from optillm_memory.store.sqlite.turnstile import Turnstile
-from optillm_memory.store.writer import Writer
+from optillm_memory.store.writer import Writer, start_thread
 
 logger = logging.getLogger(__name__)
-_CHECKPOINT_EVERY = 4_096  # operations
+# How long writing waits for readers that hold the WAL back: at first, and where it has a quarter more than its bound.
+_READERS_S, _MORE_READERS_S = 0.02, 0.5
+_REST = 4.0  # times as long as it waited, until it tries again
+_HELD_BYTES = 4 * WAL_BYTES  # of a WAL that is held back: who operates it should know
 
 
 class SqliteWriter(Writer):
@@ -40,19 +47,21 @@ class SqliteWriter(Writer):
         queue_size: int,
         within: Callable[[Connection], Any] = lambda connection: connection,
         alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+        start: ThreadStarter = start_thread,
     ) -> None:
         """Open the file, making it where it is missing; `within` makes what operations are given.
 
-        `alone` keeps all other connections of this process away while the file is opened.
+        `alone` keeps all other connections of this process away while the file is opened. `start` starts threads.
         """
         self.path = path
         self._identity: Identity = identity(path)
         self._alone = alone
         self._vouched = False  # the file was checked throughout, and nothing was written since
         self._suspect = threading.Event()
-        self._since_checkpoint = 0
-        self._turnstile = Turnstile(path.with_name(path.name + "-turnstile"))
-        super().__init__(str(path), queue_size=queue_size, within=within)
+        self._checkpoint_at = 0.0
+        self._held_back = False  # the WAL grew far beyond its bound, and that was logged
+        self._turnstile = Turnstile(path.with_name(path.name + "-turnstile"), start)
+        super().__init__(str(path), queue_size=queue_size, within=within, start=start)
 
     def distrust(self) -> None:
         """Check the file before the next commit: a reader found it broken, which our own cached pages may hide."""
@@ -103,15 +112,28 @@ class SqliteWriter(Writer):
             leave(self._connection)
         self._connection = None
 
-    def _written(self, operations: int) -> None:
+    def _written(self) -> None:
         self._vouched = False
-        self._since_checkpoint += operations
 
     def _tidy(self) -> None:
         # With the turnstile still ours: while others write a checkpoint has no end.
-        if self._connection is not None and self._since_checkpoint >= _CHECKPOINT_EVERY:
-            self._since_checkpoint = 0
-            checkpoint(self._connection)
+        if self._connection is not None and (size := wal_bytes(self.path)) > WAL_BYTES:
+            self._cut_off_wal(self._connection, size)
+
+    def _cut_off_wal(self, connection: Connection, size: int) -> None:
+        if time.monotonic() < self._checkpoint_at:
+            return
+        wait_s = _READERS_S if size < WAL_BYTES + WAL_BYTES // 4 else _MORE_READERS_S
+        if checkpoint(connection, wait_s=wait_s):
+            self._held_back = False
+            return
+        self._checkpoint_at = time.monotonic() + _REST * wait_s
+        if size > _HELD_BYTES and not self._held_back:
+            self._held_back = True
+            logger.warning(
+                "agent_memory: the WAL of %s has %d MB, for somebody has read the same state for long; "
+                "it is cut off when that reader is done", self.path, size >> 20,
+            )  # fmt: skip
 
     def _will_pass(self, error: Exception) -> bool:
         return "locked" in str(error)  # another process is at it, perhaps for minutes: it writes the file anew

@@ -12,6 +12,7 @@ from optillm_memory.learn.offpolicy import Logged
 from optillm_memory.learn.uplift import Episode, standing, tabulated
 from optillm_memory.records import Scope
 from optillm_memory.store.sqlite.connection import Connection, Readers
+from optillm_memory.store.sqlite.reading import UntouchedReaders
 
 _BY_TENANT = "CAST(? AS TEXT) IS NULL OR tenant = ?"
 _VERDICTS = {"success": True, "failure": False}
@@ -23,7 +24,7 @@ def read_decisions(path: Path, tenant: str | None) -> list[Logged]:
     An episode has one outcome, so it is one row, with its first choice; tokens and milliseconds are those of all its
     requests.
     """
-    with contextlib.closing(Readers(path, 1)) as readers, readers.borrow() as db:
+    with contextlib.closing(UntouchedReaders(path)) as readers, readers.borrow() as db:
         found = db.execute(_DECISIONS, (tenant, tenant)).fetchall()
     return [
         Logged(

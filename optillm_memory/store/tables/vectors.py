@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from optillm_memory.store.sqlite.connection import Connection, Readers, marks
+from optillm_memory.store.sqlite.reading import UntouchedReaders
 
 
 class VectorTables:
@@ -62,7 +63,7 @@ class VectorReads:
 
 def coverage_in(path: Path) -> tuple[int, dict[str, int]]:
     """Return the coverage of a database file. Raises StoreError."""
-    with contextlib.closing(Readers(path, 1)) as readers, readers.borrow() as db:
+    with contextlib.closing(UntouchedReaders(path)) as readers, readers.borrow() as db:
         return coverage_of(db)
 
 

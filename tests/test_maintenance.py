@@ -1,4 +1,4 @@
-"""Missing vectors are filled in: each memory gets one and is found by meaning, whoever learned it and whatever failed."""
+"""Maintenance: every memory gets its vector and is found by meaning, whoever learned it and whatever failed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from optillm_memory.store.sqlite.store import SqliteStore
 def test_a_request_does_not_hide_a_memory_that_has_no_vector_yet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Asked again before upkeep came to it, a memory of the time without an encoder is found by meaning afterwards."""
+    """Asked again before maintenance came to it, a memory made without an encoder is found by meaning afterwards."""
     task = "restart the nginx server"
     with lexical_memory(tmp_path) as memory:
         teach(memory, task, "systemctl restart nginx")
@@ -36,7 +36,7 @@ def test_a_request_does_not_hide_a_memory_that_has_no_vector_yet(
         assert memory.stats()["memories_without_vector"] == 0
 
 
-def test_upkeep_goes_on_after_a_fault_and_sees_what_others_learn(
+def test_maintenance_goes_on_after_a_fault_and_sees_what_others_learn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A read that failed is tried again, and what another process learned gets its vector though nobody says so."""
@@ -60,7 +60,7 @@ def test_upkeep_goes_on_after_a_fault_and_sees_what_others_learn(
 def test_what_is_learned_does_not_wait_until_all_is_looked_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While upkeep rests from looking through what was there, a new memory gets its vector; afterwards all have one."""
+    """While maintenance rests from looking through old memories a new one gets its vector; afterwards all have one."""
     monkeypatch.setattr("optillm_memory.store.base._STRETCH", 2)
     with hashing_memory(tmp_path) as memory:  # with vectors: there is nothing to do but to look
         for number in range(6):
