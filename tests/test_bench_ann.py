@@ -55,11 +55,11 @@ def test_the_truth_is_that_of_all_rows_and_knows_the_changes() -> None:
     records = Records(1_000, 3)
     asked = ann.questions(records, 20)
     rows = np.concatenate([block for _, block in records.blocks()])
-    before = np.argsort(-(asked.queries @ rows.T), axis=1)[:, : NEAREST]
+    before = np.argsort(-(asked.queries @ rows.T), axis=1)[:, :NEAREST]
     assert recall_of(before.tolist(), asked.nearest) == 1
     scores = asked.queries @ np.concatenate([rows, asked.inserted]).T
     scores[:, asked.deleted] = -2
-    after = np.argsort(-scores, axis=1)[:, : NEAREST]
+    after = np.argsort(-scores, axis=1)[:, :NEAREST]
     assert recall_of(after.tolist(), asked.nearest_after) == 1
     assert np.isin(asked.deleted, asked.nearest).any()
     assert (asked.nearest_after >= records.size).any()
