@@ -20,7 +20,7 @@ from optillm_memory.conversation import parse as conversations
 from optillm_memory.conversation.language import warm
 from optillm_memory.conversation.options import FIELD, Options, parse_options
 from optillm_memory.errors import NotFound, StoreUnavailable
-from optillm_memory.learn import fold, uplift
+from optillm_memory.learn import uplift
 from optillm_memory.learn.forms import form_named
 from optillm_memory.recall.encoder import Encoder, load_encoder
 from optillm_memory.recall.retriever import Retriever
@@ -36,6 +36,7 @@ from optillm_memory.request.route import Router
 from optillm_memory.request.shadow import Shadow
 from optillm_memory.request.turn import Turn
 from optillm_memory.settings import Settings, is_url
+from optillm_memory.store import fold
 from optillm_memory.store.maintenance import erase, verify
 from optillm_memory.store.maintenance.selection import Selection
 from optillm_memory.store.opening import open_store
@@ -77,15 +78,15 @@ class Memory:
         self.encoder = EncoderService(load, before=warm, lazy=read_only)
         salt = functools.cache(store.salt)
         loader, writer = BackgroundWorker("agent-memory-index-loader"), BackgroundWorker("agent-memory-index-writer")
-        self._retriever = Retriever(store, loader, writer, store.index_files())
-        self._locator = Locator(store, clock)
+        self._retriever = Retriever(store.recall, loader, writer, store.index_files())
+        self._locator = Locator(store.episodes, clock)
         self._maintenance = Maintenance(store, self.encoder, settings)
-        self._adviser = Adviser(store, settings, clock)
+        self._adviser = Adviser(store.fixes, settings, clock)
         self._guard = Guard(settings, self._adviser, self._locator)
-        self._reuse = ReuseDecider(store, self._retriever, self.encoder, normal, salt, settings.reuse_audit)
-        self._router = Router(store, settings, self.encoder, salt)
+        self._reuse = ReuseDecider(store.proposals, self._retriever, self.encoder, normal, salt, settings.reuse_audit)
+        self._router = Router(store.decisions, settings, self.encoder, salt)
         self._decider = Decider(
-            store, settings, self.encoder, salt,
+            store.recall, settings, self.encoder, salt,
             self._retriever, self._locator, self._adviser, self._reuse, self._router,
         )  # fmt: skip
         self._recorder = Recorder(store, settings, self.encoder, self._locator, self._maintenance, clock)
@@ -242,7 +243,7 @@ class Memory:
     def described(self, memory_id: str, *, tenant: Tenant = OPERATOR) -> dict[str, Any]:
         """Return a memory with its value, and a fix with its error and its evidence. Raises NotFound."""
         record = self.memory(memory_id, tenant=tenant)
-        fix = {"fix": self.store.fix_details(record.scope, memory_id)} if record.kind == "fix" else {}
+        fix = {"fix": self.store.fixes.details(record.scope, memory_id)} if record.kind == "fix" else {}
         return {**record.as_dict(), **fix}
 
     def why(self, trace_id: str, *, tenant: Tenant = OPERATOR) -> dict[str, Any]:
@@ -256,11 +257,11 @@ class Memory:
 
     def uplift(self, *, tenant: Tenant = OPERATOR, limit: int = 20) -> dict[str, Any]:
         """Return what memory changed in the outcome of episodes, with at most `limit` memories of each scope."""
-        return uplift.report(self.store.episodes(tenant), limit=limit)
+        return uplift.report(self.store.exposures.episodes(tenant), limit=limit)
 
     def stats(self) -> dict[str, Any]:
         """Return counts of the store and the state of the encoder."""
-        total, embedded = self.store.coverage()
+        total, embedded = self.store.vectors.coverage()
         return {
             **self.store.stats(), "memories_without_vector": total - embedded.get(self.encoder.fingerprint, 0),
             "encoder": self.encoder.state, "encoder_reason": self.encoder.reason,
@@ -275,7 +276,7 @@ class Memory:
     def probe(self, timeout_s: float = 5.0) -> None:
         """Write to the database and take it back. Raises StoreUnavailable."""
         try:
-            self.store.write(lambda tx: tx.probe()).result(timeout_s)
+            self.store.write(lambda tx: tx.counters.probe()).result(timeout_s)
         except (TimeoutError, FutureTimeoutError):
             raise StoreUnavailable(f"the database did not answer within {timeout_s:g} seconds") from None
 
@@ -287,7 +288,7 @@ class Memory:
 
     def counts(self, selection: Selection) -> dict[str, int]:
         """Return how much `forget` would delete."""
-        return self.store.chosen_counts(selection)
+        return self.store.forgetting.chosen_counts(selection)
 
     def forget(
         self, selection: Selection, *, with_set_aside: bool = False, progress: Callable[[str], None] = lambda _: None

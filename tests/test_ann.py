@@ -886,15 +886,15 @@ def test_memories_of_a_store_are_found_through_its_file(tmp_path: Path) -> None:
         vector = memory.encoder.vector(asked, 5)
         assert vector is not None
         name = files.name(SCOPE, memory.encoder.fingerprint)
-        recaller = Retriever(memory.store, *workers(), files, SMALL)
+        recaller = Retriever(memory.store.recall, *workers(), files, SMALL)
         deadline = time.monotonic() + PATIENCE_S
         while not files.exists(name) and time.monotonic() < deadline:
-            recaller.near(SCOPE, vector, memory.store.revision(SCOPE), fingerprint=memory.encoder.fingerprint,
+            recaller.near(SCOPE, vector, memory.store.recall.revision(SCOPE), fingerprint=memory.encoder.fingerprint,
                           unrelated=UNRELATED, count=5)  # fmt: skip
             time.sleep(0.01)
         recaller.close()
         for _ in range(2):
-            recaller = Retriever(memory.store, *workers(), files, SMALL)
+            recaller = Retriever(memory.store.recall, *workers(), files, SMALL)
             hits = recaller.recall(SCOPE, asked, lambda: vector, fingerprint=memory.encoder.fingerprint)
             assert hits[0].memory.answer == "restarted 77"
             assert hits[0].cosine == pytest.approx(1, abs=1e-4)

@@ -88,7 +88,7 @@ def test_the_check_finds_what_is_wrong(tmp_path: Path) -> None:
         teach(memory, "another task", "an answer")
     assert acknowledged.check(path, said) == Faults(doubled=1)
     with lexical_memory(tmp_path) as memory:
-        memory.store.write(lambda tx: tx._db.execute("DELETE FROM outcomes")).result(10)
+        memory.store.write(lambda tx: tx.db.execute("DELETE FROM outcomes")).result(10)
     assert acknowledged.check(path, said) == Faults(doubled=1, differing=1)
     whole = path.read_bytes()
     path.write_bytes(whole[:8192] + b"\xff" * 8192 + whole[16384:])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import graphlib
 import inspect
 import re
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,9 @@ import pytest
 
 import optillm_memory
 from optillm_memory import errors
+from optillm_memory.store.base import Store
+from optillm_memory.store.sqlite.store import DIALECT, SqliteStore
+from optillm_memory.store.transaction import Transaction
 
 PACKAGE = Path(optillm_memory.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -154,6 +159,26 @@ def test_error_tree_is_the_docstring() -> None:
     classes = {n for n, c in inspect.getmembers(errors, inspect.isclass) if c.__module__ == errors.__name__}
     assert classes == {name for _, name in shown}
     assert classes <= set(optillm_memory.__all__)
+
+
+def test_the_store_is_composed_of_its_tables(tmp_path: Path) -> None:
+    """No class of the store has two bases of ours, stubs or forwards by name; it has parts."""
+    names = {n.name for p in MODULES for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.ClassDef)}
+    for path in (path for path in MODULES if room_of(path) == "store"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                assert len([base for base in node.bases if ast.unparse(base).split(".")[-1] in names]) <= 1, node.name
+            elif isinstance(node, ast.FunctionDef):
+                assert node.name != "__getattr__", path
+            elif isinstance(node, ast.Raise):
+                assert "NotImplementedError" not in ast.unparse(node), path
+    written = vars(Transaction(sqlite3.connect(":memory:"), DIALECT)).values()
+    with contextlib.closing(SqliteStore(tmp_path / "memory.db")) as store:
+        read = list(vars(store).values())
+    for kind, parts in ((Transaction, written), (Store, read)):
+        assert kind.__bases__ == (object,)
+        families = {type(part).__module__ for part in parts}
+        assert len([name for name in families if name.startswith("optillm_memory.store.tables.")]) >= 7
 
 
 SQL = re.compile(

@@ -15,6 +15,7 @@ from optillm_memory import Feedback, InvalidField, Memory, NotFound, Scope, Stor
 from optillm_memory.conversation.options import Options
 from optillm_memory.decide.holdout import assign
 from optillm_memory.recall.encoder import Encoder, HashingEncoder
+from optillm_memory.store.maintenance import forget as deletion
 from optillm_memory.store.maintenance.selection import Selection
 
 TASK, ANSWER = "restart the nginx server", "systemctl restart nginx"
@@ -279,7 +280,7 @@ def test_what_was_forgotten_stays_so_when_that_is_no_longer_noted(tmp_path: Path
         taught = teach(memory, TASK, ANSWER)
         assert ask(memory, TASK, "I do not know").action == "inject"
         memory.forget(Selection(trace_id=taught.trace_id))
-        memory.store.write(lambda tx: tx.forget_copies(100, time.time() + 2 * week)).result(10)
+        memory.store.write(lambda tx: deletion.withdraw_copies(tx, 100, time.time() + 2 * week)).result(10)
         memory._clock = memory._locator._clock = lambda: time.time() + 2 * week
         assert ANSWER not in str(memory.begin(body(TASK, assistant("I do not know"), "please")).messages)
 
@@ -412,10 +413,10 @@ def test_a_memory_that_nobody_asked_for_gets_its_vector(tmp_path: Path) -> None:
         for number in range(3):
             teach(memory, f"restart the nginx server {number}", ANSWER, options=Options(mode="write"))
         fingerprint = memory.encoder.fingerprint
-        assert until(lambda: not memory.store.without_vectors(fingerprint, 0, 9)[0])
-        memory.store.write(lambda tx: tx._db.execute("DELETE FROM vectors")).result(10)
+        assert until(lambda: not memory.store.vectors.missing(fingerprint, 0, 9)[0])
+        memory.store.write(lambda tx: tx.db.execute("DELETE FROM vectors")).result(10)
         memory.rebuild()
-        assert until(lambda: not memory.store.without_vectors(fingerprint, 0, 9)[0])
+        assert until(lambda: not memory.store.vectors.missing(fingerprint, 0, 9)[0])
         assert until(lambda: memory.begin(body("restarting nginx servers"), options=READ).action == "inject")
 
 

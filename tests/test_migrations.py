@@ -14,7 +14,7 @@ from builders import body, response, settings
 from sqlite_utils import Database
 
 from optillm_memory import Memory, Settings, StoreTooNew
-from optillm_memory.learn import fold
+from optillm_memory.store import fold
 from optillm_memory.store.maintenance.verify import verify
 from optillm_memory.store.sqlite import connection as store_connection
 from optillm_memory.store.sqlite.connection import Connection, open_writer, sqlite3

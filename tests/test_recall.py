@@ -362,7 +362,7 @@ def fill(memory: Memory) -> None:
         turns.append(memory.begin(body(task), options=Options(mode="write")))
         memory.finish(turns[-1], response(f"the answer to: {task}"))
     memory.feedback([{"trace_id": t.trace_id, "metric": "success", "value": True, "source": "code"} for t in turns])
-    while memory.encoder.state == "ready" and memory.store.without_vectors(memory.encoder.fingerprint, 0, 1)[0]:
+    while memory.encoder.state == "ready" and memory.store.vectors.missing(memory.encoder.fingerprint, 0, 1)[0]:
         time.sleep(0.05)
 
 

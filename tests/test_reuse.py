@@ -257,7 +257,7 @@ def test_a_request_that_reads_slowly_undoes_no_label(tmp_path: Path, monkeypatch
         turn = memory.begin(wanting(f"{text} zx"))
         memory.finish(turn, response("desk of another kind"))
         memory.settle()
-        read = memory.store.gate_changes
+        read = memory.store.proposals.gate_changes
 
         def slowly(scope: Scope, since: int) -> tuple[int, list[Change]]:
             monkeypatch.undo()
@@ -266,9 +266,9 @@ def test_a_request_that_reads_slowly_undoes_no_label(tmp_path: Path, monkeypatch
             memory.begin(wanting("a request that is quicker"))
             return found
 
-        monkeypatch.setattr(memory.store, "gate_changes", slowly)
+        monkeypatch.setattr(memory.store.proposals, "gate_changes", slowly)
         memory.begin(wanting("a request that is slow"))
-        gate = memory._reuse._gate(SCOPE, memory.store.revision(SCOPE))
+        gate = memory._reuse._gate(SCOPE, memory.store.recall.revision(SCOPE))
         assert [verdict for _, verdict in gate.logs[""].rows].count(WRONG) == 1
 
 

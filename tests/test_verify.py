@@ -185,7 +185,7 @@ def index_of_vectors(url: str) -> str:
     """Build the index of vectors as the first search does; return its name."""
     with closing(open_store(url, queue_size=100, normal=normal_answer)) as store:
         query = np.ones(256, np.float32)
-        assert until(lambda: store.nearest(SCOPE, "hashing-trigram-256", query, 5) != [])
+        assert until(lambda: store.recall.nearest(SCOPE, "hashing-trigram-256", query, 5) != [])
     with closing(PostgresConnection(url)) as db:
         return str(db.execute("SELECT indexname FROM pg_indexes WHERE indexdef LIKE '%hnsw%'").fetchone()[0])
 

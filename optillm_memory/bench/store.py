@@ -138,7 +138,7 @@ def _index(db: str, size: int, seed: int) -> dict[str, float]:
         while quiet < 5:  # looked at a few times: one piece of work behind may ask for another
             _near(store, recaller, LARGE, query)
             # A server makes its own index, and gives nothing until it is there.
-            making = size > Limits().flat_rows and store.nearest(KEPT[LARGE], FINGERPRINT, query, 1) == []
+            making = size > Limits().flat_rows and store.recall.nearest(KEPT[LARGE], FINGERPRINT, query, 1) == []
             quiet = 0 if recaller.busy or making else quiet + 1
             time.sleep(0.05)
             if time.perf_counter() - started > _INDEX_S:
@@ -202,7 +202,7 @@ def _recalled(recaller: Retriever, scope: Scope, text: str, vector: Callable[[],
 def _near(store: Store, recaller: Retriever, scope: Scope, vector: np.ndarray[Any, Any]) -> list[int]:
     kept = KEPT[scope]
     found = recaller.near(
-        kept, vector, store.revision(kept), fingerprint=FINGERPRINT, unrelated=UNRELATED, count=NEAREST
+        kept, vector, store.recall.revision(kept), fingerprint=FINGERPRINT, unrelated=UNRELATED, count=NEAREST
     )
     return [number for number, _, _ in found]
 
@@ -226,7 +226,7 @@ def _exact(records: Records, scope: Scope, vectors: Sequence[np.ndarray[Any, Any
 def _share_found(store: Store, scope: Scope, found: Iterable[list[int]], exact: Iterable[set[int]]) -> float:
     right = wanted = 0
     for numbers, expected in zip(found, exact, strict=True):
-        tasks = {memory.task for memory in store.memories(KEPT[scope], numbers).values()}
+        tasks = {memory.task for memory in store.recall.memories(KEPT[scope], numbers).values()}
         right += len({int(task.rsplit(" ", 1)[1]) for task in tasks} & expected)
         wanted += len(expected)
     return right / wanted
@@ -271,7 +271,8 @@ def _opened(db: str) -> Iterator[Store]:
 
 @contextlib.contextmanager
 def _retriever(store: Store) -> Iterator[Retriever]:
-    recaller = Retriever(store, BackgroundWorker("bench-loader"), BackgroundWorker("bench-writer"), store.index_files())
+    loader, writer = BackgroundWorker("bench-loader"), BackgroundWorker("bench-writer")
+    recaller = Retriever(store.recall, loader, writer, store.index_files())
     try:
         yield recaller
     finally:

@@ -84,7 +84,7 @@ def _database(settings: Settings) -> Iterator[Finding]:
         with contextlib.closing(
             open_store(settings.db, queue_size=1, normal=normal_answer, read_only=True)
         ) as store:  # fmt: skip
-            total, embedded = store.coverage()
+            total, embedded = store.vectors.coverage()
     except NotFound:
         yield _place_for_new(settings)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import logging
 import queue
 import threading
@@ -38,7 +39,7 @@ class _RefusedError(Exception):
     """An operation of a group was refused: the group is run again with each of them apart."""
 
 
-class Writer:
+class Writer(abc.ABC):
     """Runs operations on the writing connection, many in a shared, durable commit; one that is refused fails alone.
 
     An operation may be run again, so it does nothing but read and write the database. Its outcome is set only after
@@ -83,25 +84,25 @@ class Writer:
 
     # -- what a database brings --------------------------------------------------------------------
 
+    @abc.abstractmethod
     def _open(self) -> Connection:
         """Return the connection that writes. Raises StoreUnavailable."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _stands(self) -> bool:
         """Whether the connection still leads to where what is written should go; drops one that does not."""
-        raise NotImplementedError
 
-    def _written(self) -> None:
+    def _written(self) -> None:  # noqa: B027 - most databases have nothing to note
         """Take note that a commit went well."""
 
-    def _tidy(self) -> None:
+    def _tidy(self) -> None:  # noqa: B027 - nor to tidy
         """Do what is to be done now and then while the turn is still ours, and nobody waits for us."""
 
     def _will_pass(self, error: Exception) -> bool:
         """Whether what a commit failed of passes by itself: until then what nobody waits for is kept."""
         return isinstance(error, StoreUnavailable)
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: Exception) -> None:  # noqa: B027 - nor to repair
         """Do what is to be done after a commit that failed, so that the next one may not."""
 
     def _passing(self) -> AbstractContextManager[None]:
