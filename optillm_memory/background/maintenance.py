@@ -23,7 +23,7 @@ _ROWS = 64  # memories embedded in one commit
 _GATHER_S = 0.02  # what was learned meanwhile is looked at together, and does not slow down who learns it
 _REST = 9.0  # times as long as it looked at what is there already
 _LOOK_S = 60.0  # between two looks at what is to go, and at what other processes learned
-_ANEW_S = 3_600.0  # after which everything is looked through again: what was no memory yet may be one now
+_REPEAT_S = 3_600.0  # after which everything is looked through again: what was no memory yet may be one now
 _CLOSING_S = 10.0
 Missing = Sequence[tuple[int, str, str]]
 
@@ -75,14 +75,16 @@ class Maintenance:
             pass
         generation = -1
         latest = looked = before = 0
-        anew_at = next_at = 0.0
+        repeat_at = next_at = 0.0
         while not self._closing.is_set() and self._encoder.state == "ready":
             try:
-                if (current := self._store.recall.revision().generation) != generation:  # a rebuild numbers them anew
-                    generation, anew_at, self._caught_up = current, 0.0, False
+                if (
+                    current := self._store.recall.revision().generation
+                ) != generation:  # a rebuild numbers memories again
+                    generation, repeat_at, self._caught_up = current, 0.0, False
                     latest = self._store.vectors.last_number()
-                if time.monotonic() >= anew_at:
-                    looked, before, anew_at = 0, latest, time.monotonic() + _ANEW_S
+                if time.monotonic() >= repeat_at:
+                    looked, before, repeat_at = 0, latest, time.monotonic() + _REPEAT_S
                 upto, _ = self._look(latest)
                 if upto > latest:
                     latest = upto
