@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def test_processes_whose_wal_is_deleted_lose_nothing(tmp_path: Path, suffixes: t
         timer.start()
     found = soak.run(tmp_path, processes=2, threads=2, seconds=3, tick=lambda: None)
     for timer in timers:
-        timer.join()
+        timer.join(30)
     assert found["acknowledged"] > 0
     refusals = ("StoreError: cannot read", "StoreUnavailable: cannot write")
     assert all(name.startswith(refusals) for name in found["errors_by_name"])
@@ -87,7 +88,7 @@ def test_the_check_finds_what_is_wrong(tmp_path: Path) -> None:
         teach(memory, "another task", "an answer")
     assert acknowledged.check(path, said) == Faults(doubled=1)
     with lexical_memory(tmp_path) as memory:
-        memory.store.write(lambda tx: tx._db.execute("DELETE FROM outcomes")).result(10)
+        memory.store.write(lambda tx: tx.db.execute("DELETE FROM outcomes")).result(10)
     assert acknowledged.check(path, said) == Faults(doubled=1, differing=1)
     whole = path.read_bytes()
     path.write_bytes(whole[:8192] + b"\xff" * 8192 + whole[16384:])
@@ -146,7 +147,7 @@ def test_a_writer_waits_for_who_is_before_it_and_not_for_the_dead(tmp_path: Path
             receipts(0.3)
         assert acknowledged.request(memory, "another task")  # nobody who asks waits for it
         other.kill()
-        other.communicate()
+        other.communicate(timeout=30)
         assert receipts(15)[0].status == "applied"
 
 
@@ -157,8 +158,10 @@ def test_who_leaves_the_turnstile_does_not_pass_those_who_wait(tmp_path: Path) -
     greedy = passing(path, times=2)
     assert says_in(greedy)
     patient = passing(path)
+    deadline = time.monotonic() + 30
     while f" {patient.pid} " not in "".join(x for x in locks.read_text().splitlines() if "->" in x):
         assert patient.poll() is None
+        assert time.monotonic() < deadline
     assert greedy.stdin is not None
     greedy.stdin.write("on\n")
     greedy.stdin.flush()

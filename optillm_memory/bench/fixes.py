@@ -146,7 +146,7 @@ def _leave_one_out(rows: Sequence[Row], tick: Callable[[int], None]) -> tuple[li
 
 def _calibrator(examples: Sequence[Example], fold: int) -> Calibrator:
     outside = [example for index, example in enumerate(examples) if index % FOLDS != fold]
-    return Calibrator().fitted(*FixBook(outside).rehearse(len(outside)))
+    return Calibrator().fitted(*FixBook(outside).cross_validate(len(outside)))
 
 
 def _stream(rows: Sequence[Row], tick: Callable[[int], None]) -> tuple[list[Answer], list[bool], list[float]]:
@@ -162,7 +162,7 @@ def _stream(rows: Sequence[Row], tick: Callable[[int], None]) -> tuple[list[Answ
         taken.append(1000 * (time.perf_counter() - started))
         answer = Answer(0.0, right=False)
         if found is not None:
-            suggestion = book.judged(found, row.command, row.output)
+            suggestion = book.with_confidence(found, row.command, row.output)
             answer = Answer(suggestion.confidence, row.accepts(suggestion.action))
             shares.append(found[1])
             right.append(answer.right)

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optillm_memory.conversation.parse import key_of
-from optillm_memory.learn import fold
 from optillm_memory.recall.encoder import REFERENCE
 from optillm_memory.records import Feedback, Scope, Trace
-from optillm_memory.store.tables.rows import key_hash
+from optillm_memory.store import fold
+from optillm_memory.store.tables.vectors import key_hash
 from optillm_memory.store.transaction import Transaction
 
 LARGE, SMALL = Scope("bench"), Scope("bench", "small")
@@ -153,7 +153,7 @@ def operations(
     )
 
     def arrives(tx: Transaction) -> None:
-        tx.put_vectors(vector, fingerprint)
+        tx.vectors.put(vector, fingerprint)
         tx.add_trace(made, prefixes=[f"{prefix}-{record.number}"])
         fold.trace_arrived(tx, made)
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from optillm_memory.learn.offpolicy import Estimate, Logged, Prices, always, as_logged, estimate
+from optillm_memory.learn.offpolicy import Estimate, LoggedEpisode, Prices, always, estimate, logged_policy
 
 _FEW = 10  # effective episodes, below which an estimate means little
 _HEAVY = 20.0  # a weight above which single episodes dominate
 
 
-def run(rows: Sequence[Logged], prices: Prices) -> dict[str, Any]:
+def run(rows: Sequence[LoggedEpisode], prices: Prices) -> dict[str, Any]:
     """Return the estimates of the policy and of every arm in the log, and warnings."""
     judged = [row for row in rows if row.reward is not None]
     arms = sorted({arm for row in rows for arm in (row.arm, *row.probabilities)})
-    found = {"policy": estimate(rows, as_logged, prices), **{arm: estimate(rows, always(arm), prices) for arm in arms}}
+    found = {
+        "policy": estimate(rows, logged_policy, prices),
+        **{arm: estimate(rows, always(arm), prices) for arm in arms},
+    }
     return {
         "episodes": len(rows),
         "episodes_with_outcome": len(judged),
@@ -46,7 +49,7 @@ def lines(figures: dict[str, Any]) -> dict[str, str]:
     return {**shown, **{f"warning {i}": warning for i, warning in enumerate(figures["warnings"], 1)}}
 
 
-def _log_warnings(rows: Sequence[Logged], judged: Sequence[Logged]) -> list[str]:
+def _log_warnings(rows: Sequence[LoggedEpisode], judged: Sequence[LoggedEpisode]) -> list[str]:
     if not rows:
         return ["the policy made no decision in this log: requests with approach `auto` do"]
     warnings = []

@@ -17,7 +17,7 @@ from optillm_memory.bench.in_process import cached_encoder
 from optillm_memory.bench.rows import read_rows, text_field
 from optillm_memory.bench.tasks import load_tasks
 from optillm_memory.conversation.parse import key_of
-from optillm_memory.decide.policy import Known, Policy, Situation, Terms
+from optillm_memory.decide.policy import Measurement, Policy, Situation, Terms
 from optillm_memory.errors import InvalidField
 from optillm_memory.records import Arm
 
@@ -208,11 +208,11 @@ def play(table: Table, scenario: Scenario, seed: int, exploration_budget: float)
         situation = Situation(table.vectors[row], int(table.lengths[row]))
         choice = policy.choose(situation, float(draws[row]))
         arm = played.chosen[row] = table.names.index(choice.arm.name)
-        policy.add(choice.logged(situation), Known(cost=float(table.costs[row, arm])))
+        policy.add(choice.logged(situation), Measurement(cost=float(table.costs[row, arm])))
         if (late := row - scenario.delay) >= 0 and judged[late]:
             arm = played.chosen[late]
             reward = float(table.rewards[late, arm])
-            known = Known(1 - reward if wrong[late] else reward, float(table.costs[late, arm]))
+            known = Measurement(1 - reward if wrong[late] else reward, float(table.costs[late, arm]))
             policy.observe(late, known)
     return played
 

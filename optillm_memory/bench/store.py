@@ -18,14 +18,15 @@ from typing import Any
 
 import numpy as np
 
+from optillm_memory.background.worker import BackgroundWorker
 from optillm_memory.bench.postgres import temporary_memory
 from optillm_memory.bench.records import FINGERPRINT, LARGE, SMALL, Operation, Record, Records, operations, scope_of
 from optillm_memory.bench.report import quantile
 from optillm_memory.bench.store_host import KEPT, measure, rss_mb
 from optillm_memory.errors import StoreError, StoreUnavailable
 from optillm_memory.learn.outcomes import normal_answer
+from optillm_memory.recall.relevance_floor import UNRELATED
 from optillm_memory.recall.retriever import Retriever
-from optillm_memory.recall.vectors.flat import UNRELATED
 from optillm_memory.recall.vectors.scope_index import Limits
 from optillm_memory.records import Scope
 from optillm_memory.settings import is_url
@@ -137,7 +138,7 @@ def _index(db: str, size: int, seed: int) -> dict[str, float]:
         while quiet < 5:  # checked a few times: one background job may start another
             _near(store, retriever, LARGE, query)
             # A server builds its own index, and finds nothing until it is complete.
-            building = size > Limits().large and store.nearest(KEPT[LARGE], FINGERPRINT, query, 1) == []
+            building = size > Limits().flat_rows and store.recall.nearest(KEPT[LARGE], FINGERPRINT, query, 1) == []
             quiet = 0 if retriever.busy or building else quiet + 1
             time.sleep(0.05)
             if time.perf_counter() - started > _INDEX_S:
@@ -201,7 +202,7 @@ def _recalled(retriever: Retriever, scope: Scope, text: str, vector: Callable[[]
 def _near(store: Store, retriever: Retriever, scope: Scope, vector: np.ndarray[Any, Any]) -> list[int]:
     kept = KEPT[scope]
     found = retriever.near(
-        kept, vector, store.revision(kept), fingerprint=FINGERPRINT, unrelated=UNRELATED, count=NEAREST
+        kept, vector, store.recall.revision(kept), fingerprint=FINGERPRINT, unrelated=UNRELATED, count=NEAREST
     )
     return [number for number, _, _ in found]
 
@@ -225,7 +226,7 @@ def _exact(records: Records, scope: Scope, vectors: Sequence[np.ndarray[Any, Any
 def _share_found(store: Store, scope: Scope, found: Iterable[list[int]], exact: Iterable[set[int]]) -> float:
     right = wanted = 0
     for numbers, expected in zip(found, exact, strict=True):
-        tasks = {memory.task for memory in store.memories(KEPT[scope], numbers).values()}
+        tasks = {memory.task for memory in store.recall.memories(KEPT[scope], numbers).values()}
         right += len({int(task.rsplit(" ", 1)[1]) for task in tasks} & expected)
         wanted += len(expected)
     return right / wanted
@@ -270,7 +271,8 @@ def _opened(db: str) -> Iterator[Store]:
 
 @contextlib.contextmanager
 def _retriever(store: Store) -> Iterator[Retriever]:
-    retriever = Retriever(store, store.index_files())
+    workers = BackgroundWorker("bench-loader"), BackgroundWorker("bench-writer")
+    retriever = Retriever(store.recall, *workers, store.index_files())
     try:
         yield retriever
     finally:

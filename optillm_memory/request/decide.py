@@ -14,7 +14,7 @@ from optillm_memory.conversation.options import AUTO
 from optillm_memory.decide.holdout import assign
 from optillm_memory.inject.advice import as_advice
 from optillm_memory.inject.refusals import FORMS
-from optillm_memory.inject.render import Rendering, in_form, placed_at
+from optillm_memory.inject.render import Rendering, placement_at, render_fitting
 from optillm_memory.learn.conflicts import without_superseded
 from optillm_memory.recall.retriever import Retriever
 from optillm_memory.records import Hit, Placement, Scope
@@ -100,7 +100,7 @@ class Decider:
         if lot.held_out:
             withheld = rendering.injected if rendering is not None else ()
             return replace(turn, action="holdout", withheld=withheld) if withheld else turn
-        fresh = placed_at(turn.parsed, position, rendering) if rendering is not None else None
+        fresh = placement_at(turn.parsed, position, rendering) if rendering is not None else None
         return turn.placing(standing, fresh)
 
     def _advice(self, turn: Turn) -> tuple[Turn, Rendering | None]:
@@ -120,7 +120,7 @@ class Decider:
         turn, hits = self._hits(turn, standing)
         if not hits:
             return turn.skip("nothing_relevant"), None
-        rendering = in_form(
+        rendering = render_fitting(
             hits,
             conversation,
             refused,

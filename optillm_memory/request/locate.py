@@ -9,7 +9,7 @@ from typing import Protocol
 from optillm_memory.conversation import parse as conversations
 from optillm_memory.conversation.episodes import Candidate, Located, locate, merged
 from optillm_memory.conversation.parse import Conversation
-from optillm_memory.conversation.recent import Recent
+from optillm_memory.conversation.recent import RecentEpisodes
 from optillm_memory.conversation.text import BLOCK_OPEN, text_of
 from optillm_memory.inject.advice import Advice
 from optillm_memory.inject.place import still_anchored
@@ -44,7 +44,7 @@ class Locator:
         """Start with nothing under way."""
         self._source = source
         self._clock = clock
-        self._recent = Recent()
+        self._recent = RecentEpisodes()
         self._refusals = Refusals()
 
     def locate(self, turn: Turn) -> Turn:

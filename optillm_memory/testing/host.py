@@ -180,7 +180,7 @@ class HostProcess:
         if self._child is None:
             return
         self._child.kill()
-        self._child.wait()
+        self._child.wait(_STOP_S)
         self._child = None
 
     def logs(self) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 MODEL = "upstream-model"
+_CLOSE_S = 10.0  # at most, to stop serving
 _ERROR_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -120,7 +121,7 @@ class RecordingUpstream:
             return
         self._state.closing.set()
         self._server.shutdown()
-        self._thread.join()
+        self._thread.join(_CLOSE_S)
         self._server.drop_connections()
         self._server.server_close()
 
