@@ -42,7 +42,7 @@ def _exists(name: str) -> bool:
 
 @click.group(cls=_Benchmarks)
 def main() -> None:
-    """Measure the project itself: beside other memories, under faults, with agents."""
+    """Measure the project itself: compared with other memories, under faults, with agents."""
 
 
 @main.command()
