@@ -365,8 +365,9 @@ def test_a_failure_in_one_environment_costs_there_only(tmp_path: Path) -> None:
         bad = [(WRONG, ERROR), (RIGHT, DENIED)]
         work(memory, bad, task="publish it now", tags={"os": "windows"})
         assert fixes(memory) == [(WRONG, RIGHT, "verified")]
+        known = memory.store.fixes.known_fixes
         values = {
-            name: memory.store.known_fixes(SCOPE, "bash", "", environment=json.dumps(tags), episode_id="x")[0].value
+            name: known(SCOPE, "bash", "", environment=json.dumps(tags), episode_id="x")[0].value
             for name, tags in (("home", {"os": "linux"}), ("there", {"os": "windows"}), ("else", {}))
         }
         assert values["there"] < values["else"] < values["home"]

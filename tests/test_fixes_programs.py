@@ -171,7 +171,7 @@ def test_literals_are_what_a_program_spells_out() -> None:
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:3]))
 def test_hostile_texts_take_no_long_time(text: str) -> None:
     """20 kB of anything, as action, output or fix, is explained and mended in bounded time."""
-    started = time.perf_counter()
+    started = time.process_time()
     vocabulary = Vocabulary(["git push"])
     for action, output, fix in (("git psh", text, "git push"), (text, "no", "git push"), ("git psh", "no", text)):
         case = Case(action, output, vocabulary)
@@ -180,4 +180,4 @@ def test_hostile_texts_take_no_long_time(text: str) -> None:
     for example in MANY[:4]:
         for program in programs(*example):
             apply(program, Case(text, text, vocabulary))
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5

@@ -196,17 +196,17 @@ def test_a_large_book_answers_quickly() -> None:
     book = FixBook(many(500), calibrator=Calibrator())
     taken = []
     for n in range(21):
-        started = time.perf_counter()
+        started = time.process_time()
         assert book.suggest(f"boat y{n}a it", f"unknown verb 'y{n}a'. Did you mean 'y{n}b'?") is not None
-        taken.append(time.perf_counter() - started)
-    assert sorted(taken)[10] < 0.25  # the machine may be busy
+        taken.append(time.process_time() - started)
+    assert sorted(taken)[10] < 0.25
 
 
 @pytest.mark.parametrize("text", [":" * 20_000, "'" * 20_000, "a/" * 10_000, "did you mean 'x'?\n" * 1_200])
 def test_hostile_texts_are_bounded(text: str) -> None:
     """20 kB of anything neither breaks a book nor holds it up."""
-    started = time.perf_counter()
+    started = time.process_time()
     book = FixBook([*ALL, Example(text, "no", "git push"), Example("git push", text, text)])
     for action, output in ((text, "no"), ("git psh", text), (text, text)):
         book.suggest(action, output)
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -310,10 +312,16 @@ def test_many_rows_that_come_later_are_folded_into_what_is_there() -> None:
 
 
 def test_many_rows_are_folded_behind() -> None:
-    """A log of thousands of choices does not hold a request up, and is there soon after."""
-    learner = PolicyUpdater((LARGE, SMALL), Terms(), start_thread)
+    """A log of thousands of choices does not hold a request up, and is there once the thread has run."""
+    begins = threading.Event()
+
+    def start_late(name: str, work: Callable[[], None]) -> threading.Thread:
+        return start_thread(name, lambda: work() if begins.wait(30) else None)
+
+    learner = PolicyUpdater((LARGE, SMALL), Terms(), start_late)
     learner.take(learner.since, 1, rows_of(learner, 3000))
-    assert learner.busy or learner.policy.count == 3000
+    assert (learner.busy, learner.policy.count) == (True, 0)
+    begins.set()
     learner.wait(30)
     assert not learner.busy
     assert learner.policy.count == 3000

@@ -24,6 +24,7 @@ from optillm_memory.decide.gate_updater import Change, GateUpdater
 from optillm_memory.errors import InvalidField
 from optillm_memory.learn.forms import form_named
 from optillm_memory.recall.encoder import HashingEncoder
+from optillm_memory.request import reuse
 
 REUSE = {"agent_memory": {"reuse": {"max_error": 0.05}}}
 TASK = "Which port does the metrics exporter listen on?"
@@ -258,7 +259,7 @@ def test_a_request_that_reads_slowly_undoes_no_label(tmp_path: Path, monkeypatch
         turn = memory.begin(wanting(f"{text} zx"))
         memory.finish(turn, response("desk of another kind"))
         memory.settle()
-        read = memory.store.gate_changes
+        read = memory.store.proposals.gate_changes
 
         def slowly(scope: Scope, since: int) -> tuple[int, list[Change]]:
             monkeypatch.undo()
@@ -267,10 +268,33 @@ def test_a_request_that_reads_slowly_undoes_no_label(tmp_path: Path, monkeypatch
             memory.begin(wanting("a request that is quicker"))
             return found
 
-        monkeypatch.setattr(memory.store, "gate_changes", slowly)
+        monkeypatch.setattr(memory.store.proposals, "gate_changes", slowly)
         memory.begin(wanting("a request that is slow"))
-        gate = memory._reuse._gate(SCOPE, memory.store.revision(SCOPE))
+        gate = memory._reuse._gate(SCOPE, memory.store.recall.revision(SCOPE))
         assert [verdict for _, verdict in gate.logs[""].rows].count(WRONG) == 1
+
+
+def test_no_other_request_takes_a_neighbour_that_disagrees_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one request looks at its neighbours another empties the cache: the one that disagrees still counts."""
+    monkeypatch.setattr("optillm_memory.request.reuse.NEAREST", 3)
+    monkeypatch.setattr("optillm_memory.request.reuse._EXEMPLARS_KEPT", 0)
+    with hashing_memory(tmp_path) as memory:
+        for number in range(4):
+            teach(memory, f"what is the capital of country number {number}", f"city {number}")
+        teach(memory, TASK, ANSWER)
+        teach(memory, TASK, "Port 9500.")
+        look = reuse._answers
+
+        def while_another_asks(*given: Any) -> bool:
+            monkeypatch.setattr(reuse, "_answers", look)
+            memory.begin(wanting("what is the capital of country number 7"))
+            return look(*given)
+
+        monkeypatch.setattr(reuse, "_answers", while_another_asks)
+        assert reason(memory.begin(wanting())) == "conflict"
+        assert reuse._answers is look
 
 
 def test_labels_of_another_encoders_scores_do_not_count(tmp_path: Path) -> None:
@@ -287,13 +311,13 @@ def test_labels_of_another_encoders_scores_do_not_count(tmp_path: Path) -> None:
         memory.finish(turn, response("desk of another kind"))
         memory.settle()
         tell(memory, turn)
-        rows = memory._reuse._gate(SCOPE, memory.store.revision(SCOPE)).logs[""].rows
+        rows = memory._reuse._gate(SCOPE, memory.store.recall.revision(SCOPE)).logs[""].rows
         assert len(rows) > 1
     with Memory(configured(tmp_path), encoder=Other) as memory:
         assert memory.encoder.wait(10) == "ready"
-        assert memory._reuse._gate(SCOPE, memory.store.revision(SCOPE)).logs == {}
+        assert memory._reuse._gate(SCOPE, memory.store.recall.revision(SCOPE)).logs == {}
     with hashing_memory(tmp_path) as memory:
-        assert memory._reuse._gate(SCOPE, memory.store.revision(SCOPE)).logs[""].rows == rows
+        assert memory._reuse._gate(SCOPE, memory.store.recall.revision(SCOPE)).logs[""].rows == rows
 
 
 LABELS = st.lists(

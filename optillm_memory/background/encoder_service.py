@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from optillm_memory.background.threads import start_thread
 from optillm_memory.errors import EncoderUnavailable
 from optillm_memory.recall.encoder import REFERENCE, Encoder
-from optillm_memory.recall.vectors.flat import UNRELATED, spread_of
+from optillm_memory.recall.relevance_floor import UNRELATED, spread_of
 
 logger = logging.getLogger(__name__)
 

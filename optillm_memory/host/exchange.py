@@ -211,7 +211,8 @@ class Exchange:
         started = time.perf_counter()
         first = self.ask(client, model, config)
         memory, before = self.memory, self.turn
-        if memory is None or self.inner != "none" or self.finished or before.extra_calls:
+        is_plain = self.inner == "none" and not before.extra_calls
+        if memory is None or before.conversation is None or not is_plain or self.finished:
             return first
         limit_s = min(max(GUARD_LEAST_S, 2 * (time.perf_counter() - started)), memory.settings.guard_timeout_s)
         guarded, fault = self.fail_open.call(lambda: memory.guard(before, first), before.deadline)
