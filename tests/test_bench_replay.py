@@ -58,7 +58,7 @@ def decide(
 def replayed(store: SqliteStore, tmp_path: Path, *options: str) -> tuple[Any, str]:
     """Run the command on a store's file; return its JSON and what it shows."""
     out = tmp_path / "out.json"
-    done = CliRunner().invoke(bench, ["replay", "--db", str(store.path), "--json", str(out), *options])
+    done = CliRunner().invoke(bench, ["replay", "--db", str(store.path), "--output", str(out), *options])
     assert done.exit_code == 0, done.output
     return json.loads(out.read_text()), done.output
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from builders import SCOPE, ask, assistant, body, hashing_memory, lexical_memory, response, teach, tell
+from builders import settings as configured
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +23,7 @@ from optillm_memory.decide.gate import Gate, Label
 from optillm_memory.decide.gate_updater import Change, GateUpdater
 from optillm_memory.errors import InvalidField
 from optillm_memory.learn.forms import form_named
+from optillm_memory.recall.encoder import HashingEncoder
 from optillm_memory.request import reuse
 
 REUSE = {"agent_memory": {"reuse": {"max_error": 0.05}}}
@@ -293,6 +295,29 @@ def test_no_other_request_takes_a_neighbour_that_disagrees_away(
         monkeypatch.setattr(reuse, "_answers", while_another_asks)
         assert reason(memory.begin(wanting())) == "conflict"
         assert reuse._answers is look
+
+
+def test_labels_of_another_encoders_scores_do_not_count(tmp_path: Path) -> None:
+    """A threshold holds for the scores of one encoder: with another one the gate starts anew."""
+
+    class Other(HashingEncoder):
+        fingerprint = "other"
+
+    text = "please help me with the refund refund refund for my account"
+    with hashing_memory(tmp_path) as memory:
+        for who in "abcdef":
+            teach(memory, f"{text} {who}x", "desk refund")
+        turn = memory.begin(wanting(f"{text} zx"))
+        memory.finish(turn, response("desk of another kind"))
+        memory.settle()
+        tell(memory, turn)
+        rows = memory._reuse._gate(SCOPE, memory.store.recall.revision(SCOPE)).logs[""].rows
+        assert len(rows) > 1
+    with Memory(configured(tmp_path), encoder=Other) as memory:
+        assert memory.encoder.wait(10) == "ready"
+        assert memory._reuse._gate(SCOPE, memory.store.recall.revision(SCOPE)).logs == {}
+    with hashing_memory(tmp_path) as memory:
+        assert memory._reuse._gate(SCOPE, memory.store.recall.revision(SCOPE)).logs[""].rows == rows
 
 
 LABELS = st.lists(

@@ -34,6 +34,7 @@ from optillm_memory.recall.vectors.scope_index import Limits, ScopeIndex
 from optillm_memory.records import Arm
 from optillm_memory.store.postgres.search import HnswSearch
 from optillm_memory.store.sqlite import connection
+from optillm_memory.store.sqlite.connection import Readers
 from optillm_memory.store.sqlite.turnstile import Turnstile
 
 ARMS = (Arm("none@large", "none", "large"), Arm("none@small", "none", "small"))
@@ -459,7 +460,8 @@ def test_a_turnstile_without_a_thread_lets_through(tmp_path: Path) -> None:
 def test_a_reader_that_cannot_be_opened_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever keeps a connection from being opened or closed, the writer can have the file to itself afterwards."""
     with lexical_memory(tmp_path) as memory:
-        readers: Any = memory.store._readers
+        readers = memory.store._readers
+        assert isinstance(readers, Readers)
         with readers.borrow():  # the idle one is lent: another has to be opened
             failing_once(monkeypatch, connection, "connect", OSError("too many files"))
             with pytest.raises(OSError, match="too many"), readers.borrow():

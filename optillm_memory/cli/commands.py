@@ -203,13 +203,11 @@ def settings(*, as_json: bool) -> None:
 
 
 def _add_later_commands() -> None:
-    from optillm_memory.bench import store_commands as bench_store
     from optillm_memory.bench.commands import bench
     from optillm_memory.cli.copy import copy
     from optillm_memory.cli.maintain import COMMANDS
     from optillm_memory.demo.command import demo
 
-    bench_store.add_to(bench)
     for command in (demo, bench, copy, *COMMANDS):
         main.add_command(command)
 

@@ -57,6 +57,7 @@ class Proposal:
     """The answer that memory proposes, its score in [0, 1] with its parts, and the vetoes against it.
 
     `memory_ids` are the supporting exemplars, nearest first; `key` is the form in which answers are compared.
+    `encoder` is the fingerprint of the encoder of the cosines: scores of two encoders are not comparable.
     """
 
     answer: str
@@ -68,6 +69,7 @@ class Proposal:
     agreement: float
     similarity: float
     margin: float
+    encoder: str = ""
 
 
 def propose(query: str, neighbours: Sequence[Neighbour], normal: Callable[[str], str]) -> Proposal | None:

@@ -63,7 +63,8 @@ class ReuseDecider:
             return turn.skip(f"reuse_{reason or 'no_encoder'}") if wanted else turn
         version = self._source.revision(turn.scope)
         neighbours, quarantined = self._neighbours(turn, partition, vector, version)
-        proposal = propose(task, neighbours, self._normal)
+        if (proposal := propose(task, neighbours, self._normal)) is not None:
+            proposal = replace(proposal, encoder=self._encoder.fingerprint)
         max_error = wanted["max_error"] if wanted else None
         audits = [is_audited(turn.trace_id, self._salt(), self._audit_share * part) for part in (1.0, CONFIDENT_AUDITS)]
         gate = self._gate(turn.scope, version) if wanted else Gate()
@@ -83,7 +84,10 @@ class ReuseDecider:
         state = self._state(scope, version)
         while state.version != version:
             since = state.updater.since
-            if state.updater.take(since, *self._source.gate_changes(scope, since)):
+            revision, changes = self._source.gate_changes(scope, since)
+            # A threshold is one of this encoder's scores: the labels of another encoder's prove nothing about it.
+            own = [change for change in changes if change.encoder in ("", self._encoder.fingerprint)]
+            if state.updater.take(since, revision, own):
                 state.version = version
                 break  # not to look again: another request may have come with a version of its own
         return state.updater.gate

@@ -76,7 +76,7 @@ class HnswSearch:
                 self._indexed.add(fingerprint)
             elif self._start is not None and self._look_at.get(fingerprint) != math.inf:
                 self._start("agent-memory-hnsw", partial(self._build_index, fingerprint, dimension))
-                self._look_at[fingerprint] = math.inf  # until the thread, which waits for the lock, has built it
+                self._look_at[fingerprint] = math.inf  # the thread, which waits for the lock at the end, builds it
         return there
 
     def _build_index(self, fingerprint: str, dimension: int) -> None:

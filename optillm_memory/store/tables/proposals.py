@@ -35,7 +35,7 @@ class ProposalTable:
     def add(self, trace: Trace, scope_id: int, proposal: Proposal, decision: Decision) -> None:
         """Append what memory would have answered to a trace, and what the gate decided."""
         self.traces.touch(trace.trace_id)
-        parts = {"agreement": proposal.agreement, "similarity": proposal.similarity, "margin": proposal.margin}
+        parts = {name: getattr(proposal, name) for name in ("agreement", "similarity", "margin", "encoder")}
         self.db.execute(
             "INSERT INTO proposals VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
             (
@@ -133,14 +133,19 @@ class ProposalReads:
         """
         with self.readers.borrow() as db:
             found = db.execute(
-                "SELECT trace_id, score, correct, partition, served, labels.revision FROM labels JOIN proposals "
+                "SELECT trace_id, score, correct, partition, served, parts, labels.revision FROM labels JOIN proposals "
                 "USING (trace_id) WHERE labels.scope_id = ? AND labels.revision > ? AND NOT exact AND vetoes = '[]' "
                 "ORDER BY trace_id",
                 (scopes.known(db, scope), since),
             ).fetchall()
         changed = [
-            Change(trace_id, Label(score, None if correct is None else bool(correct), partition), bool(served))
-            for trace_id, score, correct, partition, served, _ in found
+            Change(
+                trace_id,
+                Label(score, None if correct is None else bool(correct), partition),
+                bool(served),
+                json.loads(parts).get("encoder", ""),
+            )
+            for trace_id, score, correct, partition, served, parts, _ in found
         ]
         return max((row[-1] for row in found), default=since), changed
 
