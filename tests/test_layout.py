@@ -109,7 +109,7 @@ def test_no_module_imports_in_a_circle() -> None:
 
 @pytest.mark.parametrize("path", [*MODULES, *RESEARCH], ids=lambda path: path.relative_to(PACKAGE.parent).as_posix())
 def test_modules_stay_small(path: Path) -> None:
-    """No module is far over 400 lines, where one asks whether it holds two ideas; no function scrolls; each has a docstring."""
+    """No module is far over 400 lines, where one asks whether it holds two ideas; none lacks a docstring."""
     text = path.read_text()
     tree = ast.parse(text)
     assert text.count("\n") <= 480
