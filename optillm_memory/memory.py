@@ -39,7 +39,7 @@ from optillm_memory.request.reuse import Reuser, Shadow
 from optillm_memory.request.route import Router
 from optillm_memory.request.turn import Turn
 from optillm_memory.settings import Settings
-from optillm_memory.store.maintenance.erase import forget
+from optillm_memory.store.maintenance.erase import erasure, forget_rows
 from optillm_memory.store.maintenance.selection import Selection
 from optillm_memory.store.opening import open_store
 
@@ -298,8 +298,19 @@ class Memory:
         return {"traces": traces, "memories": self.store.stats()["memories"]}
 
     def forget(self, selection: Selection) -> dict[str, Any]:
-        """Delete a selection for good; return counts and, under `left`, what still holds text. Raises NotFound."""
-        return forget(self.store, selection)
+        """Delete a selection for good; return what was deleted, and the receipt of the erasure of its bytes.
+
+        Nothing of it is recalled or shown from now on. Its bytes leave the files in the background: `erasure` tells
+        when. Raises NotFound.
+        """
+        deleted = forget_rows(self.store, selection)
+        receipt = str(deleted.pop("receipt"))
+        self._upkeep.erase_soon()
+        return {"deleted": deleted, **erasure(self.store, receipt), "left": self.store.set_aside(delete=False)}
+
+    def erasure(self, receipt: str) -> dict[str, Any]:
+        """Return whether the bytes of what was forgotten with a receipt are out of all files. Raises NotFound."""
+        return erasure(self.store, receipt)
 
     # -- joining the rooms -------------------------------------------------------------------------
 

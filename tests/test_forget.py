@@ -20,9 +20,8 @@ from optillm_memory import InvalidField, Memory, NotFound, Scope
 from optillm_memory.cli import main
 from optillm_memory.conversation.options import Options
 from optillm_memory.settings import is_url
-from optillm_memory.store.maintenance.erase import forget
+from optillm_memory.store.maintenance.erase import erase, forget, forget_copies, forget_rows
 from optillm_memory.store.maintenance.selection import Selection
-from optillm_memory.store.maintenance.shrink import shrink
 from optillm_memory.store.sqlite.connection import sqlite3
 
 BOTH = pytest.mark.parametrize("memory", ["sqlite", "postgres"], indirect=True)
@@ -180,8 +179,12 @@ def test_earlier_versions_in_free_pages_are_gone(memory: Memory, tmp_path: Path)
     done = forget(memory.store, Selection(before=time.time() + 1))
     assert done["traces"] == 41
     assert holding(tmp_path) == []
-    assert memory.store.stats()["bytes"] < 500_000
     assert memory.store.derived() == []
+    before = memory.store.size_bytes()
+    assert memory.store.compact(progress=lambda _: None) == []
+    assert memory.store.size_bytes() < before
+    assert memory.store.stats()["bytes"] < 500_000
+    assert holding(tmp_path) == []
 
 
 # -- copies ----------------------------------------------------------------------------------------
@@ -369,11 +372,12 @@ def test_a_reader_that_holds_the_journal_back_is_named(memory: Memory, tmp_path:
     reader = sqlite3.connect(tmp_path / "memory.db", isolation_level=None)
     reader.execute("BEGIN")
     reader.execute("SELECT count(*) FROM traces").fetchone()
-    assert memory.store.write(lambda tx: tx.forget_traces([turn.trace_id], time.time())).result(10) == 1
-    assert "journal" in shrink(tmp_path / "memory.db", patience_s=0.2)
+    forget_rows(memory.store, Selection(trace_id=turn.trace_id))
+    (left,) = memory.store.erase(progress=lambda _: None, patience_s=0.2)  # type: ignore[call-arg]
+    assert "journal" in left
     assert holding(tmp_path)
     reader.execute("COMMIT")
-    assert shrink(tmp_path / "memory.db") == ""
+    assert erase(memory.store)["left"] == []
     assert holding(tmp_path) == []
     reader.close()
 
@@ -398,7 +402,7 @@ def test_an_interrupted_one_is_finished_by_the_next(
     memory.settle()
     chosen = Selection(trace_id=turn.trace_id)
     with monkeypatch.context() as patch:
-        patch.setattr("optillm_memory.store.sqlite.store.shrink", lambda *_, **__: pytest.fail("killed"))
+        patch.setattr("optillm_memory.store.sqlite.store.Eraser.erase", lambda _: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
             forget(memory.store, chosen)
     assert holding(tmp_path)
@@ -451,8 +455,7 @@ def test_what_was_under_way_leaves_no_copy(memory: Memory) -> None:
     memory.finish(turn, response("hm"))
     memory.settle()
     assert memory.store.has_copies()
-    while memory.store.write(lambda tx: tx.forget_copies(10, time.time())).result(10):
-        pass
+    forget_copies(memory.store)
     assert memory.trace(turn.trace_id)["injected"] == []
     assert SECRET not in json.dumps([asdict(p) for p in memory.store.ledger(turn.scope, turn.episode_id)])
     assert same_as_rebuilt(memory)

@@ -245,7 +245,8 @@ def test_every_read_for_recall_takes_a_scope() -> None:
         "derived", "without_vectors", "coverage", "unused_vectors",  # upkeep: rebuild's comparison, and the encoder's
         "numbers_of", "last_number",
         "chosen", "chosen_counts", "chosen_scopes", "episodes_before", "held", "has_copies",  # forgetting: no texts
-        "forgets_unfinished", "forgotten", "unforgotten", "give_back", "set_aside",
+        "erasures", "copied", "has_empty_scopes", "errors_of", "warnings_of", "forgotten", "unforgotten",
+        "erase", "compact", "outdate_indexes", "set_aside",
         "index_files", "size_bytes", "read_ahead",
     }  # fmt: skip
 

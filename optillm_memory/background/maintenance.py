@@ -10,7 +10,14 @@ from collections.abc import Callable, Sequence
 from optillm_memory.background.encoder_service import EncoderService
 from optillm_memory.settings import Settings
 from optillm_memory.store.base import Store
-from optillm_memory.store.maintenance.erase import BATCH, WAIT_S
+from optillm_memory.store.maintenance.erase import (
+    BATCH,
+    ERASED_WITHIN_S,
+    WAIT_S,
+    erase,
+    forget_copies,
+    is_unfinished,
+)
 from optillm_memory.store.maintenance.retention import Limits, retain
 from optillm_memory.store.transaction import Transaction
 
@@ -20,12 +27,13 @@ _ROWS = 64  # memories embedded in one commit
 _GATHER_S = 0.02  # what was learned meanwhile is looked at together, and does not slow down who learns it
 _REST = 9.0  # times as long as it looked at what is there already
 _LOOK_S = 60.0  # between two looks at what is to go, and at what other processes learned
+_TOGETHER_S, _ERASE_AGAIN_S = 1.0, 5.0  # for which forgetting gathers, and after which an erasure is tried again
 _ANEW_S = 3_600.0  # after which everything is looked through again: what was no memory yet may be one now
 Missing = Sequence[tuple[int, str, str]]
 
 
 class Maintenance:
-    """Two threads: one fills in missing vectors, woken when something was learned; one deletes what is to go."""
+    """Three threads: for missing vectors, for what is to be deleted, and for the bytes of what was forgotten."""
 
     def __init__(self, store: Store, encoder: EncoderService, limits: Limits) -> None:
         """Start the threads."""
@@ -34,11 +42,12 @@ class Maintenance:
         self._limits = limits
         self._closing = threading.Event()
         self._missing = threading.Event()
+        self._forgotten = threading.Event()
         self._caught_up = False  # every memory has its vector, but for what was learned this moment
         self._brought: set[str] = set()  # keys of vectors that came with requests before that
         self._threads = [
             threading.Thread(target=work, name=f"agent-memory-{name}", daemon=True)
-            for name, work in (("upkeep", self._fill), ("retention", self._keep))
+            for name, work in (("upkeep", self._fill), ("retention", self._keep), ("erasure", self._erase))
         ]
         for thread in self._threads:
             thread.start()
@@ -52,10 +61,15 @@ class Maintenance:
         if not self._caught_up:
             self._brought.add(key)
 
+    def erase_soon(self) -> None:
+        """Take what was just forgotten out of all files."""
+        self._forgotten.set()
+
     def close(self) -> None:
         """Stop the threads."""
         self._closing.set()
         self._missing.set()
+        self._forgotten.set()
         for thread in self._threads:
             thread.join(10)
 
@@ -111,12 +125,35 @@ class Maintenance:
         while not self._closing.wait(_LOOK_S):
             try:
                 now = time.time()
-                if self._store.has_copies():
-                    self._store.write(lambda tx: tx.forget_copies(BATCH, time.time())).result(WAIT_S)
+                forget_copies(self._store)
                 if self._limits and (gone := retain(self._store, self._limits, now, closing=self._closing.is_set)):
                     logger.info("agent_memory: beyond the limits, and gone: %s", gone)
             except Exception:
                 logger.exception("agent_memory: what is to go could not be deleted; trying again")
+
+    def _erase(self) -> None:
+        """Take the bytes of what was forgotten out of all files, of several requests together.
+
+        Also what an earlier process left unfinished, and then all vectors in files, for it is not known whose they are.
+        """
+        known, failing_since = False, 0.0
+        while not self._closing.is_set():
+            self._forgotten.clear()
+            try:
+                left = []
+                if is_unfinished(self._store):
+                    if not known:
+                        self._store.outdate_indexes(None)
+                    left = erase(self._store)["left"]
+                known, failing_since = True, (failing_since or time.monotonic()) if left else 0.0
+                if left and time.monotonic() - failing_since > ERASED_WITHIN_S:
+                    failing_since = time.monotonic()
+                    logger.warning("agent_memory: what was forgotten is still in files: %s", left)
+            except Exception:
+                left = ["it failed"]
+                logger.exception("agent_memory: what was forgotten could not be erased; trying again")
+            self._forgotten.wait(_ERASE_AGAIN_S if left else _LOOK_S)
+            self._closing.wait(_TOGETHER_S)
 
 
 def limits_of(settings: Settings) -> Limits:

@@ -1,4 +1,4 @@
-"""Looking after the database: verify, migrate, backup, forget, reembed."""
+"""Looking after the database: verify, migrate, backup, forget, compact, reembed."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def backup(destination: Path, db: str | None, *, as_json: bool) -> None:
 def forget(
     db: str | None, *, days: float | None, with_set_aside: bool, dry_run: bool, yes: bool, as_json: bool, **named: Any
 ) -> None:
-    """Delete for good what all the options given have in common: rows, vectors, words, free pages, journal."""
+    """Delete for good what all the options given have in common, and wait until its bytes are out of all files."""
     from optillm_memory.store.maintenance import erase
     from optillm_memory.store.maintenance.selection import Selection
 
@@ -146,10 +146,25 @@ def reembed(db: str | None, *, prune: bool, as_json: bool) -> None:
             found["embedded"] = embed(memory.store, memory.encoder, progress=told)
             if prune:
                 found["pruned"] = prune_vectors(memory.store, memory.encoder.fingerprint)
-                found["left"] = memory.store.give_back((), progress=told)
+                found["left"] = memory.store.compact(progress=told)
     except KeyboardInterrupt:
         raise click.ClickException("interrupted; what was embedded is kept: run it again to go on") from None
     printed(found, as_json=as_json, text=lambda: render.mapping(found))
 
 
-COMMANDS: tuple[click.Command, ...] = (verify, migrate, backup, forget, reembed)
+@click.command()
+@database
+def compact(db: str | None, *, as_json: bool) -> None:
+    """Write the database anew without what was deleted, and give the disk space back; others wait meanwhile."""
+    with opened(db) as memory, progress() as told:
+        before = memory.store.size_bytes()
+        left = memory.store.compact(progress=told)
+        found = {"bytes_before": before, "bytes": memory.store.size_bytes(), "left": left}
+    for line in left:
+        click.echo(line, err=True)
+    printed(found, as_json=as_json, text=lambda: render.mapping(found))
+    if left:
+        sys.exit(1)
+
+
+COMMANDS: tuple[click.Command, ...] = (verify, migrate, backup, forget, compact, reembed)

@@ -109,21 +109,27 @@ def one_memory(memory_id: str) -> Answer:
 
 @blueprint.delete("/memories/<memory_id>")
 def forget_memory(memory_id: str) -> Answer:
-    """Delete for good what a memory rests on, and so the memory."""
+    """Delete for good what a memory rests on, and so the memory; 202 with the receipt of its erasure."""
     return _forgotten(memory_id=memory_id)
 
 
 @blueprint.delete("/traces/<trace_id>")
 def forget_trace(trace_id: str) -> Answer:
-    """Delete a trace for good, with all that was derived, copied or said of it."""
+    """Delete a trace for good, with all that was derived, copied or said of it; 202 with a receipt."""
     return _forgotten(trace_id=trace_id)
 
 
 @blueprint.delete("/namespaces/<name>")
 def forget_namespace(name: str) -> Answer:
-    """Delete for good all that the caller has in a namespace; `?user_id=` and `?agent_id=` narrow it."""
+    """Delete for good all that the caller has in a namespace; `?user_id=` and `?agent_id=` narrow it; 202."""
     narrowed = {key: value for key in ("user_id", "agent_id") if (value := flask.request.args.get(key)) is not None}
     return _forgotten(namespace=name, **narrowed)
+
+
+@blueprint.get("/erasures/<receipt>")
+def erasure(receipt: str) -> Answer:
+    """Return whether what a DELETE deleted is out of all files by now."""
+    return flask.jsonify(_memory().erasure(receipt)), 200
 
 
 @blueprint.get("/uplift")
@@ -177,7 +183,8 @@ def shown_hit(hit: Hit) -> dict[str, Any]:
 
 
 def _forgotten(**named: Any) -> Answer:
-    return flask.jsonify(_memory().forget(Selection(tenant=_visible(), **named))), 200
+    """Delete at once; 202, for the bytes leave the files in the background: the receipt tells when."""
+    return flask.jsonify(_memory().forget(Selection(tenant=_visible(), **named))), 202
 
 
 def _memory() -> Memory:

@@ -56,9 +56,19 @@ class Store(EpisodeReads, CandidateReads, WordReads, ProposalReads, DecisionRead
         """Return (number, cosine) of the scope's nearest memories; None where vectors are not searched in here."""
         raise NotImplementedError
 
-    def give_back(self, scopes: Iterable[Scope] | None, *, progress: Callable[[str], None]) -> list[str]:
-        """Give the room back of what was deleted in these scopes, None being all; return what kept it from that."""
+    def erase(self, *, progress: Callable[[str], None]) -> list[str]:
+        """Take what was deleted out of all files, while others read and write; return what kept it from that."""
         raise NotImplementedError
+
+    def compact(self, *, progress: Callable[[str], None]) -> list[str]:
+        """Write everything anew without what was deleted, and give the disk space back; return what kept it from that.
+
+        Nobody else writes meanwhile: this is for whoever operates it.
+        """
+        raise NotImplementedError
+
+    def outdate_indexes(self, scopes: Iterable[Scope] | None) -> None:
+        """Note that files of vectors beside the database hold forgotten ones of these scopes, None being all."""
 
     def set_aside(self, *, delete: bool) -> list[str]:  # noqa: ARG002
         """Delete the databases that were set aside as corrupt, or say what they may hold; a server has none."""

@@ -15,9 +15,8 @@ from optillm_memory.store.sqlite.connection import Connection, marks
 from optillm_memory.store.tables import rows
 
 NOTED_S = 7 * 86_400.0  # what is under way may hold a copy for as long
-UNFINISHED = "forgetting"
+ASKED, ERASED = "forgetting", "erased"  # in `meta`: the last erasure that was asked for, and the last that was done
 _REPLACEMENT = "(forgotten)"
-_TELLING, _QUOTED = 8, 60  # characters of an error that tell it from others
 _STEP = "scope_id = ? AND episode_id = ? AND step_id = ?"
 _PLACE = "scope_id = ? AND episode_id = ? AND anchor = ? AND form = ?"
 _MEMORY_ID = re.compile(r"(?:mem|fix)-[0-9a-f]+")
@@ -41,17 +40,18 @@ class ForgetTables:
     def _refresh_memory(self, memory_id: str, revision: int) -> None:
         raise NotImplementedError
 
-    def forget_traces(self, trace_ids: Sequence[str], now: float) -> int:
+    def forget_traces(self, trace_ids: Sequence[str], now: float, errors: dict[int, set[str]] | None = None) -> int:
         """Delete traces, and memories that rest on nothing else; return how many traces there were.
 
-        What is left of their episodes, and of other episodes that share a fix with them, is folded again.
+        What is left of their episodes, and of other episodes that share a fix with them, is folded again. `errors`
+        takes up the error messages of their steps by scope number, for other insertions may quote them.
         """
         traces = [t for t in map(self._log.trace, dict.fromkeys(trace_ids)) if t is not None]
         episodes = list(dict.fromkeys((t.scope, t.episode_id) for t in traces))
         named = self._named_by(traces)
         fixes = self._fixes_of(episodes)
         closed = [key for key in episodes if self._log.closing_trace(*key) in {t.trace_id for t in traces}]
-        steps = self._delete_steps([t.trace_id for t in traces])
+        steps = self._delete_steps([t.trace_id for t in traces], errors if errors is not None else {})
         self.forget_feedback(*_in("feedback_id", [inferred_id(*step) for step in steps]))
         self.forget_feedback(*_in("trace_id", [t.trace_id for t in traces]))
         for table in _BY_TRACE:
@@ -74,19 +74,19 @@ class ForgetTables:
 
     def forget_episodes(
         self, episodes: Sequence[tuple[int, str]], worth: int, before: float, most: int, now: float
-    ) -> int:
+    ) -> tuple[int, dict[int, set[str]]]:
         """Delete episodes that are worth so much at most and ended before a moment, until `most` traces are gone.
 
-        Returns how many episodes went.
+        Returns how many episodes went, and the error messages of their steps by scope number.
         """
-        gone = 0
+        gone, errors = 0, dict[int, set[str]]()
         for key in episodes:  # one after another: each may make the next one's evidence the last of a memory
             found, last = self._db.execute(_WORTH, (*key,) * 9).fetchone()
             if most > 0 and last is not None and found <= worth and last < before:
                 traces = self._db.execute("SELECT trace_id FROM traces WHERE scope_id = ? AND episode_id = ?", key)
-                most -= self.forget_traces([row[0] for row in traces.fetchall()], now)
+                most -= self.forget_traces([row[0] for row in traces.fetchall()], now, errors)
                 gone += 1
-        return gone
+        return gone, errors
 
     def forget_feedback(self, condition: str, values: Sequence[Any]) -> int:
         """Delete feedback, with what retracts it; return how many there were."""
@@ -96,21 +96,19 @@ class ForgetTables:
             self._delete("feedback", "tenant = ? AND feedback_id = ?", [tenant, feedback_id])
         return len(named)
 
-    def forget_copies(self, limit: int, now: float) -> int:
-        """Take what was copied from forgotten memories out of up to `limit` other requests; return how many.
+    def forget_copies(self, trace_ids: Sequence[str], now: float) -> int:
+        """Take what was copied from forgotten memories out of these requests; return how many there were.
 
         They lose the insertion, the proposal, and the answer where it was reused.
         """
         self._delete("forgotten", "at < ?", [now - NOTED_S])
-        found = self._db.execute(_COPIED, (limit,)).fetchall()
-        trace_ids = [row[0] for row in found]
+        chosen, values = _in("trace_id", trace_ids)
         episodes = []
         for trace in map(self._log.trace, trace_ids):
             if trace is None:
                 continue
             episodes.append((trace.scope, trace.episode_id))
             self._withdraw_answer(trace)
-        chosen, values = _in("trace_id", trace_ids)
         self._db.execute(f"UPDATE calls SET messages = '[]' WHERE {chosen} AND {_GONE_INSIDE}", values)
         proposed = self._db.execute(f"SELECT trace_id FROM proposals WHERE {chosen} AND {_GONE}", values).fetchall()
         for table in ("proposals", "labels"):
@@ -119,19 +117,26 @@ class ForgetTables:
         for key in dict.fromkeys(episodes):
             self._delete_placements(*key)
         self._fold(dict.fromkeys(episodes))
-        return len(found)
+        return len(episodes)
 
-    def forget_begins(self) -> None:
-        """Note that something is being forgotten: until it is gone from all files that is unfinished."""
-        self._db.execute(f"INSERT INTO meta VALUES ('{UNFINISHED}', 1) ON CONFLICT (key) DO NOTHING")
+    def forget_begins(self) -> int:
+        """Note that something is forgotten that is still in files; return the number of its erasure."""
+        sql = f"INSERT INTO meta VALUES ('{ASKED}', 1) ON CONFLICT (key) DO UPDATE SET value = meta.value + 1"
+        return int(self._db.execute(f"{sql} RETURNING value").fetchone()[0])
 
-    def forget_ends(self) -> None:
-        """Note that what was forgotten is in no file any more."""
-        self._db.execute(f"DELETE FROM meta WHERE key = '{UNFINISHED}'")
+    def forget_ends(self, erasure: int) -> None:
+        """Note that nothing of what was forgotten up to an erasure is in any file."""
+        sql = f"INSERT INTO meta VALUES ('{ERASED}', ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
+        self._db.execute(f"{sql} WHERE meta.value < excluded.value", (erasure,))
+
+    def drop_placements(self, scope_id: int, places: Sequence[tuple[str, str, str]]) -> None:
+        """Delete insertions of a scope by their episode, anchor and form."""
+        for place in places:
+            self._delete("ledger", _PLACE, [scope_id, *place])
 
     def drop_empty_scopes(self) -> int:
         """Delete the names of scopes that nothing is left of; return how many there were."""
-        return self._delete("scopes", _EMPTY_SCOPE, ())
+        return self._delete("scopes", EMPTY_SCOPE, ())
 
     def drop_rows(self, table: str, condition: str) -> int:
         """Delete rows that belong to nothing; return how many."""
@@ -180,40 +185,17 @@ class ForgetTables:
         ).fetchall()
         return [(Scope(*row[:4]), row[4]) for row in found]
 
-    def _delete_steps(self, trace_ids: Sequence[str]) -> list[tuple[Scope, str, str]]:
+    def _delete_steps(self, trace_ids: Sequence[str], errors: dict[int, set[str]]) -> list[tuple[Scope, str, str]]:
         """Delete the steps that these traces asked for or brought; return them."""
-        asked, brought = _in("made_by", trace_ids), _in("trace_id", trace_ids)
-        found = self._db.execute(
-            "SELECT tenant, namespace, user_id, agent_id, episode_id, step_id, scope_id FROM steps "
-            f"JOIN scopes ON scopes.id = scope_id WHERE {asked[0]} UNION "
-            "SELECT tenant, namespace, user_id, agent_id, steps.episode_id, step_id, steps.scope_id FROM traces "
-            "JOIN scopes ON scopes.id = traces.scope_id JOIN steps ON steps.scope_id = traces.scope_id "
-            f"AND steps.episode_id = traces.episode_id AND steps.trace_id = traces.trace_id WHERE traces.{brought[0]}",
-            (*asked[1], *brought[1]),
-        ).fetchall()
-        errors: dict[int, set[str]] = {}
+        condition, values = _in("traces.trace_id", trace_ids)
+        found = self._db.execute(f"{_STEPS} WHERE {condition}", values).fetchall()
         for *_, episode_id, step_id, scope_id in found:
             key = (scope_id, episode_id, step_id)
             said = self._db.execute(f"SELECT message FROM attempts WHERE {_STEP} AND verdict = 'failure'", key)
             errors.setdefault(scope_id, set()).update(row[0] for row in said.fetchall())
             for table in ("steps", "attempts"):
                 self._delete(table, _STEP, key)
-        for scope_id, messages in errors.items():
-            self._delete_warnings(scope_id, messages)
         return [(Scope(*row[:4]), row[4], row[5]) for row in found]
-
-    def _delete_warnings(self, scope_id: int, messages: Iterable[str]) -> None:
-        """Delete the insertions that warned of failures with these errors: they quote them."""
-        quoted = [json.dumps(m.partition("\n")[0][:_QUOTED])[1:-1] for m in messages if len(m) >= _TELLING]
-        if not quoted:
-            return
-        found = self._db.execute(
-            "SELECT episode_id, anchor, form, payload FROM ledger WHERE scope_id = ? AND items NOT LIKE '%\"mem-%'",
-            (scope_id,),
-        ).fetchall()
-        for episode_id, anchor, form, payload in found:
-            if any(text in payload for text in quoted):
-                self._delete("ledger", _PLACE, [scope_id, episode_id, anchor, form])
 
     def _delete_episode_feedback(self, scope: Scope, episode_id: str) -> None:
         scope_id = self._log.scope_id(scope)
@@ -263,9 +245,10 @@ class ForgetTables:
         ).fetchall()
         gone = sorted(set(memory_ids) - {row[0] for row in standing})
         condition, values = _in("memory_id", gone)
-        self._db.execute(f"INSERT INTO forgotten SELECT * FROM ({_KNOWN.format(condition)}) AS known WHERE 1 = 1 "
-                         "ON CONFLICT (memory_id) DO UPDATE SET at = excluded.at",
-                         (now, *values, now, *values, now, *values))  # fmt: skip
+        self._db.executemany(
+            "INSERT INTO forgotten VALUES (?, ?) ON CONFLICT (memory_id) DO UPDATE SET at = excluded.at",
+            [(memory_id, now) for memory_id in gone],
+        )
         self._db.execute(
             f"UPDATE memories SET memory_id = CASE WHEN {_SPOKEN_OF} THEN memory_id "
             f"ELSE 'forgotten-' || CAST(number AS TEXT) END, status = CASE WHEN {_SPOKEN_OF} THEN 'unfounded' "
@@ -290,14 +273,15 @@ _OF_EPISODE = """episode_id = ? AND (scope_id = ? OR (scope_id IS NULL AND tenan
     SELECT 1 FROM traces WHERE traces.episode_id = feedback.episode_id AND traces.scope_id <> ?)))"""
 _GONE = f"memory_id IN ({rows.FORGOTTEN})"
 _GONE_INSIDE = f"trace_id IN (SELECT trace_id FROM injections WHERE {_GONE})"
-_COPIED = f"""
-    SELECT trace_id FROM injections WHERE {_GONE} UNION SELECT trace_id FROM proposals WHERE {_GONE} LIMIT ?"""
+COPIED = f"SELECT trace_id FROM injections WHERE {_GONE} UNION SELECT trace_id FROM proposals WHERE {_GONE}"
+# What a trace asked for is in its own episode, as is what it brought.
+STEPS_OF_TRACES = """traces JOIN scopes ON scopes.id = traces.scope_id JOIN steps ON steps.scope_id = traces.scope_id
+    AND steps.episode_id = traces.episode_id AND (steps.trace_id = traces.trace_id OR made_by = traces.trace_id)"""
+_STEPS = f"""
+    SELECT DISTINCT tenant, namespace, user_id, agent_id, steps.episode_id, step_id, steps.scope_id
+    FROM {STEPS_OF_TRACES}"""
 _SPOKEN_OF = "EXISTS (SELECT 1 FROM contributions WHERE contributions.number = memories.number)"
-# Of what was never a memory nothing needs to be noted.
-_KNOWN = """
-    SELECT memory_id, ? AS at FROM memories WHERE {0} AND status <> 'unfounded'
-    UNION SELECT memory_id, ? FROM injections WHERE {0} UNION SELECT memory_id, ? FROM proposals WHERE {0}"""
-_EMPTY_SCOPE = f"""
+EMPTY_SCOPE = f"""
     NOT EXISTS (SELECT 1 FROM traces WHERE traces.scope_id = scopes.id)
     AND NOT EXISTS (SELECT 1 FROM memories WHERE memories.scope_id = scopes.id
                     AND status NOT IN {rows.NO_MEMORY})

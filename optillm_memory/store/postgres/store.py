@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any, TypeVar
@@ -162,12 +162,23 @@ class PostgresStore(Store):
                 self._weighed = (time.monotonic(), each)
         return {"traces": traces, "bytes": int(traces * each)}
 
-    def give_back(
-        self,
-        scopes: Iterable[Scope] | None,  # noqa: ARG002 - it is all in one place
-        *,
-        progress: Callable[[str], None],
-    ) -> list[str]:
+    def erase(self, *, progress: Callable[[str], None]) -> list[str]:
+        """Have the server take deleted rows out of its tables and statistics, while others read and write.
+
+        Their bytes stay in pages until those are used again, or until `compact`; the server's write-ahead log and its
+        backups are its operator's.
+        """
+        try:
+            with closing(PostgresConnection(self.url)) as connection:
+                for table in TABLES:
+                    progress(f"taking deleted rows out of {table}")
+                    connection.execute(f"VACUUM (ANALYZE) {table}")
+                    _drop_old_statistics(connection, table)
+        except sqlite.DatabaseError as error:
+            return [f"deleted rows may be left in the tables: {error}"]
+        return []
+
+    def compact(self, *, progress: Callable[[str], None]) -> list[str]:
         """Write the tables anew without what was deleted, one at a time, each locked meanwhile, and their statistics.
 
         The server's write-ahead log and its backups are its operator's.

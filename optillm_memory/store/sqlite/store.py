@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -12,8 +13,8 @@ from typing import Any
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.records import Scope, ThreadStarter
 from optillm_memory.store.base import Store
-from optillm_memory.store.maintenance.shrink import remove_indexes, set_aside_files, shrink
 from optillm_memory.store.sqlite.connection import Connection, OperationalError, Readers
+from optillm_memory.store.sqlite.erase import PATIENCE_S, Eraser
 from optillm_memory.store.sqlite.index_files import IndexFiles, folder_of
 from optillm_memory.store.sqlite.reading import reading
 from optillm_memory.store.sqlite.writer import SqliteWriter
@@ -42,14 +43,16 @@ class SqliteStore(Store):
         self.path = path
         self._read_only = read_only
         self._paused = ExitStack()
+        self._lock = threading.Lock()
+        self._outdated: set[Scope | None] = set()  # whose vectors in files hold forgotten ones; None: everybody's
         if read_only:
             super().__init__(ReadOnlyWriter(str(path)), reading(path))
             return
         readers = Readers(path)
         within = partial(Transaction, normal=normal)
-        writer = SqliteWriter(path, queue_size=queue_size, within=within, alone=readers.away, start=start)
-        readers.on_corruption, readers.on_change = writer.distrust, writer.look
-        super().__init__(writer, readers)
+        self._writing = SqliteWriter(path, queue_size=queue_size, within=within, alone=readers.away, start=start)
+        readers.on_corruption, readers.on_change = self._writing.distrust, self._writing.look
+        super().__init__(self._writing, readers)
 
     def pause(self, timeout_s: float) -> bool:
         """Start nothing until `resume`, and read nothing; return whether no commit is under way any more."""
@@ -77,14 +80,28 @@ class SqliteStore(Store):
     def nearest(self, scope: Scope, fingerprint: str, query: Any, count: int) -> list[tuple[int, float]] | None:
         """Return None: the vectors of large scopes are searched beside this database, not in it."""
 
-    def give_back(self, scopes: Iterable[Scope] | None, *, progress: Callable[[str], None]) -> list[str]:
-        """Write the file anew without what was deleted; return what may still hold some of it, and why."""
-        remove_indexes(self.path, scopes)
-        return [fault] if (fault := shrink(self.path, progress=progress)) else []
+    def outdate_indexes(self, scopes: Iterable[Scope] | None) -> None:
+        """Note that files of vectors beside the database hold forgotten ones of these scopes, None being all."""
+        with self._lock:
+            self._outdated.update((None,) if scopes is None else scopes)
+
+    def erase(self, *, progress: Callable[[str], None], patience_s: float = PATIENCE_S) -> list[str]:
+        """Take what was deleted out of all files, while others read and write; return what kept it from that."""
+        with self._lock:
+            outdated, self._outdated = self._outdated, set()
+        for scope in outdated:
+            self.index_files().forget(scope)
+        eraser = Eraser(self.path, self._writing, progress, patience_s)
+        return [fault] if (fault := eraser.erase()) else []
+
+    def compact(self, *, progress: Callable[[str], None], patience_s: float = PATIENCE_S) -> list[str]:
+        """Write the file anew without what was deleted; return what kept it from that."""
+        eraser = Eraser(self.path, self._writing, progress, patience_s)
+        return [fault] if (fault := eraser.compact()) else []
 
     def set_aside(self, *, delete: bool) -> list[str]:
         """Delete the databases that were set aside as corrupt, or say what they may hold."""
-        aside = set_aside_files(self.path)
+        aside = sorted(self.path.parent.glob(f"{self.path.name}.corrupt-*"))
         if delete:
             for path in aside:
                 path.unlink(missing_ok=True)
