@@ -44,8 +44,8 @@ def main() -> None:
             trace_id = ask(client, model, "Which queue does this go to? 'My parcel never came.'")
             feedback = {"trace_id": trace_id, "metric": "demonstration", "value": "lost_parcel", "source": "human"}
             headers = {"Authorization": f"Bearer {key}"}
-            told = httpx.post(f"{server.base_url}/agent_memory/feedback", json=feedback, headers=headers)
-            print(f"feedback: {told.json()['status']}\n\n(restarting the server)\n")
+            receipt = httpx.post(f"{server.base_url}/agent_memory/feedback", json=feedback, headers=headers)
+            print(f"feedback: {receipt.json()['status']}\n\n(restarting the server)\n")
         with server, OpenAI(base_url=server.base_url, api_key=key) as client:
             ask(client, model, "Which queue does this go to? 'My parcel has never arrived.'")
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         NotFound,
         StoreError,
         StoreTooNew,
+        StoreTooOld,
         StoreUnavailable,
         TooLarge,
     )
@@ -37,6 +38,7 @@ __all__ = [
     "Settings",
     "StoreError",
     "StoreTooNew",
+    "StoreTooOld",
     "StoreUnavailable",
     "TooLarge",
     "Turn",

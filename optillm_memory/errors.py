@@ -1,28 +1,29 @@
 """Errors of optillm-memory.
 
-- AgentMemoryError: whatever this package raises on purpose.
-  - InvalidField: a field of a request or of feedback is wrong; names the field and the fix.
+- AgentMemoryError: the base of all errors that this package raises.
+  - InvalidField: a field of a request or of feedback is wrong; names the field and how to fix it.
   - NotFound: no such trace, episode or memory in the caller's scope.
-  - TooLarge: a body is larger than the limit it is held to.
+  - TooLarge: a body is larger than its limit.
   - StoreError: the database cannot do what was asked.
     - StoreUnavailable: it cannot be written now; nothing was acknowledged.
     - StoreTooNew: it was written by a newer release than this one.
+    - StoreTooOld: it has the schema of an earlier release, and may not be migrated because it is opened read-only.
   - EncoderUnavailable: the encoder's package or weights are missing; says what to install.
-  - HostError: optillm is not as the plugin needs it.
+  - HostError: optillm lacks something that the plugin needs.
 """
 
 from __future__ import annotations
 
 
 class AgentMemoryError(Exception):
-    """Whatever this package raises on purpose."""
+    """The base of all errors that this package raises."""
 
 
 class InvalidField(AgentMemoryError, ValueError):
-    """A field of a request or of feedback is wrong; `param` names it, the message says the fix."""
+    """A field of a request or of feedback is wrong; `param` names it, the message says how to fix it."""
 
     def __init__(self, param: str, message: str) -> None:
-        """Keep the field's name beside the message."""
+        """Keep the field's name with the message."""
         super().__init__(f"{param}: {message}")
         self.param = param
 
@@ -32,7 +33,7 @@ class NotFound(AgentMemoryError, LookupError):
 
 
 class TooLarge(AgentMemoryError, ValueError):
-    """A body is larger than the limit it is held to."""
+    """A body is larger than its limit."""
 
 
 class StoreError(AgentMemoryError):
@@ -47,9 +48,13 @@ class StoreTooNew(StoreError):
     """It was written by a newer release than this one."""
 
 
+class StoreTooOld(StoreError):
+    """It has the schema of an earlier release, and may not be migrated because it is opened read-only."""
+
+
 class EncoderUnavailable(AgentMemoryError):
     """The encoder's package or weights are missing; the message says what to install."""
 
 
 class HostError(AgentMemoryError):
-    """Optillm is not as the plugin needs it."""
+    """Optillm lacks something that the plugin needs."""

@@ -6,11 +6,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
 # Starts a daemon thread of this name that does this work; `background.threads.start_thread` is the one that does.
 ThreadStarter: TypeAlias = Callable[[str, Callable[[], None]], threading.Thread]
+# Whose call it is: a caller's tenant, or None for the operator at the machine, who may see and judge every scope.
+Tenant: TypeAlias = str | None
+OPERATOR: Tenant = None
 
 Message = dict[str, Any]
 Mode = Literal["readwrite", "read", "write", "off"]
@@ -161,6 +164,10 @@ class MemoryRecord:
         bad = 1 + self.failures + _USE_WEIGHT * self.used_failures
         return good / (good + bad)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the memory as a JSON object."""
+        return {**asdict(self), "value": round(self.value, 4)}
+
 
 @dataclass(frozen=True, slots=True)
 class Exemplar:
@@ -184,6 +191,10 @@ class Hit:
     score: float
     cosine: float | None
     lexical: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the hit as a JSON object: the memory with its score components."""
+        return {**self.memory.as_dict(), "score": self.score, "cosine": self.cosine, "lexical": self.lexical}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,35 @@ from optillm_memory.testing.upstream import RecordingUpstream, echo
 settings.register_profile("long", max_examples=2_000, deadline=None)  # `.ci/full`
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
+# Modules that take more than about ten seconds each: they get the mark `slow`, so that the fast tier leaves them out.
+# What is slow in other modules carries the mark itself.
+SLOW = (
+    "test_ann.py",
+    "test_bench_encoder.py",
+    "test_bench_peers.py",
+    "test_bench_reuse.py",
+    "test_bench_route.py",
+    "test_bench_store.py",
+    "test_copying.py",
+    "test_durability.py",
+    "test_durability_faults.py",
+    "test_durability_files.py",
+    "test_migrations.py",
+    "test_postgres.py",
+    "test_postgres_server.py",
+    "test_power.py",
+    "test_progress.py",
+    "test_pytest_plugin.py",
+    "test_report_languages.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is in a slow module."""
+    for item in items:
+        if item.path.name in SLOW:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="module")
 def upstream() -> Iterator[RecordingUpstream]:

@@ -22,12 +22,13 @@ from postgres import Server
 
 from optillm_memory import NotFound, Scope, StoreUnavailable
 from optillm_memory.records import Trace
-from optillm_memory.store.maintenance.erase import erase, forget, forget_rows, is_unfinished
+from optillm_memory.store.maintenance.erase import erase, forget, forget_rows
 from optillm_memory.store.maintenance.selection import Selection
 from optillm_memory.store.sqlite import connection as connections
 from optillm_memory.store.sqlite.connection import Connection, connect, sqlite3
 from optillm_memory.store.sqlite.pages import scrub, unused
 from optillm_memory.store.sqlite.store import SqliteStore
+from optillm_memory.store.sqlite.writer import SqliteWriter
 from optillm_memory.store.transaction import Transaction
 
 SECRET = "zwitscherlich"  # no word of any other text
@@ -67,7 +68,7 @@ def test_a_delete_is_answered_at_once_and_its_receipt_tells_the_end(tmp_path: Pa
     """Rows are gone with the answer, the bytes within the stated time, and the file was not written anew for it."""
     with hashing_memory(tmp_path) as memory:
         turns = [teach(memory, f"say {SECRET} {n} " + "padding " * 400, f"{SECRET} {n}") for n in range(30)]
-        done = memory.forget(Selection(namespace="default", tenant="local"))
+        done = memory.delete(Selection(namespace="default", tenant="local"))
         assert done["deleted"] == {"traces": 30, "pending_feedback": 0}
         assert (done["status"], done["left"]) == ("erasing", [])
         assert memory.store.trace(turns[0].trace_id, None) is None
@@ -96,7 +97,7 @@ def test_eight_at_once_all_succeed(tmp_path: Path) -> None:
         with ThreadPoolExecutor(9) as pool:
             chosen = [Selection(tenant=f"tenant-{n}", namespace="default") for n in range(8)]
             asked = pool.submit(lambda: [teach(memory, f"meanwhile {n}", "yes") for n in range(20)])
-            done = list(pool.map(memory.forget, chosen))
+            done = list(pool.map(memory.delete, chosen))
             asked.result(LONG_S)
         assert [d["deleted"]["traces"] for d in done] == [1] * 8
         until(lambda: {memory.erasure(d["receipt"])["status"] for d in done} == {"done"})
@@ -113,16 +114,16 @@ def test_an_erasure_that_was_interrupted_is_done_by_the_next_process(
         turn = teach(memory, f"say {SECRET}", "no")
         with monkeypatch.context() as patch:
             patch.setattr(SqliteStore, "erase", lambda *_, **__: ["it was killed"])
-            receipt = memory.forget(Selection(trace_id=turn.trace_id))["receipt"]
+            receipt = memory.delete(Selection(trace_id=turn.trace_id))["receipt"]
             erase(memory.store)
-        assert is_unfinished(memory.store)
+        assert memory.store.forgetting.is_unfinished()
         files = memory.store.index_files()
         assert files is not None
         with files.draft(files.name(Scope("whoever"), "f")) as draft:  # it may hold vectors of what is gone
             assert draft is not None
             draft.file.write(b"vectors")
             draft.commit()
-        memory._upkeep.close()
+        memory._maintenance.close()
     with lexical_memory(tmp_path) as memory:
         until(lambda: memory.erasure(receipt)["status"] == "done")
         assert holding(tmp_path) == []
@@ -143,7 +144,7 @@ def test_an_erasure_that_was_under_way_does_not_count_for_a_later_deletion(tmp_p
 
         store.erase = meanwhile  # type: ignore[method-assign]
         erase(store)
-        asked, erased = store.erasures()
+        asked, erased = store.forgetting.erasures()
         assert first <= erased < later[0] == asked
 
 
@@ -157,7 +158,7 @@ def test_a_server_erases_without_writing_its_tables_anew(postgres: Server, tmp_p
                 return list(db.execute("SELECT pg_relation_filenode('agent_memory.traces')").fetchall())
 
         before = files()
-        done = memory.forget(Selection(trace_id=turn.trace_id))
+        done = memory.delete(Selection(trace_id=turn.trace_id))
         until(lambda: memory.erasure(done["receipt"])["status"] == "done")
         assert files() == before
         assert memory.store.compact(progress=lambda _: None) == []
@@ -178,7 +179,7 @@ def test_who_writes_waits_for_no_deletion(tmp_path: Path) -> None:
         def write() -> None:
             while not ended.is_set():
                 started = time.perf_counter()
-                store.write(lambda tx: tx.probe()).result(LONG_S)
+                store.write(lambda tx: tx.counters.probe()).result(LONG_S)
                 waits.append(time.perf_counter() - started)
                 time.sleep(0.005)
 
@@ -197,13 +198,13 @@ def test_who_writes_waits_for_no_deletion(tmp_path: Path) -> None:
 
 def test_jobs_of_a_closed_writer_are_refused(tmp_path: Path) -> None:
     """Nobody waits for what will never be done."""
-    store = SqliteStore(tmp_path / "memory.db")
-    assert store._writing.apart(lambda db: db.in_transaction).result(10) is False
+    writer = SqliteWriter(tmp_path / "memory.db", queue_size=10)
+    assert writer.apart(lambda db: db.in_transaction).result(10) is False
     with pytest.raises(ZeroDivisionError):
-        store._writing.apart(lambda _: 1 // 0).result(10)
-    store.close()
+        writer.apart(lambda _: 1 // 0).result(10)
+    writer.close()
     with pytest.raises(StoreUnavailable):
-        store._writing.apart(lambda _: None)
+        writer.apart(lambda _: None)
 
 
 # -- bytes -----------------------------------------------------------------------------------------
@@ -295,11 +296,11 @@ def test_words_of_earlier_deletions_go_with_the_first_erasure(tmp_path: Path, mo
         chosen = [t["trace_id"] for t in memory.store.traces(None) if SECRET in t["task"]]
         for trace_id in chosen:
             forget_rows(memory.store, Selection(trace_id=trace_id))
-        memory._upkeep.close()
+        memory._maintenance.close()
     monkeypatch.undo()
     assert holding(tmp_path)
     with hashing_memory(tmp_path) as memory:
-        until(lambda: not is_unfinished(memory.store))
+        until(lambda: not memory.store.forgetting.is_unfinished())
         assert holding(tmp_path) == []
         assert [hit.memory.answer for hit in memory.recall("something else")] == ["no"]
         with memory.store._readers.borrow() as db:

@@ -36,10 +36,10 @@ def _run(name: str, *arguments: str) -> str:
 def test_quickstart_remembers_across_a_restart() -> None:
     """The quickstart's second answer, after the restart, is asked with the exemplar of the first session."""
     with RecordingUpstream(lambda _request: "returns") as upstream:
-        said = _run("quickstart.py", "--model", "some-model", "--upstream", upstream.base_url)
+        output = _run("quickstart.py", "--model", "some-model", "--upstream", upstream.base_url)
         asked = upstream.requests
-    assert "memory: plain, 0 exemplars" in said
-    assert "memory: inject, 1 exemplars" in said
+    assert "memory: plain, 0 exemplars" in output
+    assert "memory: inject, 1 exemplars" in output
     assert [m["content"] for m in asked[0].json["messages"]] == ["Which queue does this go to? 'My parcel never came.'"]
     assert {"role": "assistant", "content": "lost_parcel"} in asked[1].json["messages"]
 
@@ -59,7 +59,7 @@ def test_stream_of_own_data_compares_with_and_without(tmp_path: Path) -> None:
         env = {"OPTILLM_AGENT_MEMORY_HOLDOUT": "0"}
         with HostProcess.serve(upstream.base_url, db=tmp_path / "m.db", env=env) as server:
             wait_for_encoder(server.base_url, "sk-example")
-            said = _run("stream_your_data.py", str(data), "--url", server.base_url, "--model", "m")
-    without, with_memory = said.splitlines()
+            output = _run("stream_your_data.py", str(data), "--url", server.base_url, "--model", "m")
+    without, with_memory = output.splitlines()
     assert "without memory  accuracy 0.000" in without
     assert float(with_memory.split()[3].rstrip(",")) >= 0.5

@@ -181,7 +181,7 @@ def test_earlier_versions_in_free_pages_are_gone(memory: Memory, tmp_path: Path)
     assert holding(tmp_path) == []
     assert memory.store.derived() == []
     before = memory.store.size_bytes()
-    assert memory.store.compact(progress=lambda _: None) == []
+    assert memory.compact() == []
     assert memory.store.size_bytes() < before
     assert memory.store.stats()["bytes"] < 500_000
     assert holding(tmp_path) == []
@@ -260,13 +260,13 @@ def test_what_others_said_of_a_forgotten_memory_counts_when_it_is_learned_again(
     assert tell(memory, failed, value=False).status == "applied"
     forget(memory.store, Selection(trace_id=taught.trace_id))
     assert known.memory_id not in {m.memory_id for m in memory.store.list_memories(None)}
-    assert memory.store.forgotten([known.memory_id]) == {known.memory_id}
+    assert memory.store.episodes.forgotten([known.memory_id]) == {known.memory_id}
     assert same_as_rebuilt(memory)
     for _ in range(2):
         teach(memory, "what is the codename?", SECRET)
     (again,) = [m for m in memory.store.list_memories(None) if m.answer == SECRET]
     assert (again.memory_id, again.successes, again.failures) == (known.memory_id, 2, 1)
-    assert memory.store.forgotten([known.memory_id]) == set()
+    assert memory.store.episodes.forgotten([known.memory_id]) == set()
     assert same_as_rebuilt(memory)
 
 
@@ -365,7 +365,10 @@ def test_another_process_stops_using_it_at_once(memory: Memory, tmp_path: Path) 
         server.stdin.close()
 
 
-def test_a_reader_that_holds_the_journal_back_is_named(memory: Memory, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_reader_that_holds_the_journal_back_is_named(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While somebody reads an earlier state the journal cannot be emptied: that is said; done again, it is."""
     turn = ask(memory, f"say {SECRET}")
     memory.settle()
@@ -373,7 +376,8 @@ def test_a_reader_that_holds_the_journal_back_is_named(memory: Memory, tmp_path:
     reader.execute("BEGIN")
     reader.execute("SELECT count(*) FROM traces").fetchone()
     forget_rows(memory.store, Selection(trace_id=turn.trace_id))
-    (left,) = memory.store.erase(progress=lambda _: None, patience_s=0.2)  # type: ignore[call-arg]
+    monkeypatch.setattr("optillm_memory.store.sqlite.erase._PATIENCE_S", 0.2)
+    (left,) = erase(memory.store)["left"]
     assert "journal" in left
     assert holding(tmp_path)
     reader.execute("COMMIT")
@@ -440,8 +444,8 @@ def test_a_scope_that_was_forgotten_is_let_go_of_by_all_that_search_it(memory: M
             vector, encoder = one.encoder.vector("start the old server", 5), one.encoder
             assert vector is not None
             found = one._retriever.near(
-                scope, vector, one.store.revision(scope), fingerprint=encoder.fingerprint, unrelated=encoder.unrelated,
-                count=50,
+                scope, vector, one.store.recall.revision(scope), fingerprint=encoder.fingerprint,
+                unrelated=encoder.unrelated, count=50,
             )  # fmt: skip
             assert len(found) == 3
 
@@ -454,10 +458,10 @@ def test_what_was_under_way_leaves_no_copy(memory: Memory) -> None:
     forget(memory.store, Selection(trace_id=taught.trace_id))
     memory.finish(turn, response("hm"))
     memory.settle()
-    assert memory.store.has_copies()
+    assert memory.store.forgetting.has_copies()
     forget_copies(memory.store)
     assert memory.trace(turn.trace_id)["injected"] == []
-    assert SECRET not in json.dumps([asdict(p) for p in memory.store.ledger(turn.scope, turn.episode_id)])
+    assert SECRET not in json.dumps([asdict(p) for p in memory.store.episodes.ledger(turn.scope, turn.episode_id)])
     assert same_as_rebuilt(memory)
 
 

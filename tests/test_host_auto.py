@@ -15,7 +15,7 @@ pytestmark = pytest.mark.host
 
 ENV = {
     "OPTILLM_AGENT_MEMORY_ARMS": "none@default, none@small=0.1, re2@default, gone@default",
-    "OPTILLM_AGENT_MEMORY_AUDITION": "0.6",
+    "OPTILLM_AGENT_MEMORY_WARMUP_SHARE": "0.6",
     "OPTILLM_AGENT_MEMORY_HOLDOUT": "0",
     "OPTILLM_AGENT_MEMORY_ENCODER": "hashing",
 }
@@ -70,7 +70,7 @@ def test_the_policy_learns_and_goes_on_after_a_restart(upstream: RecordingUpstre
         assert why["policy"]["reward"] in (0, 1)
         assert host.get("policy", namespace="another")["choices"] == 0
         assert host.get("policy", key="sk-somebody-else", namespace="learning")["choices"] == 0
-    with served(upstream, tmp_path / "memory.db", env={**ENV, "OPTILLM_AGENT_MEMORY_AUDITION": "0.01"}) as host:
+    with served(upstream, tmp_path / "memory.db", env={**ENV, "OPTILLM_AGENT_MEMORY_WARMUP_SHARE": "0.01"}) as host:
         again = host.get("policy", namespace="learning")
         assert (again["choices"], again["all"]) == (believed["choices"], believed["all"])
         later = [host.chat(f"Is order {n} paid?", memory=memory)["agent_memory"]["policy"] for n in range(8)]
@@ -81,7 +81,7 @@ def test_the_policy_learns_and_goes_on_after_a_restart(upstream: RecordingUpstre
 @pytest.fixture(scope="module")
 def auto(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Run a server with arms of which the words-only one comes first."""
-    env = {**ENV, "OPTILLM_AGENT_MEMORY_ARMS": "re2@default, none@small", "OPTILLM_AGENT_MEMORY_AUDITION": "0"}
+    env = {**ENV, "OPTILLM_AGENT_MEMORY_ARMS": "re2@default, none@small", "OPTILLM_AGENT_MEMORY_WARMUP_SHARE": "0"}
     with RecordingUpstream() as upstream, served(upstream, tmp_path_factory.mktemp("auto") / "m.db", env=env) as host:
         yield host
 

@@ -26,7 +26,9 @@ ANSWER = "Set retry_limit in uploader.toml."
 def cli(db: Path, *arguments: str) -> Any:
     """Run a command of `optillm-memory` with --json on a database file; return what it printed."""
     command = [sys.executable, "-m", "optillm_memory.cli", *arguments, "--db", str(db), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **QUIET}, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **QUIET}, check=False, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -54,7 +56,7 @@ def test_memory_outlives_the_process(upstream: RecordingUpstream, db: Path, tmp_
         feedback = {"trace_id": completion.id, "metric": "success", "value": True, "source": "human"}
         assert first.tell(feedback, key="sk-test")["status"] == "applied"
 
-    subprocess.run([sys.executable, "-m", "optillm_memory.cli", "install", str(tmp_path)], check=True)
+    subprocess.run([sys.executable, "-m", "optillm_memory.cli", "install", str(tmp_path)], check=True, timeout=60)
     turns = [{"role": "user", "content": TASK}, {"role": "assistant", "content": ANSWER}]
     with running(HostProcess.plain(upstream.base_url, db=db, cwd=tmp_path, env=env), upstream, db) as second:
         assert wait_for_encoder(second.process.base_url, "sk-test") == "ready"
@@ -254,7 +256,7 @@ def test_routes_show_traces_and_memories(host: Host, namespace: dict[str, str]) 
     assert [m["content"] for m in shown["messages"]] == [TASK, ANSWER]
     assert [(f["metric"], f["value"], f["source"]) for f in shown["feedback"]] == [("success", True, "code")]
     assert [t["trace_id"] for t in host.get("traces", limit=1)["data"]] == [used["trace_id"]]
-    assert trace_id in {t["trace_id"] for t in host.get("traces", query="nightly uploader", limit=1000)["data"]}
+    assert trace_id in {t["trace_id"] for t in host.get("traces", text="nightly uploader", limit=1000)["data"]}
     memory_id = used["injected"][0]["memory_id"]
     memory = host.get(f"memories/{memory_id}")
     assert (memory["task"], memory["answer"], memory["status"]) == (TASK, ANSWER, "verified")

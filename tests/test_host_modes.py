@@ -280,6 +280,6 @@ def test_batch_mode_with_faults_upstream(batching: Host) -> None:
     response = batching.post({"model": MODEL, "messages": [{"role": "user", "content": "fails"}]})
     assert response.status_code == 500
     assert "500" in response.json()["error"]
-    assert until(lambda: bool(batching.get("traces", key=None, query="fails")["data"]))
-    (trace,) = batching.get("traces", key=None, query="fails")["data"]
+    assert until(lambda: bool(batching.get("traces", key=None, text="fails")["data"]))
+    (trace,) = batching.get("traces", key=None, text="fails")["data"]
     assert "500" in trace["error"]

@@ -12,6 +12,7 @@ from optillm_memory.conversation.options import Options
 from optillm_memory.decide.policy_updater import Row
 from optillm_memory.memory import Memory
 from optillm_memory.records import Arm, Scope
+from optillm_memory.request.deadline import Deadline
 from optillm_memory.request.route import can_answer, chance, length_of
 from optillm_memory.request.turn import Turn
 
@@ -22,7 +23,7 @@ SCOPE = Scope("local")
 
 @pytest.fixture
 def memory(tmp_path: Path) -> Iterator[Memory]:
-    """Give a memory with three arms, all auditioned, on an encoder that needs no weights."""
+    """Give a memory with three arms, all tried in the warm-up, on an encoder that needs no weights."""
     with opened(tmp_path) as made:
         yield made
 
@@ -30,7 +31,7 @@ def memory(tmp_path: Path) -> Iterator[Memory]:
 def opened(tmp_path: Path, **settings: Any) -> Memory:
     """Open the memory of a test."""
     made = Memory.open(
-        tmp_path / "memory.db", **{"encoder": "hashing", "arms": ARMS, "audition": 1.0, "holdout": 0.0, **settings}
+        tmp_path / "memory.db", **{"encoder": "hashing", "arms": ARMS, "warmup_share": 1.0, "holdout": 0.0, **settings}
     )
     made.encoder.wait(20)
     return made
@@ -54,7 +55,7 @@ def tell(memory: Memory, value: Any, **about: Any) -> str:
 def rewards(memory: Memory) -> dict[str, tuple[float | None, int]]:
     """Return (reward, tokens) by the trace that a choice began with."""
     memory.settle()
-    _, rows = memory.store.choices(SCOPE, -1, memory.encoder.fingerprint)
+    _, rows = memory.store.decisions.choices(SCOPE, -1, memory.encoder.fingerprint)
     return {row.trace_id: (row.reward, row.tokens) for row in rows}
 
 
@@ -63,12 +64,12 @@ def test_a_choice_is_logged_with_all_that_the_policy_saw(memory: Memory) -> None
     turn = ask(memory, "how long is a piece of string")
     assert turn.choice is not None
     memory.settle()
-    _, (row,) = memory.store.choices(SCOPE, -1, memory.encoder.fingerprint)
+    _, (row,) = memory.store.decisions.choices(SCOPE, -1, memory.encoder.fingerprint)
     assert (row.trace_id, row.chosen.arm) == (turn.trace_id, turn.arm)
     assert row.chosen.probabilities == pytest.approx(dict.fromkeys(turn.choice.probabilities, 1 / 3))
     assert row.chosen.situation.length == turn.length == len("how long is a piece of string")
     assert row.chosen.situation.vector is not None
-    _, (blind,) = memory.store.choices(SCOPE, -1, "another encoder")
+    _, (blind,) = memory.store.decisions.choices(SCOPE, -1, "another encoder")
     assert blind.chosen.situation.vector is None
 
 
@@ -116,7 +117,7 @@ def test_a_request_that_reads_slowly_undoes_no_reward(memory: Memory, monkeypatc
     """Choices that one request reads while feedback comes and another takes it are read again, not taken."""
     turn = ask(memory, "how long is a piece of string")
     memory.settle()
-    read = memory.store.choices
+    read = memory.store.decisions.choices
 
     def slowly(scope: Scope, since: int, fingerprint: str) -> tuple[int, list[Row]]:
         monkeypatch.undo()
@@ -125,9 +126,26 @@ def test_a_request_that_reads_slowly_undoes_no_reward(memory: Memory, monkeypatc
         memory.policy()
         return found
 
-    monkeypatch.setattr(memory.store, "choices", slowly)
+    monkeypatch.setattr(memory.store.decisions, "choices", slowly)
     memory.policy()
     assert memory.policy()["all"][turn.arm]["told"] == pytest.approx(1, abs=0.01)
+
+
+def test_a_report_is_of_one_moment(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is learned while a report is made is in all of it, or in none of it."""
+    turn = ask(memory, "sort the list of numbers")
+    memory.settle()
+    read = memory.store.decisions.task_of
+
+    def while_another_asks(scope: Scope, trace_id: str) -> str:
+        monkeypatch.undo()
+        tell(memory, True, trace_id=turn.trace_id)
+        memory.policy()
+        return read(scope, trace_id)
+
+    monkeypatch.setattr(memory.store.decisions, "task_of", while_another_asks)
+    report = memory.policy()
+    assert report["clusters"][0]["arms"][turn.arm]["told"] == report["all"][turn.arm]["told"] == 0
 
 
 def test_beliefs_stay_in_their_scope(memory: Memory) -> None:
@@ -172,7 +190,7 @@ def test_rebuild_leaves_nothing_that_the_log_does_not_say(memory: Memory) -> Non
     turn = ask(memory, "what is this worth")
     memory.settle()
     stray = ("stray", 1, 1.0, 5, 5.0, 10**6)
-    memory.store.write(lambda tx: tx._db.execute("INSERT INTO rewards VALUES (?, ?, ?, ?, ?, ?)", stray)).result(10)
+    memory.store.write(lambda tx: tx.db.execute("INSERT INTO rewards VALUES (?, ?, ?, ?, ?, ?)", stray)).result(10)
     memory.rebuild()
     assert [row[0] for row in memory.store.derived() if row[0] == "stray"] == []
     assert rewards(memory) == {turn.trace_id: (None, 100)}
@@ -195,7 +213,7 @@ def test_rebuild_leaves_nothing_that_the_log_does_not_say(memory: Memory) -> Non
 def test_approaches_are_given_words_alone(extra: dict[str, Any], able: bool) -> None:
     """An approach gets what it can carry; a plain call gets all; what the host does not have is never chosen."""
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **extra}
-    turn = Turn.plain(body, tenant="t", options=Options(), approach="none", now=0.0)
+    turn = Turn.plain(body, tenant="t", options=Options(), approach="none", now=0.0, deadline=Deadline())
     assert can_answer(WORDS, turn, None) == can_answer(WORDS, turn, {"moa"}) == able
     assert can_answer(PLAIN, turn, set())
     assert not can_answer(WORDS, turn, {"bon"})

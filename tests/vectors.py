@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optillm_memory import MemoryRecord, Scope
-from optillm_memory.recall.retriever import Change, Version
+from optillm_memory.background.worker import BackgroundWorker
+from optillm_memory.recall.vectors.source import Change, Version
 
 Vectors = NDArray[np.float32]
 FINGERPRINT = "test-vectors"
@@ -26,6 +27,11 @@ def clustered(count: int, dimension: int, *, seed: int = 0, spread: float = 0.5)
     centres = unit(np.random.default_rng(7).normal(size=(max(2, count // 50), dimension)))
     chosen = np.minimum(random.exponential(len(centres) / 4, count).astype(int), len(centres) - 1)
     return unit(centres[chosen] + spread * unit(random.normal(size=(count, dimension))))
+
+
+def workers() -> tuple[BackgroundWorker, BackgroundWorker]:
+    """Return a loader and a writer for an index cache, which closes them."""
+    return BackgroundWorker("test-loader"), BackgroundWorker("test-writer")
 
 
 class TableSource:

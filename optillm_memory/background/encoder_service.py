@@ -1,4 +1,4 @@
-"""The encoder behind the request path: loaded in the background, batched, cached, asked with a time limit."""
+"""The encoder off the request path: loaded in the background, batched, cached, asked with a time limit."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 import numpy as np
 from numpy.typing import NDArray
 
+from optillm_memory.background.threads import start_thread
+from optillm_memory.errors import EncoderUnavailable
 from optillm_memory.recall.encoder import REFERENCE, Encoder
-from optillm_memory.recall.vectors.flat import UNRELATED, spread_of
+from optillm_memory.recall.relevance_floor import UNRELATED, spread_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +26,11 @@ BATCH = 16
 _STOP = None
 
 
-class Asked:
+class PendingVector:
     """A vector that was asked for; `state` is the encoder's, or `slow` where it missed the time limit."""
 
     def __init__(self, found: Vector | Future[Vector] | None, state: str, timeout_s: float) -> None:
-        """Keep what is known by now; the time limit runs from here."""
+        """Keep what is known by now; the time limit starts now."""
         self._found = found
         self.state = state
         self._until = time.monotonic() + timeout_s
@@ -39,7 +41,7 @@ class Asked:
             return self._found
         try:
             return self._found.result(timeout=max(self._until - time.monotonic(), 0.001))
-        except (TimeoutError, FutureTimeoutError):  # two errors that are no kin before Python 3.11
+        except (TimeoutError, FutureTimeoutError):  # two unrelated errors before Python 3.11
             self.state = "slow"
             return None
 
@@ -47,7 +49,8 @@ class Asked:
 class EncoderService:
     """One thread owns the encoder; concurrent requests are encoded together.
 
-    `state` is `loading`, `ready`, `none` (recall is lexical by choice) or `failed` (lexical; `reason` says why).
+    `state` is `loading`, `ready`, `none` (recall is lexical by choice), `failed` (lexical; `reason` says why) or
+    `closed`.
     """
 
     def __init__(
@@ -56,19 +59,23 @@ class EncoderService:
         *,
         cache_size: int = 4096,
         before: Callable[[], object] = lambda: None,
+        lazy: bool = False,
     ) -> None:
-        """Start loading in the background, with what is quicker `before` it."""
+        """Load in the background, after the quicker work `before` it: at once, or, if `lazy`, when first needed."""
         self.state = "loading"
         self.reason = ""
         self.fingerprint = ""
+        self.former_fingerprints: tuple[str, ...] = ()  # under which earlier releases stored this encoder's vectors
         self.unrelated = UNRELATED  # (median, spread) of this encoder's cosines of unrelated texts
         self.settled = threading.Event()
+        self._load, self._before = load, before
         self._cache: OrderedDict[str, Vector] = OrderedDict()
         self._cache_size = cache_size
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[tuple[str, Future[Vector]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, args=(load, before), name="agent-memory-encoder", daemon=True)
-        self._thread.start()
+        self._started = self._closed = False
+        if not lazy:
+            self._ensure_thread()
 
     def cached(self, key: str) -> Vector | None:
         """Return the vector of a key that was encoded before, if it is still there."""
@@ -82,62 +89,93 @@ class EncoderService:
 
         Raises TimeoutError when the encoder is too slow for the caller's limit.
         """
-        asked = self.ask(key, timeout_s)
-        vector = asked.vector()
-        if asked.state == "slow":
+        pending = self.ask(key, timeout_s)
+        vector = pending.vector()
+        if pending.state == "slow":
             raise TimeoutError(f"the encoder took longer than {timeout_s:.3f} s")
         return vector
 
-    def ask(self, key: str, timeout_s: float) -> Asked:
-        """Start to encode a key; who asks can do other work before it fetches the vector."""
+    def ask(self, key: str, timeout_s: float) -> PendingVector:
+        """Start to encode a key; the caller can do other work before it fetches the vector."""
         if (vector := self.cached(key)) is not None:
-            return Asked(vector, "ready", timeout_s)
-        if self.state != "ready" or not key:
-            return Asked(None, self.state, timeout_s)
-        future: Future[Vector] = Future()
-        self._queue.put((key, future))
-        return Asked(future, "ready", timeout_s)
+            return PendingVector(vector, "ready", timeout_s)
+        self._ensure_thread()
+        futures = self._queued([key] if key else [])
+        return PendingVector(futures[0] if futures else None, self.state, timeout_s)
 
     def encode(self, keys: Sequence[str]) -> NDArray[np.float32] | None:
-        """Encode many keys off the request path; None where there is no encoder."""
-        if self.state != "ready" or not keys:
-            return None
-        futures: list[Future[Vector]] = [Future() for _ in keys]
-        for key, future in zip(keys, futures, strict=True):
-            self._queue.put((key, future))
-        return np.stack([future.result() for future in futures])
+        """Encode many keys off the request path; None where there is no encoder. Raises EncoderUnavailable."""
+        futures = self._queued(keys)
+        return np.stack([future.result() for future in futures]) if futures else None
 
     def wait(self, timeout_s: float) -> str:
         """Wait until the encoder is there or is known to be absent; return the state."""
+        self._ensure_thread()
         self.settled.wait(timeout_s)
         return self.state
 
     def close(self) -> None:
-        """Let the thread end after what it was asked."""
-        self._queue.put(_STOP)
+        """Let the thread end after what it was asked; from now on there is no encoder."""
+        with self._lock:
+            self._closed, self.state = True, "closed"
+            self._queue.put(_STOP)
 
-    def _run(self, load: Callable[[], Encoder | None], before: Callable[[], object]) -> None:
+    def _ensure_thread(self) -> None:
+        with self._lock:
+            if not (self._started or self._closed):
+                start_thread("agent-memory-encoder", self._run)
+                self._started = True
+
+    def _queued(self, keys: Sequence[str]) -> list[Future[Vector]]:
+        """Queue keys for the thread; none where it would not answer, now or any more."""
+        futures: list[Future[Vector]] = [Future() for _ in keys]
+        with self._lock:  # not after the sign to stop: nobody would answer
+            if self.state != "ready":
+                return []
+            for pair in zip(keys, futures, strict=True):
+                self._queue.put(pair)
+        return futures
+
+    def _run(self) -> None:
         try:
-            before()
-            encoder = load()
-            if encoder is None:
-                self.state = "none"
-            else:
+            if (encoder := self._loaded()) is not None:
+                self._serve(encoder)
+        finally:
+            self.settled.set()
+            with self._lock:
+                if self.state in ("loading", "ready"):
+                    self.state, self.reason = "failed", "the encoder's thread has ended"
+            while not self._queue.empty():
+                if (item := self._queue.get()) is not _STOP:
+                    item[1].set_exception(EncoderUnavailable("the encoder has ended"))
+
+    def _loaded(self) -> Encoder | None:
+        """Load the encoder and say how that went; None where there is none."""
+        encoder, state = None, "none"
+        try:
+            self._before()
+            if (encoder := self._load()) is not None:
                 self.unrelated = spread_of(encoder.encode(REFERENCE))  # the first call also warms it up
-                self.fingerprint, self.state = encoder.fingerprint, "ready"
+                self.former_fingerprints = getattr(encoder, "former_fingerprints", ())
+                self.fingerprint, state = encoder.fingerprint, "ready"
                 logger.info("agent_memory: the encoder %s is ready", encoder.fingerprint)
         except Exception as error:  # noqa: BLE001 - whatever a model raises: recall is lexical then
-            self.reason, self.state = str(error), "failed"
+            self.reason, state, encoder = str(error), "failed", None
             logger.warning("agent_memory: recall is lexical: %s", error)
-            encoder = None
+        with self._lock:
+            if not self._closed:
+                self.state = state
         self.settled.set()
+        return encoder
+
+    def _serve(self, encoder: Encoder) -> None:
         while (first := self._queue.get()) is not _STOP:
-            batch, stop = self._drain(first)
+            batch, stop = self._batch(first)
             self._answer(encoder, batch)
             if stop:
                 break
 
-    def _drain(self, first: tuple[str, Future[Vector]]) -> tuple[list[tuple[str, Future[Vector]]], bool]:
+    def _batch(self, first: tuple[str, Future[Vector]]) -> tuple[list[tuple[str, Future[Vector]]], bool]:
         batch = [first]
         while len(batch) < BATCH:
             try:
@@ -149,16 +187,16 @@ class EncoderService:
             batch.append(item)
         return batch, False
 
-    def _answer(self, encoder: Encoder | None, batch: list[tuple[str, Future[Vector]]]) -> None:
+    def _answer(self, encoder: Encoder, batch: list[tuple[str, Future[Vector]]]) -> None:
         keys = list(dict.fromkeys(key for key, _ in batch))
         try:
-            if encoder is None:
-                raise RuntimeError("there is no encoder")  # noqa: TRY301
             fresh = dict(zip(keys, encoder.encode(keys), strict=True))
-        except Exception as error:  # noqa: BLE001 - handed to whoever asked
-            for _, future in batch:
+        except BaseException as error:
+            for _, future in batch:  # handed to whoever asked
                 future.set_exception(error)
-            return
+            if isinstance(error, Exception):
+                return
+            raise
         with self._lock:
             self._cache.update(fresh)
             while len(self._cache) > self._cache_size:

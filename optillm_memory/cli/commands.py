@@ -1,8 +1,7 @@
-"""The commands; each does one thing to the database file, or starts the host."""
+"""The commands; each does one thing to the database, or starts the host."""
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -11,25 +10,26 @@ from typing import Any
 
 import click
 
-from optillm_memory.cli import render
-from optillm_memory.cli.common import database, opened, printed, scope_named, scoped
+from optillm_memory.cli.common import database, limited, opened, printed, printing, reading, scope_named, scoped
+from optillm_memory.cli.render import finding_line, mapping, memory_lines, trace_lines
 from optillm_memory.errors import AgentMemoryError
+from optillm_memory.learn.uplift import summary as uplift_summary
+from optillm_memory.memory import Memory
 from optillm_memory.records import METRICS
+from optillm_memory.request.route import summary as policy_summary
 from optillm_memory.settings import table
+
+_OF_THE_ENCODER = ("encoder", "encoder_reason", "memories_without_vector")  # commands that only count load none
 
 
 class _Cli(click.Group):
-    """Says our errors in one line, without a traceback."""
+    """Prints our errors in one line, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except AgentMemoryError as error:
             raise click.ClickException(str(error)) from error
-
-
-def _settings_help() -> str:
-    return "\n".join(f"  {name} (default {default}): {help_}" for name, default, help_ in table())
 
 
 @click.group(cls=_Cli, epilog="Settings are environment variables; `optillm-memory settings` lists them.")
@@ -49,8 +49,8 @@ def serve(arguments: tuple[str, ...]) -> None:
 
 @main.command()
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path), default=".")
-@click.option("--uninstall", "remove", is_flag=True, help="Take the plugin file away again.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--uninstall", "remove", is_flag=True, help="Remove the plugin file.")
+@printing
 def install(directory: Path, *, remove: bool, as_json: bool) -> None:
     """Write the plugin file, so that plain `optillm` started in DIRECTORY loads it."""
     from optillm_memory.host import install as files
@@ -65,157 +65,118 @@ def install(directory: Path, *, remove: bool, as_json: bool) -> None:
 
 @main.command()
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path), default=".")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@printing
 def doctor(directory: Path, *, as_json: bool) -> None:
-    """Check optillm, the database, SQLite and the encoder; exit with 1 where something is broken."""
-    from optillm_memory.host.doctor import Finding, examine
+    """Check settings, database, encoder and optillm without changing anything; exit with 1 if something is broken."""
+    from optillm_memory.host.doctor import examine
 
-    findings: list[Finding] = []
+    findings = []
     for finding in examine(directory):
         findings.append(finding)
         if not as_json:
-            click.echo(render.finding(finding.level, finding.name, finding.message))
-    if as_json:
-        click.echo(json.dumps([f.as_dict() for f in findings], indent=2))
+            click.echo(finding_line(finding.level, finding.name, finding.message))
+    printed([asdict(f) for f in findings], as_json=as_json, text=None)
     if any(f.level == "fail" for f in findings):
         sys.exit(1)
 
 
 @main.command()
-@database
-def stats(db: str | None, *, as_json: bool) -> None:
+@reading()
+def stats(memory: Memory) -> Any:
     """Count what is stored."""
-    with opened(db) as memory:
-        found = memory.store.stats()
-    printed(found, as_json=as_json, text=lambda: render.mapping(found))
+    return {name: count for name, count in memory.stats().items() if name not in _OF_THE_ENCODER}
 
 
 @main.command()
-@click.option("--limit", default=20, show_default=True, help="How many at most.")
-@click.option("--query", default="", help="Only those whose task or answer holds this text.")
-@database
-def traces(limit: int, query: str, db: str | None, *, as_json: bool) -> None:
+@reading(trace_lines)
+@limited(20)
+@click.option("--text", default="", help="Only traces whose task or answer contains this text.")
+def traces(memory: Memory, limit: int, text: str) -> Any:
     """List the latest traces, newest first."""
-    with opened(db) as memory:
-        found = memory.store.traces(None, limit=limit, text=query)
-    printed(found, as_json=as_json, text=lambda: render.traces(found))
+    return memory.traces(limit=limit, text=text)
 
 
 @main.command()
+@reading()
 @click.argument("identifier")
-@database
-def show(identifier: str, db: str | None, *, as_json: bool) -> None:
+def show(memory: Memory, identifier: str) -> Any:
     """Show one trace or one memory, by its id."""
-    with opened(db) as memory:
-        is_memory = identifier.startswith(("mem-", "fix-"))
-        found = memory.described(identifier) if is_memory else memory.trace(identifier)
-    printed(found, as_json=as_json, text=lambda: render.mapping(found))
+    is_memory = identifier.startswith(("mem-", "fix-"))
+    return memory.described(identifier) if is_memory else memory.trace(identifier)
 
 
 @main.command()
+@reading()
 @click.argument("trace_id")
-@database
-def why(trace_id: str, db: str | None, *, as_json: bool) -> None:
-    """Say why a request was answered as it was."""
-    with opened(db) as memory:
-        found = memory.why(trace_id)
-    printed(found, as_json=as_json, text=lambda: render.mapping(found))
+def why(memory: Memory, trace_id: str) -> Any:
+    """Explain why a request was answered as it was."""
+    return memory.why(trace_id)
 
 
 @main.command()
-@click.option("--limit", default=20, show_default=True, help="How many at most.")
-@database
-def memories(limit: int, db: str | None, *, as_json: bool) -> None:
+@reading(memory_lines)
+@limited(20)
+def memories(memory: Memory, limit: int) -> Any:
     """List memories of every status, newest first."""
-    with opened(db) as memory:
-        found = [{**asdict(m), "value": round(m.value, 4)} for m in memory.store.list_memories(None, limit=limit)]
-    printed(found, as_json=as_json, text=lambda: render.memories(found))
+    return [record.as_dict() for record in memory.memories(limit=limit)]
 
 
 @main.command()
-@click.option("--limit", default=20, show_default=True, help="How many memories of a scope at most.")
-@database
-def uplift(limit: int, db: str | None, *, as_json: bool) -> None:
-    """Show what memory changed in the outcome of episodes, as the holdout tells."""
-    from optillm_memory.learn.uplift import report, summary
-
-    with opened(db) as memory:
-        found = report(memory.store.episodes(None), limit=limit)
-    printed(found, as_json=as_json, text=lambda: render.mapping(summary(found)))
+@reading(lambda found: mapping(uplift_summary(found)))
+@limited(20, "Largest number of memories of one scope.")
+def uplift(memory: Memory, limit: int) -> Any:
+    """Show how memory changed the outcome of episodes, measured by the holdout."""
+    return memory.uplift(limit=limit)
 
 
 @main.command()
+@reading(lambda found: mapping(policy_summary(found)), encoder=None)
 @scoped
-@database
-def policy(
-    tenant: str | None, namespace: str, user_id: str, agent_id: str, db: str | None, *, as_json: bool
-) -> None:  # fmt: skip
-    """Show the arms of approach `auto`, what is believed of each, and why."""
-    from optillm_memory.request.route import summary
-
-    with opened(db, encoder=None) as memory:
-        memory.encoder.wait(120)
-        found = memory.policy(scope_named(memory, tenant, namespace, user_id, agent_id))
-    printed(found, as_json=as_json, text=lambda: render.mapping(summary(found)))
+def policy(memory: Memory, **scope: Any) -> Any:
+    """Show the arms of approach `auto`, what is estimated of each, and why."""
+    return memory.policy(scope_named(memory, **scope))
 
 
 @main.command()
+@reading(lambda found: memory_lines(found) if found else "nothing relevant", encoder=None)
 @click.argument("query")
-@click.option("--limit", default=5, show_default=True, help="How many at most.")
+@limited(5)
 @scoped
-@database
-def recall(
-    query: str, limit: int, tenant: str | None, namespace: str, user_id: str, agent_id: str, db: str | None, *,
-    as_json: bool,
-) -> None:  # fmt: skip
+def recall(memory: Memory, query: str, limit: int, **scope: Any) -> Any:
     """Show what a request with the task QUERY would recall."""
-    with opened(db, encoder=None) as memory:
-        memory.encoder.wait(120)
-        hits = memory.recall(query, scope=scope_named(memory, tenant, namespace, user_id, agent_id), limit=limit)
-    found = [{**asdict(h.memory), "score": h.score, "cosine": h.cosine, "lexical": h.lexical} for h in hits]
-    printed(found, as_json=as_json, text=lambda: render.memories(found) if found else "nothing relevant")
+    return [hit.as_dict() for hit in memory.recall(query, scope=scope_named(memory, **scope), limit=limit)]
 
 
 @main.command()
 @click.argument("trace_id", required=False)
-@click.option("--episode", "episode_id", help="The episode, in place of a trace.")
-@click.option("--success/--failure", "success", default=None, help="How it went.")
+@click.option("--episode", "episode_id", help="The episode, instead of a trace.")
+@click.option("--success/--failure", "success", default=None, help="Whether it succeeded.")
 @click.option("--score", type=float, help="How well it went, from 0 to 1.")
 @click.option("--demonstration", help="The right answer.")
-@click.option("--error", "error_text", help="The error it ended in.")
+@click.option("--error", help="The error it ended in.")
 @click.option("--comment", help="A remark.")
 @click.option(
-    "--source", type=click.Choice(["human", "code", "llm"]), default="human", show_default=True, help="Who says so."
+    "--source", type=click.Choice(["human", "code", "llm"]), default="human", show_default=True, help="Who judged it."
 )
-@click.option("--feedback-id", help="Makes it idempotent.")
+@click.option("--feedback-id", help="Makes the feedback idempotent.")
 @click.option("--retract", help="The id of feedback to undo.")
 @database
 def feedback(
-    trace_id: str | None, episode_id: str | None, success: bool | None, score: float | None, demonstration: str | None,
-    error_text: str | None, comment: str | None, source: str, feedback_id: str | None, retract: str | None,
-    db: str | None, *, as_json: bool,
+    trace_id: str | None, episode_id: str | None, source: str, feedback_id: str | None, retract: str | None,
+    db: str | None, *, as_json: bool, **metrics: Any,
 ) -> None:  # fmt: skip
-    """Say how a trace or an episode went."""
-    given = {
-        "success": success,
-        "score": score,
-        "demonstration": demonstration,
-        "error": error_text,
-        "comment": comment,
-    }
-    values = [(metric, given[metric]) for metric in METRICS if given[metric] is not None]
+    """Report how a trace or an episode went."""
+    values = [(metric, metrics[metric]) for metric in METRICS if metrics[metric] is not None]
     if retract:
         items: list[dict[str, Any]] = [{"feedback_id": retract, "value": None}]
     elif not values:
-        raise click.UsageError("say how it went: --success, --failure, --score, --demonstration, --error or --comment")
+        raise click.UsageError("give a result: --success, --failure, --score, --demonstration, --error or --comment")
+    elif feedback_id and len(values) > 1:
+        raise click.UsageError("--feedback-id is the id of one feedback; give only one result with it")
     else:
         about = {"trace_id": trace_id} if trace_id else {"episode_id": episode_id}
-        items = [
-            {**about, "metric": metric, "value": value, "source": source, "feedback_id": feedback_id}
-            for metric, value in values
-        ]
-        if feedback_id and len(items) > 1:
-            raise click.UsageError("--feedback-id names one feedback; give one metric with it")
+        shared = {**about, "source": source, "feedback_id": feedback_id}
+        items = [{**shared, "metric": metric, "value": value} for metric, value in values]
     with opened(db, make=True) as memory:
         receipts = [r.as_dict() for r in memory.feedback(items)]
     printed(receipts, as_json=as_json, text=lambda: "\n".join(f"{r['feedback_id']}  {r['status']}" for r in receipts))
@@ -228,26 +189,25 @@ def rebuild(db: str | None, *, as_json: bool) -> None:
     started = time.monotonic()
     with opened(db) as memory:
         found = memory.rebuild()
-    found_all = {**found, "seconds": round(time.monotonic() - started, 3)}
-    printed(found_all, as_json=as_json, text=lambda: render.mapping(found_all))
+    timed = {**found, "seconds": round(time.monotonic() - started, 3)}
+    printed(timed, as_json=as_json, text=lambda: mapping(timed))
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@printing
 def settings(*, as_json: bool) -> None:
     """List the settings with their defaults."""
     found = [{"name": name, "default": default, "help": help_} for name, default, help_ in table()]
-    printed(found, as_json=as_json, text=_settings_help)
+    lines = (f"  {name} (default {default}): {help_}" for name, default, help_ in table())
+    printed(found, as_json=as_json, text=lambda: "\n".join(lines))
 
 
 def _add_later_commands() -> None:
-    from optillm_memory.bench import store_commands as bench_store
     from optillm_memory.bench.commands import bench
     from optillm_memory.cli.copy import copy
     from optillm_memory.cli.maintain import COMMANDS
     from optillm_memory.demo.command import demo
 
-    bench_store.add_to(bench)
     for command in (demo, bench, copy, *COMMANDS):
         main.add_command(command)
 

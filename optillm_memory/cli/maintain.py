@@ -10,7 +10,6 @@ from typing import Any
 
 import click
 
-from optillm_memory.cli import render
 from optillm_memory.cli.common import (
     database,
     database_file,
@@ -21,6 +20,7 @@ from optillm_memory.cli.common import (
     refuse_missing,
     settings_for,
 )
+from optillm_memory.cli.render import finding_line, mapping
 from optillm_memory.settings import is_url
 
 _DAY_S = 86_400
@@ -39,15 +39,14 @@ def verify(db: str | None, *, deep: bool, mend: bool, as_json: bool) -> None:
     place = settings.db if is_url(settings.db) else file_of(settings)
     if mend:
         with opened(db) as memory:
-            found = checks.mend(memory.store, place)
+            found = memory.mend()
         click.echo(f"deleted: {json.dumps(found)}", err=True)
     shown = []
     for check in checks.verify(place, deep=deep, normal=form_named(settings.answer_form)):
         shown.append(check.as_dict())
         if not as_json:
-            click.echo(render.finding(check.level, check.name, check.message))
-    if as_json:
-        click.echo(json.dumps(shown, indent=2))
+            click.echo(finding_line(check.level, check.name, check.message))
+    printed(shown, as_json=as_json, text=None)
     if any(check["level"] == "fail" for check in shown):
         sys.exit(1)
 
@@ -67,7 +66,7 @@ def migrate(db: str | None, *, as_json: bool) -> None:
     if fault:
         raise click.ClickException(fault)
     found = {"database": settings.place, "schema": "current"}
-    printed(found, as_json=as_json, text=lambda: render.mapping(found))
+    printed(found, as_json=as_json, text=lambda: mapping(found))
 
 
 @click.command()
@@ -84,7 +83,7 @@ def backup(destination: Path, db: str | None, *, as_json: bool) -> None:
         "path": str(destination), "bytes": destination.stat().st_size, **copies.counts_of(destination),
         "seconds": round(time.monotonic() - started, 3),
     }  # fmt: skip
-    printed(found, as_json=as_json, text=lambda: render.mapping(found))
+    printed(found, as_json=as_json, text=lambda: mapping(found))
 
 
 @click.command()
@@ -104,23 +103,22 @@ def forget(
     db: str | None, *, days: float | None, with_set_aside: bool, dry_run: bool, yes: bool, as_json: bool, **named: Any
 ) -> None:
     """Delete for good what all the options given have in common, and wait until its bytes are out of all files."""
-    from optillm_memory.store.maintenance import erase
     from optillm_memory.store.maintenance.selection import Selection
 
     selection = Selection(**named, before=None if days is None else time.time() - days * _DAY_S)
-    with opened(db) as memory:
-        counts = memory.store.chosen_counts(selection)
+    with opened(db, read_only=dry_run) as memory:
+        counts = memory.counts(selection)
         if dry_run:
-            printed(counts, as_json=as_json, text=lambda: render.mapping(counts))
+            printed(counts, as_json=as_json, text=lambda: mapping(counts))
             return
         if any(counts.values()) and not yes:
-            click.echo(render.mapping(counts), err=True)
+            click.echo(mapping(counts), err=True)
             click.confirm("Delete this for good?", abort=True, err=True)
         with progress() as told:
-            found = erase.forget(memory.store, selection, with_set_aside=with_set_aside, progress=told)
+            found = memory.forget(selection, with_set_aside=with_set_aside, progress=told)
     for line in found["left"]:
         click.echo(line, err=True)
-    printed(found, as_json=as_json, text=lambda: render.mapping(found))
+    printed(found, as_json=as_json, text=lambda: mapping(found))
     if found["left"]:
         sys.exit(1)
 
@@ -130,9 +128,6 @@ def forget(
 @database
 def reembed(db: str | None, *, prune: bool, as_json: bool) -> None:
     """Give every memory its vector by the encoder that is set; may be interrupted and run again."""
-    from optillm_memory.background.maintenance import prune_vectors
-    from optillm_memory.background.maintenance import reembed as embed
-
     found: dict[str, Any] = {}
     try:
         with opened(db, encoder=None) as memory, progress() as told:
@@ -143,26 +138,26 @@ def reembed(db: str | None, *, prune: bool, as_json: bool) -> None:
             if memory.encoder.state != "ready":
                 reason = memory.encoder.reason or "OPTILLM_AGENT_MEMORY_ENCODER is `none`"
                 raise click.ClickException(f"there is no encoder: {reason}")
-            found["embedded"] = embed(memory.store, memory.encoder, progress=told)
+            found["embedded"] = memory.reembed(progress=told)
             if prune:
-                found["pruned"] = prune_vectors(memory.store, memory.encoder.fingerprint)
-                found["left"] = memory.store.compact(progress=told)
+                found["pruned"] = memory.prune_vectors()
+                found["left"] = memory.compact(progress=told)
     except KeyboardInterrupt:
         raise click.ClickException("interrupted; what was embedded is kept: run it again to go on") from None
-    printed(found, as_json=as_json, text=lambda: render.mapping(found))
+    printed(found, as_json=as_json, text=lambda: mapping(found))
 
 
 @click.command()
 @database
 def compact(db: str | None, *, as_json: bool) -> None:
-    """Write the database anew without what was deleted, and give the disk space back; others wait meanwhile."""
+    """Rewrite the database without what was deleted, and give the disk space back; others wait meanwhile."""
     with opened(db) as memory, progress() as told:
         before = memory.store.size_bytes()
-        left = memory.store.compact(progress=told)
+        left = memory.compact(progress=told)
         found = {"bytes_before": before, "bytes": memory.store.size_bytes(), "left": left}
     for line in left:
         click.echo(line, err=True)
-    printed(found, as_json=as_json, text=lambda: render.mapping(found))
+    printed(found, as_json=as_json, text=lambda: mapping(found))
     if left:
         sys.exit(1)
 

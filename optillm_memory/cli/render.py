@@ -1,4 +1,4 @@
-"""How the command line shows records to people."""
+"""How the command line renders records as text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 _LEVELS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
 
 
-def finding(level: str, name: str, message: str) -> str:
-    """Return a finding of the doctor in one line."""
+def finding_line(level: str, name: str, message: str) -> str:
+    """Return a finding of `doctor` or `verify` as one line."""
     return f"{_LEVELS[level]}  {name:18} {message}"
 
 
@@ -21,8 +21,8 @@ def mapping(values: Mapping[str, Any]) -> str:
     return "\n".join(f"{name:{width}}  {_value(value)}" for name, value in values.items())
 
 
-def traces(found: Sequence[Mapping[str, Any]]) -> str:
-    """Return traces one a line: time, id, what was done, how it went, the task."""
+def trace_lines(found: Sequence[Mapping[str, Any]]) -> str:
+    """Return one line for each trace: time, id, action, outcome, task."""
     lines = []
     for trace in found:
         moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(trace["created_at"]))
@@ -31,8 +31,8 @@ def traces(found: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) or "no traces"
 
 
-def memories(found: Sequence[Mapping[str, Any]]) -> str:
-    """Return memories one a line: id, status, counts, task and answer."""
+def memory_lines(found: Sequence[Mapping[str, Any]]) -> str:
+    """Return one line for each memory: id, status, counts, task and answer."""
     lines = []
     for memory in found:
         score = f"{memory['score']:.3f}  " if "score" in memory else ""
@@ -44,18 +44,8 @@ def memories(found: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) or "no memories"
 
 
-def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return named rows under the names of their columns."""
-    columns = list(next(iter(rows.values())))
-    lines = [" " * 16 + "".join(f"{name:>11}" for name in columns)]
-    for name, row in rows.items():
-        cells = [f"{row[c]:.1%}" if c == "accuracy" else str(row[c]) for c in columns]
-        lines.append(f"{name:16}" + "".join(f"{cell:>11}" for cell in cells))
-    return "\n".join(lines)
-
-
 def short(text: str, limit: int = 60) -> str:
-    """Return a text in one line of at most `limit` characters."""
+    """Return a text as one line of at most `limit` characters."""
     line = " ".join(text.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 

@@ -1,4 +1,4 @@
-"""Feedback as it is submitted, checked field by field."""
+"""Validation of submitted feedback, field by field."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _NAME_LIMIT = 200
 
 
 def parse_feedback(payload: Any, *, now: float, param: str = "feedback") -> list[Feedback]:
-    """Check one feedback object or a list of them.
+    """Validate one feedback object or a list of them; `now` is in Unix seconds.
 
-    Raises InvalidField that names the field (with its index in a list); nothing of a bad list is accepted.
+    Raises InvalidField with the name of the field (and its index in a list); an invalid list is rejected whole.
     """
     if isinstance(payload, Mapping):
         return [_one(payload, now, param)]

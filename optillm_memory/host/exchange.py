@@ -27,6 +27,7 @@ from optillm_memory.host.runtime import Runtime
 from optillm_memory.inject.place import append_text
 from optillm_memory.memory import Memory
 from optillm_memory.records import FeedbackReceipt, Placement
+from optillm_memory.request.deadline import Deadline
 from optillm_memory.request.turn import Turn
 
 RECEIPT_WAIT_S = 0.2
@@ -54,31 +55,32 @@ class Exchange:
     error: str | None = None
     shared_out: int | None = None  # how many of the completion's n choices the host has fetched
     receipts: Callable[[float], list[FeedbackReceipt]] | None = None
-    receipt_wait_s: float = RECEIPT_WAIT_S  # memory may cost a request its deadline once, not twice
     acknowledged: list[dict[str, str]] | None = None
     finished: bool = False
 
     @classmethod
     def begin(cls, host: Any, runtime: Runtime, incoming: Incoming) -> Exchange:
         """Consult memory, within the deadline; whatever fails there, the exchange goes on without it."""
-        memory, fail_open, second = runtime.memory, runtime.fail_open, runtime.second_calls
-        tenant, options, approach = incoming.tenant, incoming.options, incoming.inner
-        body = {**incoming.body, "model": incoming.model}
-        turn = Turn.plain(body, tenant=tenant, options=options, approach=approach, now=time.time())
-        if memory is None:
-            return cls(host, None, fail_open, incoming, turn.skip("memory_unavailable"), CallLog(fail_open), second)
-        exchange = cls(host, memory, fail_open, incoming, turn, CallLog(fail_open), second)
-        started = time.perf_counter()
-        if options.feedback:
-            fail_open.quietly(exchange.submit)
-        begun, fault = fail_open.call(
-            lambda: memory.begin(
-                body, tenant=tenant, options=options, approach=approach, size=incoming.size,
-                text_only=incoming.adds_to_query, approaches=(*host.known_approaches, *host.plugin_approaches),
-            )
+        memory, fail_open, options = runtime.memory, runtime.fail_open, incoming.options
+        turn = Turn.plain(
+            {**incoming.body, "model": incoming.model}, tenant=incoming.tenant, options=options,
+            approach=incoming.inner, now=time.time(), deadline=Deadline(fail_open.deadline_s),
         )  # fmt: skip
+        exchange = cls(host, memory, fail_open, incoming, turn, CallLog(fail_open), runtime.second_calls)
+        if memory is None:
+            exchange.turn = turn.skip("memory_unavailable")
+            return exchange
+        with turn.deadline.running():
+            if options.feedback:
+                fail_open.quietly(exchange.submit)
+            approaches = (*host.known_approaches, *host.plugin_approaches)
+            begun, fault = fail_open.call(
+                lambda: memory.consult(
+                    turn, size=incoming.size, text_only=incoming.adds_to_query, approaches=approaches
+                ),
+                turn.deadline,
+            )
         exchange.turn = begun if begun is not None else turn.skip(fault)
-        exchange.receipt_wait_s = max(0.0, min(RECEIPT_WAIT_S, fail_open.deadline_s - (time.perf_counter() - started)))
         return exchange
 
     def submit(self) -> None:
@@ -209,18 +211,20 @@ class Exchange:
         started = time.perf_counter()
         first = self.ask(client, model, config)
         memory, before = self.memory, self.turn
-        if memory is None or self.inner != "none" or self.finished or before.extra_calls:
+        is_plain = self.inner == "none" and not before.extra_calls
+        if memory is None or before.conversation is None or not is_plain or self.finished:
             return first
         limit_s = min(max(GUARD_LEAST_S, 2 * (time.perf_counter() - started)), memory.settings.guard_timeout_s)
-        guarded, _ = self.fail_open.call(lambda: memory.guard(before, first))
+        guarded, fault = self.fail_open.call(lambda: memory.guard(before, first), before.deadline)
         if guarded is None:
+            self.turn = before.skip(fault)
             return first
         self.turn, again = turn, _ = guarded
         if not again:
             return first
         bounded = with_limits(client, timeout_s=limit_s, max_retries=0)
         second, _ = self.second_calls.call(lambda: self._call(bounded, model, config, turn.messages), limit_s)
-        better, _ = self.fail_open.call(lambda: memory.guarded(turn, second or {}))
+        better, _ = self.fail_open.call(lambda: memory.guarded(turn, second or {}), turn.deadline)
         self.turn = replace(turn if better else before, extra_calls=1)
         if not better or second is None:
             return first if second is None else {**first, "usage": both(first.get("usage"), second.get("usage"))}
@@ -238,7 +242,9 @@ class Exchange:
         metadata = self.turn.metadata()
         if self.acknowledged is None and (receipts := self.receipts) is not None:
             self.acknowledged = []
-            self.fail_open.quietly(lambda: self._acknowledge(receipts(self.receipt_wait_s)))
+            with self.turn.deadline.running():
+                wait_s = max(0.0, min(RECEIPT_WAIT_S, self.turn.deadline.remaining_s))
+                self.fail_open.quietly(lambda: self._acknowledge(receipts(wait_s)))
         if self.inner != "none":
             metadata["calls"] = len(self.calls)
         if self.acknowledged is not None:

@@ -11,12 +11,15 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
 
+from optillm_memory.background.threads import start_thread
+from optillm_memory.request.deadline import Deadline
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _WORKERS = 32
-# Python 3.10 has two timeout errors that are no kin.
-_TIMEOUTS = (TimeoutError, FutureTimeoutError)
+_TIMEOUTS = (TimeoutError, FutureTimeoutError)  # two unrelated errors before Python 3.11
+_counting = threading.Lock()  # several may count into the same faults
 
 
 class FailOpen:
@@ -34,13 +37,19 @@ class FailOpen:
         self._threads = 0
         self._lock = threading.Lock()
 
-    def call(self, work: Callable[[], T], deadline_s: float | None = None) -> tuple[T | None, str]:
-        """Return (result, "") or (None, name of the fault) by the deadline (or another one) at the latest."""
+    def call(self, work: Callable[[], T], deadline: Deadline | float | None = None) -> tuple[T | None, str]:
+        """Return (result, "") or (None, name of the fault).
+
+        It is back within the deadline: so many seconds, or what remains of a request's, whose clock then runs.
+        """
+        if isinstance(deadline, Deadline):
+            with deadline.running():
+                return self.call(work, deadline.remaining_s)
         future: Future[T] = Future()
-        self._work.put((work, future))
-        self._ensure_worker()
         try:
-            return future.result(self.deadline_s if deadline_s is None else deadline_s), ""
+            self._ensure_worker()
+            self._work.put((work, future))
+            return future.result(self.deadline_s if deadline is None else max(deadline, 0.0)), ""
         except _TIMEOUTS as error:
             future.cancel()
             return None, self._fault("deadline", error)
@@ -56,19 +65,24 @@ class FailOpen:
         return ""
 
     def _fault(self, name: str, error: BaseException) -> str:
-        with self._lock:
+        with _counting:
             self.faults[name] += 1
         logger.warning("agent_memory: the request goes on without memory: %s: %s", name, error)
         return name
 
     def _ensure_worker(self) -> None:
+        """Start a thread where none is idle. Raises what keeps a first one from being started."""
         if self._idle.acquire(blocking=False):
             return
         with self._lock:
-            if self._threads == _WORKERS:
-                return
-            self._threads += 1
-        threading.Thread(target=self._serve, name="agent-memory-recall", daemon=True).start()
+            if self._threads < _WORKERS:
+                try:
+                    start_thread("agent-memory-recall", self._serve)
+                except RuntimeError:  # the process may have no more threads: those that there are have to do
+                    if not self._threads:
+                        raise
+                else:
+                    self._threads += 1
 
     def _serve(self) -> None:
         while True:

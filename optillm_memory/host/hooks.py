@@ -1,9 +1,8 @@
-"""What is attached to the host's Flask app: the routes, and the check of our field before the host starts work."""
+"""Hooks into the host's Flask app: our routes, the check of our field before the host starts work, the models."""
 
 from __future__ import annotations
 
 import json
-import logging
 
 import flask
 
@@ -15,29 +14,41 @@ from optillm_memory.host.routes import blueprint, error_response
 from optillm_memory.host.runtime import open_early, runtime
 from optillm_memory.host.server import host
 
-logger = logging.getLogger(__name__)
 CHAT_PATH, MODELS_PATH = "/v1/chat/completions", "/v1/models"
 
 
 def attach(app: flask.Flask) -> None:
-    """Add routes and check to the app, once; must come before its first request, as plugins do."""
+    """Add the routes and hooks to the app, once; Flask allows that only before the first request."""
     if FIELD in app.extensions:
         return
     app.extensions[FIELD] = True
     app.register_blueprint(blueprint)
-    app.before_request(before_request)  # after the host's own check of the API key, which was registered before
+    app.before_request(before_request)  # runs after the host's check of the API key, which was registered earlier
     app.after_request(after_request)
     open_early()
 
 
 def before_request() -> flask.Response | tuple[flask.Response, int] | None:
-    """Refuse a bad `agent_memory` field with 400, and answer from memory where the gate lets it.
+    """Refuse a bad `agent_memory` field with 400, and answer from memory if the gate allows it.
 
-    An exception inside an approach would be a 500; and by then the host has built its client, which costs more than
-    an answer from memory.
+    Inside an approach, an exception would become a 500, and the host would have built its client already, which costs
+    more than an answer from memory.
     """
     if flask.request.path != CHAT_PATH or flask.request.method != "POST":
         return None
+    answers: list[flask.Response | tuple[flask.Response, int] | None] = []
+    runtime().fail_open.quietly(lambda: answers.append(_answer_early()))
+    return answers[0] if answers else None
+
+
+def after_request(response: flask.Response) -> flask.Response:
+    """Add each model with memory to the list of models: many clients offer only what is listed."""
+    if flask.request.path == MODELS_PATH and flask.request.method == "GET" and response.status_code == OK:
+        runtime().fail_open.quietly(lambda: _list_models(response))
+    return response
+
+
+def _answer_early() -> flask.Response | tuple[flask.Response, int] | None:
     try:
         if incoming := read_incoming(host()):
             _make_countable(incoming)
@@ -45,19 +56,7 @@ def before_request() -> flask.Response | tuple[flask.Response, int] | None:
                 return _from_memory(incoming)
     except InvalidField as error:
         return error_response(str(error), 400, param=error.param)
-    except Exception:
-        logger.exception("agent_memory: the request could not be read; left to the host")
     return None
-
-
-def after_request(response: flask.Response) -> flask.Response:
-    """List each model with memory beside it: many clients offer only what is listed."""
-    try:
-        if flask.request.path == MODELS_PATH and flask.request.method == "GET" and response.status_code == OK:
-            _list_models(response)
-    except Exception:
-        logger.exception("agent_memory: the list of models is left as it is")
-    return response
 
 
 def _list_models(response: flask.Response) -> None:
@@ -74,7 +73,7 @@ def _list_models(response: flask.Response) -> None:
 
 
 def _from_memory(incoming: Incoming) -> flask.Response | None:
-    # Where memory does not answer, the exchange waits in flask.g for the host's call: recall is done once.
+    # If memory does not answer, the exchange is kept in flask.g for the host's call: recall runs once.
     server, body = host(), incoming.body
     messages = body.get("messages")
     incoming = incoming.with_messages(
@@ -93,7 +92,7 @@ def _from_memory(incoming: Incoming) -> flask.Response | None:
 
 
 def _make_countable(incoming: Incoming) -> None:
-    # The host counts to `n` for a plugin, but passes whatever it is on for `none`; the plugin puts it back.
+    # For a plugin the host counts to `n`, for `none` it passes on whatever it is; the plugin restores it.
     n = incoming.body.get("n", 1)
     if not isinstance(n, int) or n < 1:
         flask.g.setdefault(SENT_N, n)

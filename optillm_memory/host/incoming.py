@@ -1,4 +1,4 @@
-"""A request as it came to the host: who asks, for which approach, with which options."""
+"""A request as it came to the host: its caller, approach and options."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ import flask
 from optillm_memory.conversation.options import FIELD, Options, identified, parse_options
 from optillm_memory.errors import InvalidField
 from optillm_memory.host.runtime import runtime
-from optillm_memory.memory import OPERATOR
-from optillm_memory.records import Scope
+from optillm_memory.records import OPERATOR, Scope, Tenant
 
 SLUG = "agent_memory"
 ANONYMOUS = "anonymous"
-SENT_N = "agent_memory_sent_n"  # on flask.g: the client's `n` where it is no number that the host can count to
+SENT_N = "agent_memory_sent_n"  # on flask.g: the client's `n` if the host cannot count to it
 
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """What the host was asked for."""
+    """A chat request for the approach `agent_memory`."""
 
     body: Mapping[str, Any]
     size: int
@@ -35,12 +34,12 @@ class Incoming:
     model: str
 
     def with_messages(self, messages: list[dict[str, Any]]) -> Incoming:
-        """Return the request with the messages as the host hands them on."""
+        """Return the request with the messages as the host passes them on."""
         return replace(self, body={**self.body, "messages": messages})
 
     @property
     def inner(self) -> str:
-        """The approach that memory wraps: the caller's `approach`, else the next one in the model's name."""
+        """The approach that memory wraps: the caller's `approach`, or the next one in the model's name."""
         if self.options.approach not in (None, "auto"):
             return str(self.options.approach)
         after = [a for a in self.approaches if a != SLUG] if self.operation == "SINGLE" else []
@@ -48,12 +47,12 @@ class Incoming:
 
     @property
     def adds_to_query(self) -> bool:
-        """Whether memory stands before another approach in a pipeline, so that it answers nothing itself."""
+        """Whether memory is followed by another approach in a pipeline, so that it does not answer itself."""
         return self.operation == "AND" and self.approaches[-1] != SLUG
 
 
 def read_incoming(host: Any) -> Incoming | None:
-    """Read the chat request that Flask holds, once; None where memory was not asked for.
+    """Read Flask's current chat request, once; None if it is not for memory.
 
     Raises InvalidField for a bad `agent_memory` field or header.
     """
@@ -73,14 +72,14 @@ def _read(host: Any, request: flask.Request) -> Incoming | None:
     options = parse_options(body.get(FIELD), dict(request.headers), now=time.time())
     known = ("none", "auto", *host.known_approaches, *host.plugin_approaches)
     if options.approach is not None and (options.approach not in known or options.approach == SLUG):
-        raise InvalidField(f"{FIELD}.approach", f"{options.approach!r} is no approach of this optillm")
+        raise InvalidField(f"{FIELD}.approach", f"{options.approach!r} is not an approach of this optillm")
     options = identified(options, body, dict(request.headers), maps=runtime().settings.identify_users)
     size = request.content_length or len(request.get_data())  # a body in chunks has no length until it is read
     return Incoming(body, size, tenant_of(request), options, operation, approaches, model)
 
 
 def _approaches(host: Any, body: Mapping[str, Any]) -> tuple[str, tuple[str, ...], str]:
-    # The host's own reading of the model's name, which it does not hand to plugins whole.
+    # The host parses the model's name in the same way, but passes plugins only a part of it.
     model = body.get("model", host.server_config["model"])
     approach = body.get("optillm_approach", host.server_config["approach"])
     messages = body.get("messages")
@@ -101,15 +100,15 @@ def tenant_of(request: flask.Request) -> str:
 
 
 def tenant_of_key(key: str) -> str:
-    """Return the tenant of whoever holds a key: a digest of it, never the key itself."""
+    """Return the tenant of a key: a digest of it, never the key itself."""
     return f"key-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}" if key else ANONYMOUS
 
 
-def caller_of(request: flask.Request, host: Any) -> str:
-    """Return the tenant that a caller of our routes may look at: its own, or all for the operator.
+def caller_of(request: flask.Request, host: Any) -> Tenant:
+    """Return the tenant whose data a caller of our routes may see: its own, or all of them for the operator.
 
-    The operator is who asks without a key, from this machine, a host that listens on this machine alone and asks
-    for no key: who could as well read the file.
+    The operator is a caller without a key, on this machine, of a host that listens on this machine only and has no
+    key: that caller could read the file as well.
     """
     tenant = tenant_of(request)
     forwarded = request.headers.get("X-Forwarded-For") or request.headers.get("Forwarded")
@@ -120,7 +119,7 @@ def caller_of(request: flask.Request, host: Any) -> str:
 
 
 def scope_of(request: flask.Request, tenant: str) -> Scope:
-    """Return the scope that the request's headers and query name."""
+    """Return the scope from the request's headers and query."""
     named = {k: request.args[k] for k in ("namespace", "user_id", "agent_id") if k in request.args}
     headers = dict(request.headers)
     options = parse_options(named, headers, now=time.time())

@@ -1,4 +1,4 @@
-"""The plugin file: written where optillm looks for plugins, and taken away again."""
+"""The plugin file: installed where optillm looks for plugins, and removed again."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["SLUG", "run"]
 
 
 def plugin_path(directory: Path) -> Path:
-    """Return where the plugin file goes so that `optillm` started in the directory loads it."""
+    """Return the path of the plugin file that `optillm` loads if it is started in the directory."""
     return directory / "optillm" / "plugins" / FILE_NAME
 
 
 def install(directory: Path) -> Path:
-    """Write the plugin file; writing it again changes nothing. Raises HostError for a file that is not ours."""
+    """Write the plugin file if it is missing or different. Raises HostError for a file that is not ours."""
     path = plugin_path(directory)
     _refuse_foreign(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def install(directory: Path) -> Path:
 
 
 def uninstall(directory: Path) -> bool:
-    """Remove the plugin file and the folders that are empty then; False where there was none. Raises HostError."""
+    """Remove the plugin file and folders that are empty without it; False if there was none. Raises HostError."""
     path = plugin_path(directory)
     if not path.exists():
         return False
@@ -51,4 +51,4 @@ def uninstall(directory: Path) -> bool:
 
 def _refuse_foreign(path: Path) -> None:
     if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(_MARK):
-        raise HostError(f"{path} was not written by optillm-memory; move it away first")
+        raise HostError(f"{path} was not written by optillm-memory; move it elsewhere first")

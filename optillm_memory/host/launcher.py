@@ -1,4 +1,4 @@
-"""The launcher: stock optillm with the plugin, all of optillm's own options passed on."""
+"""The launcher: stock optillm with the plugin; all of optillm's own options are passed on."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from pathlib import Path
 
 from optillm_memory.errors import HostError
 from optillm_memory.host.install import FILE_NAME, install
+from optillm_memory.host.runtime import checked_settings
 
 
 def serve(arguments: Sequence[str]) -> None:
     """Run optillm with these arguments until it ends.
 
-    Plugins in the working directory (or in `--plugins-dir`, which optillm 0.4.0 itself does not heed) are loaded
-    too. Raises HostError when the plugin cannot be imported: memory would be off and nobody would know.
+    Plugins in the working directory (or in `--plugins-dir`, which optillm 0.4.0 itself ignores) are loaded too. Raises
+    InvalidField for a wrong setting, and HostError if the plugin cannot be imported: memory would be off unnoticed.
     """
+    checked_settings()
     server = importlib.import_module("optillm.server")
     try:
         importlib.import_module("optillm_memory.host.plugin")
@@ -31,7 +33,7 @@ def serve(arguments: Sequence[str]) -> None:
                 (path.parent / other.name).symlink_to(other)
         server.server_config["plugins_dir"] = folder
         sys.argv = ["optillm", *arguments]
-        # What a service manager sends; as an orderly exit it lets the writer put down what is queued.
+        # Sent by service managers; as an orderly exit it lets the writer finish its queue.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         server.main()
 

@@ -1,4 +1,4 @@
-"""The approach `agent_memory`: what optillm calls. The plugin file imports SLUG and run from here."""
+"""The approach `agent_memory` as optillm calls it. The plugin file imports SLUG and run from here."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def run(
 ) -> tuple[dict[str, Any] | str, int]:
     """Answer as optillm's `none` (or the wrapped approach) would, with memory before and after.
 
-    Returns a whole completion where the host passes it on, else (text, completion tokens). Upstream errors pass
-    through unchanged.
+    Returns a whole completion if the host passes it on, otherwise (text, completion tokens). Upstream errors are
+    raised unchanged.
     """
     server = host()
     config = dict(request_config or {})
     field = config.pop(FIELD, None)
-    config.pop("optillm_approach", None)  # the host's own, which it leaves in: no upstream knows it
+    config.pop("optillm_approach", None)  # the host leaves its own field in; no upstream knows it
     if not flask.has_request_context():
         return _batched(server, system_prompt, initial_query, client, model, config, field)
     exchange: Exchange | None = flask.g.get(FIELD)
@@ -42,7 +42,7 @@ def run(
         assert incoming is not None
         body = incoming.body.get("messages")
         if messages is None and incoming.operation == "AND" and incoming.approaches[0] != SLUG:
-            messages = _as_messages(system_prompt, initial_query)  # what the approach before us made of it
+            messages = _as_messages(system_prompt, initial_query)  # the query from the approach before us
         elif messages is None:
             messages = server.strip_optillm_approach_tags(body if isinstance(body, list) else [])
         incoming = incoming.with_messages(messages)
@@ -57,14 +57,14 @@ def run(
         return exchange.labelled(exchange.completion), 0
     if exchange.incoming.operation == "SINGLE" and exchange.inner == "none":
         return _share_out(exchange, client, model, config)
-    # The host runs us n times, or beside or after others: one answer each time, in words.
+    # The host calls us n times, or in parallel with or after other approaches: one text answer for each call.
     completion = exchange.ask(client, model, {**config, "n": 1})
     return _text(completion), _tokens(completion)
 
 
 def _share_out(exchange: Exchange, client: Any, model: str, config: dict[str, Any]) -> tuple[str, int]:
-    # The host calls once for each of n choices; `none` asks upstream once for all of them, and so do we. What
-    # words cannot carry (tool calls, finish reasons) is put back into the response on its way out.
+    # The host calls once for each of n choices; `none` asks upstream once for all of them, and so do we. What text
+    # cannot carry (tool calls, finish reasons) is restored in the response before it is sent.
     if exchange.completion is None:
         exchange.completion = exchange.ask(client, model, config)
     choices = exchange.completion.get("choices") or []
@@ -77,7 +77,7 @@ def _share_out(exchange: Exchange, client: Any, model: str, config: dict[str, An
 def _batched(
     server: Any, system_prompt: str, query: str, client: Any, model: str, config: dict[str, Any], field: Any
 ) -> tuple[str, int]:
-    # In batch mode there is no request to read: no headers, no caller, no messages.
+    # Batch mode has no request: no headers, no caller, no messages.
     options = parse_options(field, now=time.time())
     body = {"model": model, "messages": _as_messages(system_prompt, query), **config}
     incoming = Incoming(body, 0, "batch", options, "SINGLE", (SLUG,), model)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import Any
 
 import flask
@@ -13,9 +12,8 @@ from optillm_memory.errors import AgentMemoryError, InvalidField, NotFound, Stor
 from optillm_memory.host.incoming import ANONYMOUS, caller_of, scope_of
 from optillm_memory.host.runtime import runtime
 from optillm_memory.host.server import host
-from optillm_memory.learn.uplift import report
-from optillm_memory.memory import OPERATOR, Memory
-from optillm_memory.records import Hit, MemoryRecord
+from optillm_memory.memory import Memory
+from optillm_memory.records import OPERATOR, Hit, MemoryRecord, Scope, Tenant
 from optillm_memory.store.maintenance.selection import Selection
 
 FEEDBACK_BYTES = 1_000_000
@@ -33,7 +31,7 @@ def error_response(message: str, status: int, *, param: str | None = None, code:
 
 @blueprint.errorhandler(AgentMemoryError)
 def on_error(error: AgentMemoryError) -> Answer:
-    """Say what is wrong, with the status that fits."""
+    """Return the error with the status that fits it."""
     if isinstance(error, InvalidField):
         return error_response(str(error), 400, param=error.param, code="invalid_field")
     if isinstance(error, NotFound):
@@ -45,9 +43,9 @@ def on_error(error: AgentMemoryError) -> Answer:
 
 @blueprint.post("/feedback")
 def feedback() -> Answer:
-    """Take feedback; 202 once it is on disk and its effect is to be seen."""
+    """Accept feedback; 202 means that it is on disk and already has its effect."""
     request = flask.request
-    # One byte more than is taken: a chunked body, whose length nobody knows, is cut off there without a word.
+    # One byte above the limit: a chunked body, which has no length, is cut off there without an error.
     request.max_content_length = FEEDBACK_BYTES + 1
     try:
         is_whole = len(request.get_data()) <= FEEDBACK_BYTES
@@ -58,21 +56,17 @@ def feedback() -> Answer:
     payload = request.get_json(silent=True, force=True)
     if payload is None:
         raise InvalidField("feedback", "must be a JSON object or a list of objects")
-    tenant = caller_of(request, host())
-    scope = scope_of(request, ANONYMOUS if tenant == OPERATOR else tenant)
+    tenant, scope = _visible(), _scope()
     named = tenant != OPERATOR or any(k.lower().startswith("x-agent-memory-") for k in dict(request.headers))
-    try:
-        receipts = _memory().feedback(payload, tenant=tenant, scope=scope if named else None)
-    except (TimeoutError, FutureTimeoutError):
-        raise StoreUnavailable("the database did not answer in time; send it again with the same feedback_id") from None
+    receipts = _memory().feedback(payload, tenant=tenant, scope=scope if named else None)
     bodies = [r.as_dict() for r in receipts]
     return flask.jsonify(bodies if isinstance(payload, list) else bodies[0]), 202
 
 
 @blueprint.get("/traces")
 def traces() -> Answer:
-    """Return the caller's latest traces; `?query=` keeps those whose task or answer holds a text."""
-    found = _memory().store.traces(_visible(), limit=_limit(), text=flask.request.args.get("query", ""))
+    """Return the caller's latest traces; `?text=` keeps those whose task or answer contains a text."""
+    found = _memory().traces(tenant=_visible(), limit=_limit(), text=flask.request.args.get("text", ""))
     return flask.jsonify({"object": "list", "data": found}), 200
 
 
@@ -84,21 +78,19 @@ def trace(trace_id: str) -> Answer:
 
 @blueprint.get("/traces/<trace_id>/why")
 def why(trace_id: str) -> Answer:
-    """Return why a request was answered as it was: what memory had to say, and what was decided."""
+    """Return why a request was answered as it was: what was recalled, injected or skipped, and the decision."""
     return flask.jsonify(_memory().why(trace_id, tenant=_visible())), 200
 
 
 @blueprint.get("/memories")
 def memories() -> Answer:
-    """Return the caller's memories; with `?query=`, what a request with that task would recall in the scope."""
-    memory, query = _memory(), flask.request.args.get("query")
+    """Return the latest memories; with `?query=`, what a request with that task would recall in the scope."""
+    query = flask.request.args.get("query")
     if query is None:
-        data = [shown(m) for m in memory.store.list_memories(_visible(), limit=_limit())]
+        found: Sequence[MemoryRecord | Hit] = _memory().memories(tenant=_visible(), limit=_limit())
     else:
-        tenant = caller_of(flask.request, host())
-        scope = scope_of(flask.request, ANONYMOUS if tenant == OPERATOR else tenant)
-        data = [shown_hit(hit) for hit in memory.recall(query, scope=scope, limit=_limit())]
-    return flask.jsonify({"object": "list", "data": data}), 200
+        found = _memory().recall(query, scope=_scope(), limit=_limit())
+    return flask.jsonify({"object": "list", "data": [each.as_dict() for each in found]}), 200
 
 
 @blueprint.get("/memories/<memory_id>")
@@ -109,82 +101,64 @@ def one_memory(memory_id: str) -> Answer:
 
 @blueprint.delete("/memories/<memory_id>")
 def forget_memory(memory_id: str) -> Answer:
-    """Delete for good what a memory rests on, and so the memory; 202 with the receipt of its erasure."""
+    """Delete for good what a memory is based on, and so the memory; 202 with the receipt of its erasure."""
     return _forgotten(memory_id=memory_id)
 
 
 @blueprint.delete("/traces/<trace_id>")
 def forget_trace(trace_id: str) -> Answer:
-    """Delete a trace for good, with all that was derived, copied or said of it; 202 with a receipt."""
+    """Delete a trace for good, with its feedback and everything derived or copied from it; 202 with a receipt."""
     return _forgotten(trace_id=trace_id)
 
 
 @blueprint.delete("/namespaces/<name>")
 def forget_namespace(name: str) -> Answer:
-    """Delete for good all that the caller has in a namespace; `?user_id=` and `?agent_id=` narrow it; 202."""
+    """Delete for good everything of the caller in a namespace; `?user_id=` and `?agent_id=` narrow it; 202."""
     narrowed = {key: value for key in ("user_id", "agent_id") if (value := flask.request.args.get(key)) is not None}
     return _forgotten(namespace=name, **narrowed)
 
 
 @blueprint.get("/erasures/<receipt>")
 def erasure(receipt: str) -> Answer:
-    """Return whether what a DELETE deleted is out of all files by now."""
+    """Return whether the bytes of what a DELETE deleted are out of all files by now."""
     return flask.jsonify(_memory().erasure(receipt)), 200
 
 
 @blueprint.get("/uplift")
 def uplift() -> Answer:
-    """Return what memory changed in the outcome of the caller's episodes; `?limit=` memories of each scope."""
-    episodes = _memory().store.episodes(_visible())
-    return flask.jsonify(report(episodes, limit=_limit())), 200
+    """Return how memory changed the outcome of the caller's episodes; `?limit=` memories of each scope."""
+    return flask.jsonify(_memory().uplift(tenant=_visible(), limit=_limit())), 200
 
 
 @blueprint.get("/policy")
 def policy() -> Answer:
-    """Return the arms of approach `auto` and what is believed of them in the caller's scope."""
-    tenant = caller_of(flask.request, host())
-    scope = scope_of(flask.request, ANONYMOUS if tenant == OPERATOR else tenant)
-    return flask.jsonify(_memory().policy(scope)), 200
+    """Return the arms of approach `auto` and what is estimated of them in the caller's scope."""
+    return flask.jsonify(_memory().policy(_scope())), 200
 
 
 @blueprint.get("/stats")
 def stats() -> Answer:
-    """Return counts of the whole store, and the faults that requests were kept from."""
+    """Return counts of the whole store, and the faults that failed open, by name."""
     return flask.jsonify({**_memory().stats(), "faults": dict(runtime().fail_open.faults)}), 200
 
 
 @blueprint.post("/rebuild")
 def rebuild() -> Answer:
-    """Fold the whole log again; for the operator, or the holder of the host's key."""
-    if caller_of(flask.request, host()) != OPERATOR and not host().server_config["optillm_api_key"]:
+    """Derive everything again from the log; for the operator, or the holder of the host's key."""
+    if _visible() != OPERATOR and not host().server_config["optillm_api_key"]:
         return error_response("rebuild is for the operator: ask from this machine, without a key", 403)
     return flask.jsonify(_memory().rebuild()), 200
 
 
 @blueprint.get("/ready")
 def ready() -> Answer:
-    """Write to the database and say so; 503 where that fails."""
-    memory = _memory()
-    try:
-        memory.store.write(lambda tx: tx.probe()).result(5)
-    except (TimeoutError, FutureTimeoutError):
-        raise StoreUnavailable("the database did not answer within 5 seconds") from None
-    return flask.jsonify({"status": "ready", "encoder": memory.encoder.state}), 200
-
-
-def shown(memory: MemoryRecord) -> dict[str, Any]:
-    """Return a memory as a JSON object."""
-    return {**asdict(memory), "value": round(memory.value, 4)}
-
-
-def shown_hit(hit: Hit) -> dict[str, Any]:
-    """Return a hit as a JSON object: the memory with its score parts."""
-    return {**shown(hit.memory), "score": hit.score, "cosine": hit.cosine, "lexical": hit.lexical}
+    """Return whether the database can be written, by writing to it; 503 if not."""
+    _memory().probe()
+    return flask.jsonify({"status": "ready", "encoder": _memory().encoder.state}), 200
 
 
 def _forgotten(**named: Any) -> Answer:
-    """Delete at once; 202, for the bytes leave the files in the background: the receipt tells when."""
-    return flask.jsonify(_memory().forget(Selection(tenant=_visible(), **named))), 202
+    return flask.jsonify(_memory().delete(Selection(tenant=_visible(), **named))), 202
 
 
 def _memory() -> Memory:
@@ -194,9 +168,12 @@ def _memory() -> Memory:
     return memory
 
 
-def _visible() -> str | None:
-    tenant = caller_of(flask.request, host())
-    return None if tenant == OPERATOR else tenant
+def _visible() -> Tenant:
+    return caller_of(flask.request, host())
+
+
+def _scope() -> Scope:
+    return scope_of(flask.request, _visible() or ANONYMOUS)
 
 
 def _limit() -> int:

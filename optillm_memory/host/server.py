@@ -1,4 +1,4 @@
-"""What is leaned on in optillm's server module, found however optillm was started."""
+"""Finds optillm's server module, however optillm was started, and lists what we use of it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ NAMES = (
 
 
 def host() -> Any:
-    """Return the server module that serves: `python -m optillm.server` makes it `__main__`, a second copy.
+    """Return the serving module; `python -m optillm.server` runs a second copy of it, as `__main__`.
 
-    Raises HostError when it lacks something that the plugin needs.
+    Raises HostError if it lacks something that the plugin needs.
     """
     module: Any = sys.modules.get("__main__")
     if not all(hasattr(module, name) for name in ("app", "plugin_approaches", "execute_single_approach")):

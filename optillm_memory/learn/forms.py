@@ -1,4 +1,4 @@
-"""Forms: what two answers are reduced to before they are compared; a task may need one of its own."""
+"""Answer forms: the normal forms in which answers are compared; a task may need one of its own."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from collections.abc import Callable
 
 from optillm_memory.errors import InvalidField
 from optillm_memory.learn.outcomes import normal_answer
+from optillm_memory.settings import env_name
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def form_named(name: str) -> Callable[[str], str]:
-    """Return the form of a name: `text`, `number`, `json`, or `module:function` from the caller's own code.
+    """Return the named form: `text`, `number`, `json`, or `module:function` from the caller's own code.
 
-    Raises InvalidField for another name, and for a module or function that is not there.
+    Raises InvalidField for another name, and for a missing module or function.
     """
     if name in _FORMS:
         return _FORMS[name]
@@ -25,9 +26,11 @@ def form_named(name: str) -> Callable[[str], str]:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         known = ", ".join(_FORMS)
-        raise InvalidField("answer_form", f"{name!r} is none of {known}, and no module:function ({error})") from None
+        raise InvalidField(
+            env_name("answer_form"), f"{name!r} is none of {known}, and no module:function ({error})"
+        ) from None
     if not callable(found):
-        raise InvalidField("answer_form", f"{name!r} is not a function")
+        raise InvalidField(env_name("answer_form"), f"{name!r} is not a function")
     return _guarded(found)
 
 
@@ -50,7 +53,7 @@ def _guarded(form: Callable[[str], object]) -> Callable[[str], str]:
     def guarded(answer: str) -> str:
         try:
             return str(form(answer))
-        except Exception:  # noqa: BLE001 - somebody else's code: an answer that it cannot read is compared as text
+        except Exception:  # noqa: BLE001 - the caller's code: an answer that it cannot read is compared as text
             return normal_answer(answer)
 
     return guarded

@@ -1,4 +1,4 @@
-"""Books of fixes, kept between requests: inducing programs and fitting a calibrator take longer than a request may."""
+"""The suggester keeps fix books between requests: to induce programs and fit a calibrator takes longer than one may."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
 from optillm_memory.learn.suggest import Calibrator, Example, FixBook, Suggestion, normal
+from optillm_memory.records import ThreadStarter
 
 KEPT = 64
 _FIT_FROM = 30
@@ -16,15 +17,15 @@ _REHEARSED = 32
 _PAUSE_S = 0.05  # between rehearsals, so that requests have the interpreter in between
 
 
-class Books:
-    """Fix books by their content, and calibrators by owner (a scope's tool); both are safe to share among threads.
+class Suggester:
+    """Fix books by their content, and calibrators by owner (a scope's tool). Thread-safe.
 
-    A calibrator is fitted behind the request that first needs it; until it is there, the constants stand.
+    A calibrator is fitted in the background of the request that first needs it; until then the constants stand.
     """
 
-    def __init__(self, *, background: bool = True) -> None:
-        """Fit in the background; `background` False fits at once, for tests and benches."""
-        self._background = background
+    def __init__(self, start: ThreadStarter) -> None:
+        """`start` gives the fitting a thread."""
+        self._start = start
         self._lock = threading.Lock()
         self._books: OrderedDict[tuple[Hashable, tuple[Example, ...]], tuple[FixBook, threading.Lock]] = OrderedDict()
         self._fitted: OrderedDict[Hashable, tuple[int, Calibrator]] = OrderedDict()
@@ -51,25 +52,19 @@ class Books:
             self._books.move_to_end(key)
             while len(self._books) > KEPT:
                 self._books.popitem(last=False)
-            fit = len(examples) >= max(_FIT_FROM, _GROWN * count) and not self._fitting
-            self._fitting = self._fitting or fit
-        if fit and self._background:
-            threading.Thread(target=self._fit, args=key, name="agent-memory-calibrate", daemon=True).start()
-        elif fit:
-            self._fit(*key)
+            if len(examples) >= max(_FIT_FROM, _GROWN * count) and not self._fitting:
+                self._start("agent-memory-calibrate", lambda: self._fit(*key))
+                self._fitting = True  # before the thread, which waits for the lock, says that it is done
         return known
 
     def _fit(self, owner: Hashable, examples: tuple[Example, ...]) -> None:
+        fitted = None
         try:
-            book, shares, right = FixBook(examples, calibrator=Calibrator()), [], []
-            for index in range(0, len(examples), max(1, len(examples) // _REHEARSED)):
-                example = examples[index]
-                if (found := book.best(example.action, example.output, without=index)) is not None:
-                    shares.append(found[1])
-                    right.append(normal(found[0]) == normal(example.fix))
-                time.sleep(_PAUSE_S if self._background else 0)
-            calibrator = Calibrator().fitted(shares, right)
+            fitted = self._calibrator(examples)
+        finally:  # where it could not be fitted, the present one stands until there are more examples
             with self._lock:
+                calibrator = fitted or self._fitted.get(owner, (0, Calibrator()))[1]
+                self._fitting = False
                 self._fitted[owner] = len(examples), calibrator
                 self._fitted.move_to_end(owner)
                 while len(self._fitted) > KEPT:
@@ -77,5 +72,13 @@ class Books:
                 for (whose, _), (book, _) in self._books.items():
                     if whose == owner:
                         book.calibrator = calibrator
-        finally:
-            self._fitting = False
+
+    def _calibrator(self, examples: Sequence[Example]) -> Calibrator:
+        book, shares, right = FixBook(examples, calibrator=Calibrator()), [], []
+        for index in range(0, len(examples), max(1, len(examples) // _REHEARSED)):
+            example = examples[index]
+            if (found := book.best(example.action, example.output, without=index)) is not None:
+                shares.append(found[1])
+                right.append(normal(found[0]) == normal(example.fix))
+            time.sleep(_PAUSE_S)
+        return Calibrator().fitted(shares, right)

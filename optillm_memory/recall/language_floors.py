@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from optillm_memory.conversation.language import language_of
-from optillm_memory.recall.vectors.flat import reach, spread_of
+from optillm_memory.recall.relevance_floor import expected_maximum, spread_of
 from optillm_memory.records import Scope
 
 SAMPLE = 256  # the latest memories of a scope
@@ -64,8 +64,8 @@ class LanguageFloors:
         middle, spread, count = measured.spreads.get(language, (0.0, 0.0, 0))
         if count < _FROM:
             return None
-        own = reach((middle, spread), count)
-        return own if own <= reach(unrelated, count) + _TRUSTED else None
+        own = expected_maximum((middle, spread), count)
+        return own if own <= expected_maximum(unrelated, count) + _TRUSTED else None
 
     def _measured(self, scope: Scope, fingerprint: str, revision: int) -> _Measured:
         with self._lock:

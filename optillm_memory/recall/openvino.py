@@ -51,7 +51,7 @@ class OpenVinoEncoder:
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(int(original.model.max_seq_length))
         self._dimension = int(original.model[0].auto_model.config.hidden_size)
-        self.fingerprint = original.fingerprint
+        self.fingerprint, self.former_fingerprints = original.fingerprint, original.former_fingerprints
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Return unit vectors: the mean over each text's tokens (Reimers and Gurevych 2019, section 3)."""

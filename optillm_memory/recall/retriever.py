@@ -1,8 +1,8 @@
-"""Recall in one scope: words and meaning searched, fused, weighed; only what is relevant comes back."""
+"""Recall in one scope: words and vectors are searched, fused and weighted; only relevant memories are returned."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -12,11 +12,12 @@ from optillm_memory.conversation.language import ENGLISH, language_of
 from optillm_memory.recall import language_floors
 from optillm_memory.recall.language_floors import LanguageFloors
 from optillm_memory.recall.ranking import Candidate, Ranked, fuse, rank
-from optillm_memory.recall.vectors import cache as corpora
-from optillm_memory.recall.vectors.cache import Asked, IndexCache
-from optillm_memory.recall.vectors.flat import UNRELATED
-from optillm_memory.recall.vectors.ivf import Files
-from optillm_memory.recall.vectors.scope_index import NEVER, Change, Index, Limits, Version
+from optillm_memory.recall.relevance_floor import UNRELATED
+from optillm_memory.recall.vectors import source as vector_source
+from optillm_memory.recall.vectors.cache import Index, IndexCache, IndexKey, Worker
+from optillm_memory.recall.vectors.ivf_format import Files
+from optillm_memory.recall.vectors.scope_index import Limits
+from optillm_memory.recall.vectors.source import NEVER, Change, Version
 from optillm_memory.recall.word_agreement import agreements, terms
 from optillm_memory.records import Hit, MemoryRecord, Scope
 
@@ -27,26 +28,43 @@ BREADTH, LEXICAL_BREADTH, _TERMS = 50, 20, 64
 OTHER_FRAME = 0.8
 # A cosine so little above the floor is no proof by itself: then the words have to agree, too.
 _UNSURE = 0.1
-_OWN = 3  # hits that may turn out to rest on the episode itself
+_OWN = 3  # hits that may turn out to have the episode itself as their only evidence
 
 
-class Source(corpora.Source, language_floors.Source, Protocol):
+class Source(vector_source.Source, language_floors.Source, Protocol):
     """What recall reads; every call is bound to one scope."""
+
+    def lexical(self, scope: Scope, query: Sequence[str], limit: int, *, alone: bool) -> list[tuple[int, float]]:
+        """Return (number, coverage) of memories that share words of the query, best first.
+
+        `alone` means that vectors are not searched beside this.
+        """
+
+    def memories(self, scope: Scope, numbers: Iterable[int]) -> Mapping[int, MemoryRecord]:
+        """Return the verified memories of the scope that have these numbers."""
+
+    def of_episode_alone(self, scope: Scope, memory_ids: Sequence[str], episode_id: str) -> set[str]:
+        """Return those of the memories whose only evidence is this episode."""
 
 
 class Retriever:
-    """Searches one scope at a time; the vectors of recently used scopes are at hand."""
+    """Searches one scope at a time; the indexes of recently used scopes are kept."""
 
-    def __init__(self, source: Source, files: Files | None = None, limits: Limits | None = None) -> None:
-        """Start with nothing loaded; a scope is opened at its first recall. `files` are for large scopes."""
+    def __init__(
+        self, source: Source, loader: Worker, writer: Worker, files: Files | None = None, limits: Limits | None = None
+    ) -> None:
+        """Start with nothing loaded; a scope is opened at its first recall.
+
+        `loader` and `writer` do the background work (see `IndexCache`); `files` hold the vectors of large scopes.
+        """
         self._source = source
-        self._corpora = IndexCache(source, files, limits or Limits())
+        self._indexes = IndexCache(source, files, limits or Limits(), loader, writer)
         self._floors = LanguageFloors(source)
-        self._dimensions: dict[str, int] = {}  # of the vectors of each encoder that was heard of
+        self._dimensions: dict[str, int] = {}  # of the vectors of each encoder that was used
 
     def close(self) -> None:
-        """End what is done behind the requests."""
-        self._corpora.close()
+        """End the background work."""
+        self._indexes.close()
 
     def recall(
         self,
@@ -62,8 +80,8 @@ class Retriever:
     ) -> list[Hit]:
         """Return up to `limit` relevant hits, best first.
 
-        `vector` fetches the key's vector, and is called when words have been looked up and the scope is up to date: the
-        encoder works meanwhile. Where it gives None, recall is lexical.
+        `vector` waits for the key's vector, and is called when words have been looked up and the scope is up to date:
+        the encoder works meanwhile. Where it returns None, recall is lexical.
         An episode's own traces are left out, so that an answer is never its own evidence.
         """
         lexical = self._source.lexical(scope, terms(key, _TERMS), LEXICAL_BREADTH, alone=not fingerprint)
@@ -71,12 +89,12 @@ class Retriever:
         cosines: dict[int, float] = {}
         floor = 0.0
         dimension = self._dimensions.get(fingerprint, 0)
-        # After the words: what they found is in the index, too.
-        index = self._index(Asked(scope, fingerprint, dimension, unrelated)) if dimension else None
+        # After the words: what they found is in the index too.
+        index = self._index(IndexKey(scope, fingerprint, dimension, unrelated)) if dimension else None
         if (query := vector()) is not None:
             if len(query) != dimension:
                 self._dimensions[fingerprint] = len(query)
-                index = self._index(Asked(scope, fingerprint, len(query), unrelated))
+                index = self._index(IndexKey(scope, fingerprint, len(query), unrelated))
             if index is not None:
                 floor = index.floor
                 dense = index.search(query, BREADTH)
@@ -125,7 +143,7 @@ class Retriever:
         frame: str,
         limit: int,
     ) -> list[Hit]:
-        """Return the hits, weighed by value, less what rests on the episode alone."""
+        """Return the hits, weighted by value, without those whose only evidence is the episode itself."""
         hits = []
         for item in ranked:
             memory = found.get(item.candidate.number)
@@ -138,13 +156,13 @@ class Retriever:
             hits = [h for h in hits if h.memory.memory_id not in own]
         return hits[:limit]
 
-    def _index(self, asked: Asked) -> Index | None:
-        return self._corpora.index(asked, self._source.revision(asked.scope))
+    def _index(self, key: IndexKey) -> Index | None:
+        return self._indexes.index(key, self._source.revision(key.scope))
 
     @property
     def busy(self) -> bool:
-        """Whether vectors are being taken in, written or examined behind the requests."""
-        return self._corpora.busy
+        """Whether vectors are being loaded, written or checked in the background."""
+        return self._indexes.busy
 
     def near(
         self,
@@ -160,7 +178,7 @@ class Retriever:
 
         `version` is the source's for this scope, as the caller just read it.
         """
-        index = self._corpora.index(Asked(scope, fingerprint, len(query), unrelated), version)
+        index = self._indexes.index(IndexKey(scope, fingerprint, len(query), unrelated), version)
         if index is None:
             return []
         return [(number, cosine, index.revision(number)) for number, cosine in index.search(query, count)]

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from optillm_memory.background.threads import start_thread
 from optillm_memory.conversation.actions import Action, action_of, normal_action
 from optillm_memory.conversation.observation import read
 from optillm_memory.conversation.parse import Conversation
@@ -17,8 +18,8 @@ from optillm_memory.decide.guard import known_to_fail, of_same_form, same_but_fo
 from optillm_memory.inject.advice import Advice
 from optillm_memory.learn.attempts import environment_of, message_of
 from optillm_memory.learn.suggest import Example, Suggestion
-from optillm_memory.learn.suggester import Books
-from optillm_memory.records import KnownFix, PastAttempt, Scope, Step
+from optillm_memory.learn.suggester import Suggester
+from optillm_memory.records import KnownFix, PastAttempt, Scope
 from optillm_memory.request.turn import Turn
 from optillm_memory.settings import Settings
 
@@ -53,24 +54,24 @@ class Source(Protocol):
 
 
 class Adviser:
-    """Suggests fixes in one scope at a time; keeps the books of recently asked tools."""
+    """Suggests fixes, in one scope at a time."""
 
     def __init__(self, source: Source, settings: Settings, clock: Callable[[], float]) -> None:
-        """Read from a source; build a book of fixes when it is first asked."""
+        """Read from a source; what fixes teach is worked out when it is first asked for."""
         self._source = source
         self._settings = settings
         self._clock = clock
-        self._books = Books()
+        self._suggester = Suggester(start_thread)
 
-    def on_results(self, turn: Turn, conversation: Conversation, pending: Sequence[Advice] = ()) -> list[Advice]:
+    def on_results(self, turn: Turn, pending: Sequence[Advice] = ()) -> list[Advice]:
         """Return advice on the actions whose results came with this request and show a failure.
 
-        `pending` is advice on what was asked for; what the results have settled is left out of it.
+        `pending` is advice on the actions that were asked for; those that the results have settled are left out.
         """
         found = []
         settled = set()
-        tried = self._tried(conversation)
-        for step in conversation.observed[:_LOOKED_AT]:
+        tried = self._tried(turn)
+        for step in turn.parsed.observed[:_LOOKED_AT]:
             reading = read(step.observation or "", tool=step.tool, arguments=step.arguments)
             action = self._action(step.tool, step.arguments)
             if reading.verdict == "success":
@@ -90,13 +91,13 @@ class Adviser:
                     break
         return [*(a for a in pending if (a.tool, a.field, normal_action(a.action)) not in settled), *found]
 
-    def on_answer(self, turn: Turn, conversation: Conversation, message: Mapping[str, Any]) -> list[Advice]:
+    def on_answer(self, turn: Turn, message: Mapping[str, Any]) -> list[Advice]:
         """Return advice on the actions of an answer that are known to fail; empty where there are none."""
         found = []
-        tried = self._tried(conversation)
-        for tool, arguments in actions_in(message, conversation)[:_LOOKED_AT]:
+        tried = self._tried(turn)
+        for tool, arguments in actions_in(message, turn.parsed)[:_LOOKED_AT]:
             action = self._action(tool, arguments)
-            failures = self.failures_of(turn, action, conversation.steps)
+            failures = self._failures(turn, action)
             if not failures:
                 found += self._alike(turn, action, tried)
                 continue
@@ -104,8 +105,8 @@ class Adviser:
             fixes = self._suggested(turn, action, latest.output, latest.signature)
             if any(fix.relation == "first" and _words(action, text) in tried for fix, text, _ in fixes):
                 continue  # what was missing has been done
-            told = {_words(action, action.text), *tried}
-            news = [f for f in fixes if f[0].relation == "note" or _words(action, f[1]) not in told]
+            known = {_words(action, action.text), *tried}
+            news = [f for f in fixes if f[0].relation == "note" or _words(action, f[1]) not in known]
             fix, text, confidence = news[0] if news else (None, "", 0.0)
             found.append(_advice(action, len(failures), latest.message, fix, text, confidence))
         return found
@@ -129,20 +130,19 @@ class Adviser:
             worked = self._source.worked(turn.scope, action.key, environment=environment_of(turn.options.tags))
             if any(of_same_form(action.text, text, places) for text in worked):
                 return []
-            said = [
-                s for s in self._suggested(turn, action, fix.output, fix.signature) if _words(action, s[1]) not in tried
-            ]
-            return [_advice(action, 1, error, *said[0])] if said else []
+            suggested = self._suggested(turn, action, fix.output, fix.signature)
+            fresh = [s for s in suggested if _words(action, s[1]) not in tried]
+            return [_advice(action, 1, error, *fresh[0])] if fresh else []
         return []
 
-    def failures_of(self, turn: Turn, action: Action, here: Sequence[Step]) -> list[PastAttempt]:
+    def _failures(self, turn: Turn, action: Action) -> list[PastAttempt]:
         """Return the failures that speak against an action now."""
         past = self._source.past_attempts(turn.scope, action.key, environment=environment_of(turn.options.tags))
         expiry_s = self._settings.guard_expiry_days * _DAY_S
-        return known_to_fail(past, here, episode_id=turn.episode_id, now=self._clock(), expiry_s=expiry_s)
+        return known_to_fail(past, turn.parsed.steps, episode_id=turn.episode_id, now=self._clock(), expiry_s=expiry_s)
 
-    def _tried(self, conversation: Conversation) -> set[tuple[str, str, str]]:
-        actions = [self._action(s.tool, s.arguments) for s in conversation.steps[-_REMEMBERED:]]
+    def _tried(self, turn: Turn) -> set[tuple[str, str, str]]:
+        actions = [self._action(s.tool, s.arguments) for s in turn.parsed.steps[-_REMEMBERED:]]
         return {_words(action, action.text) for action in actions}
 
     def _action(self, tool: str, arguments: str) -> Action:
@@ -168,7 +168,7 @@ class Adviser:
         suggestion: Suggestion | None = None
         usable = [f for f in fixes if f.relation != "note"]
         if usable:
-            suggestion = self._books.suggest(
+            suggestion = self._suggester.suggest(
                 (turn.scope, action.tool),
                 # A value that moves a little makes no other book.
                 [Example(f.action, f.output, f.text, max(round(f.value, 1), 0.1)) for f in usable],

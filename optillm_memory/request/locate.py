@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from optillm_memory.conversation import parse as conversations
 from optillm_memory.conversation.episodes import Candidate, Located, locate, merged
 from optillm_memory.conversation.parse import Conversation
-from optillm_memory.conversation.recent import Recent
+from optillm_memory.conversation.recent import RecentEpisodes
 from optillm_memory.conversation.text import BLOCK_OPEN, text_of
+from optillm_memory.inject.advice import Advice
 from optillm_memory.inject.place import still_anchored
 from optillm_memory.inject.refusals import Refusals
 from optillm_memory.records import Placement, Scope
@@ -32,6 +33,9 @@ class Source(Protocol):
     def unforgotten(self, placements: Sequence[Placement]) -> Sequence[Placement]:
         """Return the placements less what has been forgotten since."""
 
+    def forgotten(self, memory_ids: Iterable[str]) -> set[str]:
+        """Return which of these memories have been forgotten."""
+
 
 class Locator:
     """Finds episodes and their insertions on disk, and among what this process has under way."""
@@ -40,19 +44,17 @@ class Locator:
         """Start with nothing under way."""
         self._source = source
         self._clock = clock
-        self.recent = Recent()
-        self.refusals = Refusals()
+        self._recent = RecentEpisodes()
+        self._refusals = Refusals()
 
-    def located(self, turn: Turn) -> Turn:
+    def locate(self, turn: Turn) -> Turn:
         """Return the turn in its episode: named by the caller, else the one whose conversation this continues."""
-        conversation = turn.conversation
-        assert conversation is not None
-        located = self._found(turn, conversation)
+        located = self._found(turn, turn.parsed)
         if located is not None:
             if located.continued:
-                self.recent.take(turn.scope, located, self._clock())
+                self._recent.take(turn.scope, located, self._clock())
             turn = replace(turn, episode_id=located.episode_id, located=located)
-        if not any(BLOCK_OPEN in text_of(message) for message in conversation.messages):
+        if not any(BLOCK_OPEN in text_of(message) for message in turn.parsed.messages):
             return turn
         # A client may send back what memory itself had put there.
         blocks = [p.payload for p in self._ledger(turn, turn.episode_id) if isinstance(p.payload, str)]
@@ -61,25 +63,46 @@ class Locator:
     def settle(self, turn: Turn, prefixes: Sequence[str], *, answered: bool) -> None:
         """Note what became of a turn, and the prefixes with which its conversation goes on."""
         if answered:
-            self.recent.remember(turn.scope, turn.episode_id, prefixes, turn.for_ledger, self._clock())
+            self._recent.remember(turn.scope, turn.episode_id, prefixes, turn.for_ledger, self._clock())
         if turn.located is not None and turn.located.continued:
-            self.recent.settle(turn.scope, turn.located, answered=answered)
+            self._recent.settle(turn.scope, turn.located, answered=answered)
+
+    def keep_advice(self, turn: Turn, advice: Sequence[Advice]) -> None:
+        """Keep advice for the next request of an episode."""
+        self._recent.advise(turn.scope, turn.episode_id, advice, self._clock())
+
+    def pending_advice(self, turn: Turn) -> Sequence[Advice]:
+        """Return, once, the advice that was kept for this request, less what has been forgotten since."""
+        pending = self._recent.pending_advice(turn.scope, turn.episode_id, self._clock())
+        gone = self._source.forgotten(item.memory_id for item in pending)
+        return [item for item in pending if item.memory_id not in gone]
+
+    def refused_forms(self, turn: Turn) -> frozenset[str]:
+        """Return the forms of insertion that are not to be tried with this model, or in this episode."""
+        return self._refusals.forms(turn.scope, turn.episode_id, turn.model, self._clock())
+
+    def refuse(self, turn: Turn) -> Turn:
+        """Return the turn as it goes out where the upstream refused it with memory and took it without.
+
+        The forms of what was inserted are not tried with this model for a while, nor in this episode again.
+        """
+        forms = {p.form for p in turn.placements}
+        self._refusals.note(turn.scope, turn.episode_id, turn.model, forms, self._clock())
+        return turn.as_sent().skip("refused_with_memory", form=",".join(sorted(forms)))
 
     def standing(self, turn: Turn, refused: frozenset[str]) -> list[Placement]:
         """Return what earlier requests put into this conversation, where it still stands as it did."""
-        conversation = turn.conversation
-        assert conversation is not None
         if turn.located is None and turn.options.episode_id is None:
             return []
         inherits = turn.located.inherits if turn.located is not None else ""
         ledger = self._source.unforgotten(self._ledger(turn, inherits or turn.episode_id))
-        return [p for p in still_anchored(ledger, conversation.prefixes) if p.form not in refused]
+        return [p for p in still_anchored(ledger, turn.parsed.prefixes) if p.form not in refused]
 
     def _found(self, turn: Turn, conversation: Conversation) -> Located | None:
         scope, named, now = turn.scope, turn.options.episode_id, self._clock()
         known = conversation.answered_prefixes()
         for continued, continuation in known:
-            under_way = self.recent.episodes_of(scope, continued)
+            under_way = self._recent.episodes_of(scope, continued)
             candidates = merged(self._source.episodes_of(scope, continued), under_way)
             if named is not None:  # the caller's word holds; is the conversation so far that episode's?
                 if any(c.episode_id == named for c in candidates):
@@ -95,4 +118,4 @@ class Locator:
     def _ledger(self, turn: Turn, episode_id: str) -> Sequence[Placement]:
         """Return what stands in an episode's prompts; another process may have answered its last request."""
         scope = turn.scope
-        return self.recent.ledger(scope, episode_id, lambda: self._source.ledger(scope, episode_id), self._clock())
+        return self._recent.ledger(scope, episode_id, lambda: self._source.ledger(scope, episode_id), self._clock())

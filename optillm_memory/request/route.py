@@ -1,4 +1,4 @@
-"""Routing: which arm answers a request of approach `auto`, and what is believed of the arms."""
+"""Routing: which arm answers a request of approach `auto`, and what is known of the arms."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
 
-from numpy.typing import NDArray
-
+from optillm_memory.background.encoder_service import EncoderService
+from optillm_memory.background.threads import start_thread
+from optillm_memory.conversation.parse import key_of
 from optillm_memory.decide.policy import Situation, Terms
 from optillm_memory.decide.policy_updater import PolicyUpdater, Row
 from optillm_memory.recall.retriever import Version
@@ -42,28 +43,29 @@ class Source(Protocol):
 class Router:
     """Chooses arms by each scope's policy."""
 
-    def __init__(self, source: Source, settings: Settings, fingerprint: Callable[[], str]) -> None:
+    def __init__(self, source: Source, settings: Settings, encoder: EncoderService, salt: Callable[[], bytes]) -> None:
         """Start with nothing known; without arms in the settings every request goes the way it names."""
         self.arms = settings.parsed_arms
         self._terms = Terms(
-            cost_price=settings.cost_price, latency_price=settings.second_price, exploration=settings.exploration,
-            audition=settings.audition,
+            cost_price=settings.cost_price, latency_price=settings.second_price,
+            exploration_budget=settings.exploration_budget, warmup_share=settings.warmup_share,
         )  # fmt: skip
         self._source = source
-        self._fingerprint = fingerprint
+        self._encoder = encoder
+        self._salt = salt
         self._lock = threading.Lock()
-        self._learners: OrderedDict[tuple[Scope, str], tuple[tuple[int, int], PolicyUpdater]] = OrderedDict()
-        # Arms by episode: the log may not have them yet when the next request comes.
-        self._given: OrderedDict[tuple[Scope, str], str] = OrderedDict()
+        self._updaters: OrderedDict[tuple[Scope, str], tuple[tuple[int, int], PolicyUpdater]] = OrderedDict()
+        # The log may not have them yet when the episode's next request comes.
+        self._arm_of_episode: OrderedDict[tuple[Scope, str], str] = OrderedDict()
 
-    def by_default(self, turn: Turn, approaches: Collection[str] | None) -> Turn:
+    def with_default_arm(self, turn: Turn, approaches: Collection[str] | None) -> Turn:
         """Return the turn with the first arm that can answer it, for a request that the policy is not asked about."""
         arm = next((arm for arm in self.arms if can_answer(arm, turn, approaches)), None)
         if arm is None:
             return turn.skip("no_arm_can_answer" if self.arms else "no_arms")
-        return given(turn, arm)
+        return _with_arm(turn, arm)
 
-    def routed(self, turn: Turn, vector: NDArray[Any] | None, salt: bytes, approaches: Collection[str] | None) -> Turn:
+    def route(self, turn: Turn, approaches: Collection[str] | None) -> Turn:
         """Return the turn with an arm: that of its episode, or one that the policy chooses.
 
         `approaches` are those that the host can run; None for all.
@@ -75,66 +77,58 @@ class Router:
         if not able:
             return turn  # which says so already
         if turn.continues or turn.options.episode_id is not None:
-            known = self._given.get((turn.scope, turn.episode_id))
+            with self._lock:
+                known = self._arm_of_episode.get((turn.scope, turn.episode_id))
             name = known or self._source.arm_of(turn.scope, turn.episode_id)
             if kept := next((arm for arm in able if arm.name == name), None):
-                return given(turn, kept)
-        learner = self._learner(turn.scope)
+                return _with_arm(turn, kept)
+        key = key_of(turn.parsed.task) if turn.parsed.task.strip() else ""
+        vector = self._encoder.ask(key, turn.encoder_limit_s).vector()
         situation = Situation(vector, length_of(turn.body))
-        choice = learner.choose(
-            turn.trace_id, situation, chance(turn.trace_id, salt), {arm.name for arm in able},
+        choice = self._updater(turn.scope).choose(
+            turn.trace_id, situation, chance(turn.trace_id, self._salt()), {arm.name for arm in able},
             recorded=turn.options.writes,
         )  # fmt: skip
         with self._lock:
-            self._given[turn.scope, turn.episode_id] = choice.arm.name
-            while len(self._given) > _EPISODES_KEPT:
-                self._given.popitem(last=False)
-        return replace(given(turn, choice.arm), choice=choice, length=situation.length)
+            self._arm_of_episode[turn.scope, turn.episode_id] = choice.arm.name
+            while len(self._arm_of_episode) > _EPISODES_KEPT:
+                self._arm_of_episode.popitem(last=False)
+        return replace(_with_arm(turn, choice.arm), choice=choice, length=situation.length)
 
-    def believed(self, scope: Scope) -> dict[str, Any]:
-        """Return the arms of a scope, what is believed of each, in all and by task cluster, and on what terms."""
+    def report(self, scope: Scope) -> dict[str, Any]:
+        """Return the arms of a scope, what is known of each, in all and by task cluster, and on what terms."""
         if not self.arms:
             return {"arms": [], "terms": asdict(self._terms), "choices": 0, "all": {}, "clusters": []}
-        learner = self._learner(scope)
-        policy, examples = learner.policy, learner.examples()
+        figures, examples = self._updater(scope).report()
+        for cluster in figures["clusters"]:
+            cluster["example"] = self._source.task_of(scope, examples[cluster["cluster"]])[:_SHOWN]
         return {
             "arms": [asdict(arm) for arm in self.arms],
             "default": self.arms[0].name,
             "terms": asdict(self._terms),
-            "choices": policy.count,
-            "budget_left": round(policy.purse, 4),
-            "all": _rounded(policy.beliefs()),
-            "clusters": [
-                {
-                    "cluster": cluster,
-                    "requests": policy.requests_of(cluster),
-                    "example": self._source.task_of(scope, examples[cluster])[:_SHOWN],
-                    "arms": _rounded(policy.beliefs(cluster)),
-                }
-                for cluster in sorted(c for c in examples if c >= 0)
-            ],
+            **figures,
         }
 
-    def _learner(self, scope: Scope) -> PolicyUpdater:
-        key = (scope, self._fingerprint())  # of another encoder, vectors and so clusters are others
+    def _updater(self, scope: Scope) -> PolicyUpdater:
+        """Return a scope's policy, up to date with the choices that are on disk."""
+        key = (scope, self._encoder.fingerprint)  # of another encoder, vectors and so clusters are others
         origin = self._source.revision(scope).origin
         with self._lock:
-            known, learner = self._learners.get(key) or (None, None)
-            if learner is None or known != origin:  # revisions of another origin say nothing of this one's
-                learner = PolicyUpdater(self.arms, self._terms)
-                self._learners[key] = origin, learner
-            self._learners.move_to_end(key)
-            while len(self._learners) > _SCOPES_KEPT:
-                self._learners.popitem(last=False)
-        while not learner.busy:
-            since = learner.since
-            if learner.take(since, *self._source.choices(scope, since, key[1])):
+            known, updater = self._updaters.get(key) or (None, None)
+            if updater is None or known != origin:  # revisions of another origin say nothing of this one's
+                updater = PolicyUpdater(self.arms, self._terms, start_thread)
+                self._updaters[key] = origin, updater
+            self._updaters.move_to_end(key)
+            while len(self._updaters) > _SCOPES_KEPT:
+                self._updaters.popitem(last=False)
+        while not updater.busy:
+            since = updater.since
+            if updater.take(since, *self._source.choices(scope, since, key[1])):
                 break
-        return learner
+        return updater
 
 
-def given(turn: Turn, arm: Arm) -> Turn:
-    """Return the turn with an arm."""
+def _with_arm(turn: Turn, arm: Arm) -> Turn:
     asked = str(turn.body.get("model") or "")
     return replace(turn, arm=arm.name, approach=arm.approach, model=arm.model_for(asked))
 
@@ -142,7 +136,7 @@ def given(turn: Turn, arm: Arm) -> Turn:
 def can_answer(arm: Arm, turn: Turn, approaches: Collection[str] | None) -> bool:
     """Whether an arm can answer a request.
 
-    All approaches but `none` are given words and give words: no tools, no images, no form of the response, one choice.
+    All approaches but `none` take and return words alone: no tools, images or response format, and one choice.
     """
     if arm.approach == "none":
         return True
@@ -161,7 +155,7 @@ def can_answer(arm: Arm, turn: Turn, approaches: Collection[str] | None) -> bool
 
 
 def chance(trace_id: str, salt: bytes) -> float:
-    """Return a request's chance in [0, 1): a keyed hash, not to be guessed."""
+    """Return a request's random number in [0, 1): a keyed hash, not to be guessed."""
     digest = hashlib.blake2b(trace_id.encode("utf-8", "replace"), key=salt, digest_size=8, person=b"policy").digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
@@ -174,13 +168,13 @@ def length_of(body: Mapping[str, Any]) -> int:
     )
 
 
-def summary(found: Mapping[str, Any]) -> dict[str, str]:
-    """Return what is believed in lines for people, by name."""
-    if not found["arms"]:
+def summary(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return a report in lines for people, by name."""
+    if not report["arms"]:
         return {"arms": "none: set OPTILLM_AGENT_MEMORY_ARMS"}
-    lines = {"choices": f"{found['choices']}, the default arm is {found['default']}"}
-    lines |= {name: _line(arm) for name, arm in found["all"].items()}
-    for cluster in found["clusters"]:
+    lines = {"choices": f"{report['choices']}, the default arm is {report['default']}"}
+    lines |= {name: _line(arm) for name, arm in report["all"].items()}
+    for cluster in report["clusters"]:
         name = f"cluster {cluster['cluster']}"
         lines[name] = f"{cluster['requests']} requests such as: {cluster['example'].splitlines()[0]}"
         lines |= {f"{name} {arm}": _line(value) for arm, value in cluster["arms"].items()}
@@ -204,7 +198,3 @@ def _length(content: Any) -> int:
 
 def _is_mixed(content: Any) -> bool:
     return isinstance(content, list) and any(not isinstance(p, Mapping) or p.get("type") != "text" for p in content)
-
-
-def _rounded(beliefs: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    return {name: {key: round(value, 4) for key, value in found.items()} for name, found in beliefs.items()}

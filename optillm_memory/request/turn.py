@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from optillm_memory.conversation.episodes import Located, new_episode_id
 from optillm_memory.conversation.options import Options
 from optillm_memory.conversation.parse import Conversation
 from optillm_memory.conversation.partition import partition_of
-from optillm_memory.conversation.steps import calls_of
-from optillm_memory.conversation.text import text_of
 from optillm_memory.decide.agreement import Proposal
 from optillm_memory.decide.gate import Decision
 from optillm_memory.decide.policy import Choice
 from optillm_memory.inject.place import append_text, place
 from optillm_memory.records import Action, Injected, Message, Placement, Scope, new_trace_id
+from optillm_memory.request.deadline import Deadline
 from optillm_memory.store.tables.calls import ModelCall
 
-_BESIDE_WORDS = ("annotations", "citations", "audio", "images")
+_ENCODER_SHARE = 0.7  # of the time that remains; after a busy encoder there is time to recall by words alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +27,12 @@ class Turn:
     """A request with what was decided for it; `messages` is what goes upstream.
 
     `placements` are all insertions in the prompt, `fresh` those that this request made, `withheld` what a held-out
-    request would have had. `conversation` is None
-    where memory was not consulted. `calls` are the model calls behind the answer, where that is not one plain call.
-    `located` says by which prefix the episode was found, None where the conversation is new or the caller named it.
-    `proposal` is what memory would answer by itself, `decision` what the gate says of
-    it; where the action is `reuse`, that is the answer, and nothing goes upstream. `arm` is what answers a request of
-    approach `auto`, `choice` how it came to that where it is not the episode's, and `length` the request's characters.
-    `started` is on the monotonic clock,
-    `created_at` in Unix seconds.
+    request would have had. `conversation` is None where memory was not consulted. `calls` are the model calls behind
+    the answer, where that is not one plain call. `located` says by which prefix the episode was found, None where the
+    conversation is new or the caller named it. `proposal` is what memory would answer by itself, `decision` what the
+    gate says of it; where the action is `reuse`, that is the answer, and nothing goes upstream. `arm` is what answers a
+    request of approach `auto`, `choice` how it was chosen where it is not the episode's, and `length` the request's
+    characters. `started` is on the monotonic clock, `created_at` in Unix seconds.
     """
 
     trace_id: str
@@ -66,12 +63,23 @@ class Turn:
     arm: str = ""
     choice: Choice | None = None
     length: int = 0
+    deadline: Deadline = field(default_factory=Deadline, compare=False)
+
+    @property
+    def parsed(self) -> Conversation:
+        """The conversation, of a turn that memory is consulted for."""
+        assert self.conversation is not None
+        return self.conversation
+
+    @property
+    def encoder_limit_s(self) -> float:
+        """How long this request may wait for its vector."""
+        return max(self.deadline.remaining_s, 0.0) * _ENCODER_SHARE
 
     @property
     def partition(self) -> tuple[str, str]:
         """What must be equal for this request's answer to be reused, or "" with the reason why it never is."""
-        assert self.conversation is not None
-        return partition_of(self.body, self.conversation, self.options.end_user)
+        return partition_of(self.body, self.parsed, self.options.end_user)
 
     @property
     def continues(self) -> bool:
@@ -90,7 +98,9 @@ class Turn:
         return list(raw) if isinstance(raw, list) else []
 
     @classmethod
-    def plain(cls, body: Mapping[str, Any], *, tenant: str, options: Options, approach: str, now: float) -> Turn:
+    def plain(
+        cls, body: Mapping[str, Any], *, tenant: str, options: Options, approach: str, now: float, deadline: Deadline
+    ) -> Turn:
         """Return the turn of a request as it came, with a fresh trace id and an episode of its own."""
         raw = body.get("messages")
         return cls(
@@ -104,6 +114,7 @@ class Turn:
             approach=approach,
             created_at=now,
             started=time.perf_counter(),
+            deadline=deadline,
         )
 
     def skip(self, reason: str, **details: str) -> Turn:
@@ -187,52 +198,3 @@ def _joined(before: Placement | None, new: Placement) -> Placement:
     if before is None or not isinstance(before.payload, str) or not isinstance(new.payload, str):
         return new
     return replace(new, payload=append_text(before.payload, new.payload), items=(*before.items, *new.items))
-
-
-def answer_of(choices: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the answer in words, or None for tool calls, an empty answer, and choices that differ."""
-    messages = [choice.get("message") or {} for choice in choices]
-    texts = {text_of(message) for message in messages}
-    if len(texts) != 1 or any(calls_of(message, 0) for message in messages):
-        return None
-    return texts.pop() or None
-
-
-def ending_of(choices: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return how an answer ended: the finish reason of the first choice that did not simply stop, else the first's."""
-    reasons = [_ending(choice) for choice in choices]
-    return next((r for r in reasons if r.lower() not in ("stop", "none")), reasons[0]) if reasons else None
-
-
-def _ending(choice: Mapping[str, Any]) -> str:
-    message = choice.get("message") or {}
-    return "refusal" if message.get("refusal") else str(choice.get("finish_reason"))
-
-
-def is_in_words_alone(choices: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether an answer's text is all of it: no citations, sound or pictures came beside it."""
-    return not any((choice.get("message") or {}).get(name) for choice in choices for name in _BESIDE_WORDS)
-
-
-def recorded_messages(
-    conversation: Conversation, choices: Sequence[Mapping[str, Any]], stored: Callable[[str], str], *, since: bool
-) -> list[dict[str, Any]]:
-    """Return what this request added to its conversation, and every choice of the response, as it is stored.
-
-    An agent repeats the whole conversation with each request; with `since`, what stands before the last answer
-    is left out, for earlier traces of the episode hold it.
-    """
-    answered = [i for i, m in enumerate(conversation.messages) if m.get("role") == "assistant"]
-    first = answered[-1] + 1 if since and answered else 0
-    messages = [*conversation.messages[first:], *(choice.get("message") or {} for choice in choices)]
-    return [recorded_message(message, stored) for message in messages]
-
-
-def recorded_message(message: Mapping[str, Any], stored: Callable[[str], str]) -> dict[str, Any]:
-    """Return one message as it is stored: role, text and tool calls."""
-    recorded: dict[str, Any] = {"role": str(message.get("role")), "content": stored(text_of(message))}
-    if calls := calls_of(message, 0):
-        recorded["tool_calls"] = [{"id": i, "name": name, "arguments": stored(args)} for i, name, args in calls]
-    if message.get("tool_call_id"):
-        recorded["tool_call_id"] = str(message["tool_call_id"])
-    return recorded

@@ -24,7 +24,7 @@ from optillm_memory.decide.present import present_in_any
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.recall.encoder import REFERENCE, Encoder, HashingEncoder, load_encoder
 from optillm_memory.recall.language_floors import LanguageFloors
-from optillm_memory.recall.vectors.flat import spread_of
+from optillm_memory.recall.relevance_floor import spread_of
 
 DATA = Path(__file__).parent / "data"
 CASES: dict[str, dict[str, Any]] = json.loads((DATA / "languages.json").read_text(encoding="utf-8"))

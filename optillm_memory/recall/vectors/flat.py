@@ -1,4 +1,8 @@
-"""Exact vector search over rows in memory, and the relevance floor calibrated on them."""
+"""Flat search: a query is compared with every row in memory. Also what all searches share: queries and the top k.
+
+A search narrows down in steps, each of them slower and more exact than the one before: the products of PCA prefixes
+(of many rows, where components are known), of high bytes, and the cosines of both planes of bytes.
+"""
 
 from __future__ import annotations
 
@@ -9,59 +13,30 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from optillm_memory.recall.vectors import kmeans as lists
-from optillm_memory.recall.vectors import quantization as codes
-from optillm_memory.recall.vectors.quantization import Bytes, Codes, Vectors
+from optillm_memory.recall.vectors import pca, quantization
+from optillm_memory.recall.vectors.pca import PcaPrefix
+from optillm_memory.recall.vectors.quantization import Bytes, Codes, Vectors, encode_query
 
-# How the cosines of unrelated short texts lie for all-MiniLM-L6-v2: (median, spread). An encoder brings its own.
-UNRELATED = (0.06, 0.085)
-# Cosines of unrelated texts have a heavier tail than a normal distribution; measured on five kinds of text.
-_TAIL = 1.6
-# A scope of one subject is alike in all its pairs: they may lift its floor by this much, not shut recall.
-_LIFT = 0.05
-SAMPLE = 128
-# So many times the wanted rows are looked at exactly: the high bytes alone order rows nearly, not quite, right.
-_WIDER, _AT_LEAST = 2, 100
-_SAMPLED, _GENEROUS = 64, 1.3  # of the highest, in a sample that tells where they begin; and how much lower
-OUT = -math.inf  # the score of a row that is not to be found
-FULL_OF_WANTED = 20  # so many times the wanted rows are looked at in full in any case
-_MANY = 8_192  # rows from which on they are looked at in a few directions first, where these are known
+EXCLUDED = -math.inf  # the score of a row that must not be found
+CANDIDATES_PER_NEIGHBOUR = 20  # so many times the neighbours asked for are looked at in full in any case
+# So many times the neighbours asked for get exact cosines: high bytes order rows nearly right, not quite.
+_RERANKED, _RERANKED_LEAST = 2, 100
+_SAMPLED, _GENEROUS = 64, 1.3  # of the top k, in a sample that estimates the k-th score; and how much lower to begin
+_PREFIXED_FROM = 8_192  # rows from which on prefixes are compared first
 
 
-def spread_of(vectors: NDArray[np.float32]) -> tuple[float, float]:
-    """Return the median of all pairs' cosines and their spread (1.4826 times the median absolute deviation).
-
-    Both are blind to the few pairs that are alike in meaning.
-    """
-    pairs = (vectors @ vectors.T)[np.triu_indices(len(vectors), 1)]
-    middle = float(np.median(pairs))
-    return middle, 1.4826 * float(np.median(np.abs(pairs - middle)))
-
-
-def reach(unrelated: tuple[float, float], size: int) -> float:
-    """Return how near the nearest of `size` unrelated texts comes: the extreme value of so many normal draws."""
-    middle, spread = unrelated
-    return middle + _TAIL * spread * math.sqrt(2 * math.log(max(size, 2)))
-
-
-def floor_of(unrelated: tuple[float, float], own: tuple[float, float], size: int) -> float:
-    """Return the cosine that the nearest of `size` rows must reach to be related: beyond that of unrelated texts."""
-    low = reach(unrelated, size)
-    return min(max(reach(own, size), low), low + _LIFT)
-
-
-class Near(NamedTuple):
-    """Rows that were found: their numbers and cosines, best first."""
+class Neighbours(NamedTuple):
+    """Rows that were found: their memories' numbers and cosines, best first."""
 
     numbers: NDArray[np.int64]
     cosines: NDArray[np.float32]
 
 
-NOTHING = Near(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))
+NONE = Neighbours(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32))
 
 
-def highest(scores: NDArray[Any], count: int) -> NDArray[np.int64]:
-    """Return the places of the `count` highest scores, in no order, without sorting all of them."""
+def top_k(scores: NDArray[Any], count: int) -> NDArray[np.int64]:
+    """Return the positions of the `count` highest scores, in no order, without partitioning all of them."""
     step = count // _SAMPLED
     if step > 1:
         sample = scores[::step]
@@ -72,91 +47,82 @@ def highest(scores: NDArray[Any], count: int) -> NDArray[np.int64]:
     return np.asarray(np.argpartition(scores, -count)[-count:])
 
 
-class Wanted(NamedTuple):
-    """A query in both precisions, and how many rows it wants."""
+class Query(NamedTuple):
+    """A vector, the same in bytes, and how many neighbours are asked for."""
 
-    query: NDArray[np.float32]
-    high: NDArray[np.int8]
-    most: int
+    vector: Vectors
+    high: Bytes
+    k: int
 
     @classmethod
-    def of(cls, query: NDArray[np.float32], count: int) -> Wanted:
+    def of(cls, vector: Vectors, k: int) -> Query:
         """Return a query ready to be compared."""
-        return cls(query, codes.encode(query[None]).high[0], count)
+        return cls(vector, encode_query(vector), k)
 
-    def shortlist(self, rough: NDArray[np.float32]) -> NDArray[np.int64]:
-        """Return the rows to look at exactly, given nearly right scores of all."""
-        wider = max(_WIDER * self.most, _AT_LEAST)
-        rows = highest(rough, wider) if len(rough) > wider else np.arange(len(rough))
-        return rows[rough[rows] > OUT]
+    def candidates(self, least: int) -> int:
+        """Return how many rows to look at in full: what rows were found to need, and enough for this query."""
+        return max(least, CANDIDATES_PER_NEIGHBOUR * self.k)
 
-    def best(self, found: Codes, numbers: NDArray[np.int64], rows: NDArray[np.int64]) -> Near:
-        """Return the best of some rows by their exact cosines."""
-        exact = found.cosines(rows, self.query)
-        order = np.argsort(-exact, kind="stable")[: self.most]
-        return Near(numbers[rows[order]], exact[order])
+    def shortlist(self, approximate: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Return the rows that need exact cosines, by their approximate scores."""
+        reranked = max(_RERANKED * self.k, _RERANKED_LEAST)
+        rows = top_k(approximate, reranked) if len(approximate) > reranked else np.arange(len(approximate))
+        return rows[approximate[rows] > EXCLUDED]
+
+    def nearest(self, codes: Codes, numbers: NDArray[np.int64], rows: NDArray[np.int64]) -> Neighbours:
+        """Return the nearest of some rows by their exact cosines."""
+        exact = codes.cosines(rows, self.vector)
+        order = np.argsort(-exact, kind="stable")[: self.k]
+        return Neighbours(numbers[rows[order]], exact[order])
 
 
-def merged(found: Iterable[Near], count: int) -> Near:
-    """Return the best of several findings."""
+def merge(found: Iterable[Neighbours], count: int) -> Neighbours:
+    """Return the nearest of several searches' neighbours."""
     parts = list(found)
     numbers, cosines = np.concatenate([p.numbers for p in parts]), np.concatenate([p.cosines for p in parts])
     order = np.argsort(-cosines, kind="stable")[:count]
-    return Near(numbers[order], cosines[order])
-
-
-class Leading(NamedTuple):
-    """The directions in which the rows of a scope differ most, one a column, and how many rows to look at in full."""
-
-    directions: Vectors
-    full: int
+    return Neighbours(numbers[order], cosines[order])
 
 
 class _Rows(NamedTuple):
     """What a search reads: `used` rows of arrays that only grow; a row that is not live is passed over."""
 
     codes: Codes
-    lead: Bytes  # their parts along the leading directions
+    prefixes: Bytes
     numbers: NDArray[np.int64]
     revisions: NDArray[np.int64]
     live: NDArray[np.bool_]
     row_of: dict[int, int]
     used: int
 
-
-def _room(size: int, dimension: int, lead: int) -> _Rows:
-    return _Rows(
-        codes.empty(size, dimension),
-        np.zeros((size, lead), dtype=np.int8),
-        np.zeros(size, dtype=np.int64),
-        np.zeros(size, dtype=np.int64),
-        np.zeros(size, dtype=np.bool_),
-        {},
-        0,
-    )
+    @classmethod
+    def allocate(cls, size: int, dimension: int, prefix: int) -> _Rows:
+        numbers, revisions = (np.zeros(size, dtype=np.int64) for _ in range(2))
+        prefixes, live = np.zeros((size, prefix), dtype=np.int8), np.zeros(size, dtype=np.bool_)
+        return cls(quantization.allocate(size, dimension), prefixes, numbers, revisions, live, {}, 0)
 
 
-class VectorIndex:
-    """Rows of unit vectors by memory number. Its owner holds a lock while it changes; a search needs none.
+class FlatIndex:
+    """Rows in memory by their memories' numbers. Its owner holds a lock while it changes; a search needs none.
 
-    Rows are only added; one that is replaced or dropped is marked, and left out when the arrays are laid out anew.
+    Rows are only added; one that is replaced or removed is marked, and dropped when the arrays are allocated anew.
     """
 
-    def __init__(self, dimension: int, leading: Leading | None = None) -> None:
-        """Start empty; `leading` is what is known of the scope's rows."""
-        self._leading = leading or Leading(np.zeros((dimension, 0), dtype=np.float32), 0)
-        self._rows = _room(64, dimension, self._leading.directions.shape[1])
+    def __init__(self, dimension: int, prefix: PcaPrefix | None = None) -> None:
+        """Start empty; `prefix` is known where an inverted file of the scope is there."""
+        self._prefix = prefix or PcaPrefix(np.zeros((dimension, 0), dtype=np.float32), 0)
+        self._rows = _Rows.allocate(64, dimension, self._prefix.components.shape[1])
 
     def __len__(self) -> int:
         return len(self._rows.row_of)
 
-    def put(self, numbers: Sequence[int], revisions: Sequence[int], found: Codes) -> None:
+    def add(self, numbers: Sequence[int], revisions: Sequence[int], codes: Codes) -> None:
         """Add or replace rows; no number twice."""
         self._make_room(len(numbers))
         rows, start = self._rows, self._rows.used
         end = start + len(numbers)
-        rows.codes.high[start:end], rows.codes.low[start:end], rows.codes.scale[start:end] = found
-        rows.lead[start:end] = lists.leading(found, self._leading.directions)
+        rows.codes.high[start:end], rows.codes.low[start:end], rows.codes.scale[start:end] = codes
+        rows.prefixes[start:end] = pca.prefixes(codes, self._prefix.components)
         rows.numbers[start:end], rows.revisions[start:end] = numbers, revisions
         rows.live[start:end] = True
         for row, number in enumerate(numbers, start):
@@ -165,39 +131,41 @@ class VectorIndex:
             rows.row_of[number] = row
         self._rows = rows._replace(used=end)
 
-    def drop(self, number: int) -> None:
-        """Take one row out."""
+    def remove(self, number: int) -> None:
+        """Remove a row, if there is one."""
         if (row := self._rows.row_of.pop(number, None)) is not None:
             self._rows.live[row] = False
 
-    def search(self, wanted: Wanted) -> Near:
+    def search(self, query: Query) -> Neighbours:
         """Return the nearest rows, best first."""
         rows = self._rows
-        if rows.used == 0 or wanted.most <= 0:
-            return NOTHING
-        if rows.used > _MANY and self._leading.full:
-            found = self._promising(rows, wanted)
-            rough = codes.scores(rows.codes.high.take(found, axis=0), rows.codes.scale[found], wanted.high)
-            rough[~rows.live[found]] = OUT
-            return wanted.best(rows.codes, rows.numbers, found[wanted.shortlist(rough)])
-        rough = codes.scores(rows.codes.high[: rows.used], rows.codes.scale[: rows.used], wanted.high)
-        rough[~rows.live[: rows.used]] = OUT
-        return wanted.best(rows.codes, rows.numbers, wanted.shortlist(rough))
+        if rows.used == 0 or query.k <= 0:
+            return NONE
+        high, scale, live = rows.codes.high[: rows.used], rows.codes.scale[: rows.used], rows.live[: rows.used]
+        chosen: NDArray[np.int64] | None = None
+        if rows.used > _PREFIXED_FROM and self._prefix.candidates:
+            chosen = self._candidates(rows, query)
+            high, scale, live = high.take(chosen, axis=0), scale[chosen], live[chosen]
+        approximate = quantization.approximate_scores(high, scale, query.high)
+        approximate[~live] = EXCLUDED
+        found = query.shortlist(approximate)
+        return query.nearest(rows.codes, rows.numbers, found if chosen is None else chosen[found])
 
-    def _promising(self, rows: _Rows, wanted: Wanted) -> NDArray[np.int64]:
-        """Return the rows that are nearest to the query along the leading directions."""
-        towards = codes.encode((wanted.query @ self._leading.directions)[None]).high[0]
-        found = np.where(rows.live[: rows.used], codes.products(rows.lead[: rows.used], towards), OUT)
-        return highest(found, min(max(self._leading.full, FULL_OF_WANTED * wanted.most), rows.used))
+    def _candidates(self, rows: _Rows, query: Query) -> NDArray[np.int64]:
+        """Return the rows whose prefixes are nearest to the query's."""
+        prefix = encode_query(query.vector @ self._prefix.components)
+        products = quantization.dot_products(rows.prefixes[: rows.used], prefix)
+        scores = np.where(rows.live[: rows.used], products, EXCLUDED)
+        return top_k(scores, min(query.candidates(self._prefix.candidates), rows.used))
 
-    def cosines(self, query: NDArray[np.float32], numbers: Sequence[int]) -> dict[int, float]:
+    def cosines(self, query: Vectors, numbers: Sequence[int]) -> dict[int, float]:
         """Return the exact cosine of each number that has a row."""
         rows = self._rows
-        there = {number: row for number in numbers if (row := rows.row_of.get(number)) is not None}
-        if not there:
+        present = {number: row for number in numbers if (row := rows.row_of.get(number)) is not None}
+        if not present:
             return {}
-        exact = rows.codes.cosines(np.fromiter(there.values(), dtype=np.int64), query)
-        return dict(zip(there, exact.tolist(), strict=True))
+        exact = rows.codes.cosines(np.fromiter(present.values(), dtype=np.int64), query)
+        return dict(zip(present, exact.tolist(), strict=True))
 
     def revision(self, number: int) -> int | None:
         """Return the revision that a number's row came with."""
@@ -206,13 +174,13 @@ class VectorIndex:
         return None if row is None else int(rows.revisions[row])
 
     def live(self) -> tuple[NDArray[np.int64], Codes]:
-        """Return the numbers and codes of all rows, in arrays of their own."""
+        """Return copies of the numbers and codes of all rows."""
         rows = self._rows
         kept = np.flatnonzero(rows.live[: rows.used])
         return rows.numbers[kept], rows.codes.take(kept)
 
-    def sample(self, count: int) -> NDArray[np.float32]:
-        """Return the vectors of a few rows, drawn by a fixed seed."""
+    def sample(self, count: int) -> Vectors:
+        """Return the vectors of up to `count` rows, chosen by a fixed seed."""
         kept = np.flatnonzero(self._rows.live[: self._rows.used])
         return self._rows.codes.vectors(np.random.default_rng(0).permutation(kept)[:count])
 
@@ -221,8 +189,7 @@ class VectorIndex:
         if needed <= len(rows.numbers):
             return
         kept = np.flatnonzero(rows.live[: rows.used])
-        size = max(64, 2 * (len(kept) + more))
-        fresh = _room(size, *self._leading.directions.shape)
+        fresh = _Rows.allocate(max(64, 2 * (len(kept) + more)), *self._prefix.components.shape)
         arrays: list[tuple[Any, Any]] = list(zip(fresh.codes, rows.codes, strict=True))
         for array, values in (*arrays, *zip(fresh[1:5], rows[1:5], strict=True)):
             array[: len(kept)] = values[kept]

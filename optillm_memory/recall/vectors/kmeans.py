@@ -1,136 +1,91 @@
-"""What an inverted file is laid out by: directions, centroids by k-means in two levels, who is nearest to which."""
+"""Spherical k-means in two levels (Dhillon and Modha 2001): the centroids of an inverted file's lists.
+
+Some thousand centroids are trained as a few groups of groups, which takes the square root of the comparisons, and then
+refined across the borders of the groups. `Assigner` finds a row's list by the same shortcut.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from optillm_memory.recall.vectors.quantization import Bytes, Codes, Vectors, encode
+from optillm_memory.recall.vectors.pca import Projections, Rest
+from optillm_memory.recall.vectors.quantization import Vectors
 
-_PER_ROOT, _ROWS = 16, 48  # lists = 16 * sqrt(rows), or one for 48 rows where that is more
-_TRAINED_ON, _MEASURED_ON = 1_048_576, 65_536  # rows that lists are made from, and directions, at most
-_ROUNDS, _REFINED = 6, 3
-_GROUPS_SEEN = 32  # groups of centroids that are compared with a row
-_ASSIGNED = 4_096  # rows whose centroids are looked for at once
+TRAINED_ON = 1_048_576  # rows that centroids are trained on, at most
+_PER_ROOT, _ROWS_A_LIST = 16, 48  # lists = 16 * sqrt(rows), or rows / 48 where that is more
+_ROUNDS, _REFINING_ROUNDS = 6, 3
+_GROUPS_PROBED = 32  # groups of centroids that a row is compared with
+_ASSIGNED_BLOCK = 4_096  # rows assigned at once
 _BLOCK = 256  # rows compared with some centroids at once: a few milliseconds of work
-_MEASURED, _WITHIN = 4_096, 0.9999  # rows, and the share of their parts that fit into a byte
-Rest = Callable[[], None]
-Numbers = NDArray[np.int64]
+Rows = NDArray[np.int64]
 
 
-class Parts(NamedTuple):
-    """Rows as they lie along some directions, to one byte for each: near enough to sort them into lists."""
-
-    high: Bytes
-    scale: NDArray[np.float32]
-
-    @classmethod
-    def of(cls, vectors: Vectors) -> Parts:
-        """Return rows to one byte for each of their parts."""
-        found = encode(vectors)
-        return cls(found.high, found.scale)
-
-    def vectors(self, rows: slice | Numbers) -> Vectors:
-        """Return some rows."""
-        return np.asarray(self.high[rows] * (256 * self.scale[rows])[:, None], dtype=np.float32)
-
-
-def count_for(rows: int) -> int:
+def list_count(rows: int) -> int:
     """Return how many lists suit so many rows."""
-    # Looking at so many centroids costs as much as looking at the rows in the lists that are near.
-    return max(1, min(rows, max(round(_PER_ROOT * math.sqrt(rows)), rows // _ROWS)))
+    # To compare a query with so many centroids costs as much as to compare it with the rows of the lists probed.
+    return max(1, min(rows, max(round(_PER_ROOT * math.sqrt(rows)), rows // _ROWS_A_LIST)))
 
 
-def sampled(rows: int, most: int = _TRAINED_ON) -> Numbers:
-    """Return which of so many rows the lists are made from, in their order; the same each time."""
+def sample_of(rows: int, most: int) -> Rows:
+    """Return up to `most` of so many row numbers in ascending order; the same ones each time."""
     return np.arange(rows) if rows <= most else np.sort(np.random.default_rng(0).permutation(rows)[:most])
 
 
-def measured(rows: int) -> Numbers:
-    """Return which of so many rows the directions are made from."""
-    return sampled(rows, _MEASURED_ON)
-
-
-def made(sample: Parts, count: int, rest: Rest) -> Vectors:
-    """Return about so many centroids: spherical k-means into a few groups, and in each group into its share."""
+def train(sample: Projections, count: int, rest: Rest) -> Vectors:
+    """Return about `count` centroids."""
     random = np.random.default_rng(0)
     everyone = np.arange(len(sample.scale))
-    heads = _means(sample, everyone, round(math.sqrt(count)), random, rest)
-    labels = _nearest(sample, everyone, heads, rest)
-    parts = []
+    heads = _lloyd(sample, everyone, round(math.sqrt(count)), random, rest)
+    labels = _assign(sample, everyone, heads, rest)
+    centroids = []
     for group in range(len(heads)):
         members = np.flatnonzero(labels == group)
         if len(members):
             share = max(1, round(count * len(members) / len(everyone)))
-            parts.append(_means(sample, members, share, random, rest))
-    return _refined(sample, np.concatenate(parts), random, rest)
+            centroids.append(_lloyd(sample, members, share, random, rest))
+    return _refined(sample, np.concatenate(centroids), random, rest)
 
 
-def directions(sample: Codes, count: int, measured: int, rest: Rest) -> Vectors:
-    """Return the directions in which the rows differ most, one a column: the leading principal components.
-
-    They are so long that a row's parts along the first `measured` fit into a byte, but for a few that are cut off.
-    """
-    dimension = sample.high.shape[1]
-    moments = np.zeros((dimension, dimension), dtype=np.float64)
-    for start in range(0, len(sample.scale), _BLOCK):
-        block = sample.vectors(slice(start, start + _BLOCK))
-        moments += block.T @ block
-        rest()
-    _, found = np.linalg.eigh(moments)  # in the order of their weight, the least first
-    leading = np.asarray(found[:, ::-1][:, :count], dtype=np.float32)
-    parts = np.abs(sample.vectors(slice(_MEASURED)) @ leading[:, :measured])
-    return np.asarray(leading * np.float32(127 / max(float(np.quantile(parts, _WITHIN)), 1e-9)))
-
-
-def leading(rows: Codes, towards: Vectors) -> Bytes:
-    """Return the parts of rows along directions."""
-    if not towards.shape[1]:
-        return np.zeros((len(rows.scale), 0), dtype=np.int8)
-    return np.asarray(np.clip(np.rint(rows.vectors(slice(None)) @ towards), -127, 127), dtype=np.int8)
-
-
-def _means(sample: Parts, members: Numbers, count: int, random: np.random.Generator, rest: Rest) -> Vectors:
-    """Return up to so many unit vectors that lie in the middle of the members around them."""
+def _lloyd(sample: Projections, members: Rows, count: int, random: np.random.Generator, rest: Rest) -> Vectors:
+    """Return up to `count` centroids of some rows, by Lloyd's algorithm."""
     centroids = _unit(sample.vectors(members[random.permutation(len(members))[:count]]))
     if len(members) <= count:
         return centroids
     for _ in range(_ROUNDS):
-        _move(centroids, sample, members, _nearest(sample, members, centroids, rest), random, rest)
+        _update(centroids, sample, members, _assign(sample, members, centroids, rest), random, rest)
     return centroids
 
 
-def _refined(sample: Parts, centroids: Vectors, random: np.random.Generator, rest: Rest) -> Vectors:
-    """Let centroids settle across the borders of the groups that they were made in."""
+def _refined(sample: Projections, centroids: Vectors, random: np.random.Generator, rest: Rest) -> Vectors:
+    """Let rows move to centroids of other groups for a few rounds."""
     everyone = np.arange(len(sample.scale))
-    for _ in range(_REFINED):
+    for _ in range(_REFINING_ROUNDS):
         assigner = Assigner(centroids, rest)
-        blocks = range(0, len(everyone), _ASSIGNED)
-        labels = [assigner.nearest(sample.vectors(slice(start, start + _ASSIGNED))) for start in blocks]
-        _move(centroids, sample, everyone, np.concatenate(labels), random, rest)
+        blocks = range(0, len(everyone), _ASSIGNED_BLOCK)
+        labels = [assigner.nearest(sample.vectors(slice(start, start + _ASSIGNED_BLOCK))) for start in blocks]
+        _update(centroids, sample, everyone, np.concatenate(labels), random, rest)
     return centroids
 
 
-def _move(
-    centroids: Vectors, sample: Parts, members: Numbers, labels: NDArray[np.int32], random: np.random.Generator,
+def _update(
+    centroids: Vectors, sample: Projections, members: Rows, labels: NDArray[np.int32], random: np.random.Generator,
     rest: Rest,
 ) -> None:  # fmt: skip
-    """Put each centroid into the middle of the members that are nearest to it."""
+    """Move each centroid to the mean of the members assigned to it."""
     order = np.argsort(labels, kind="stable")
     sums = np.zeros_like(centroids)
-    for start in range(0, len(order), _ASSIGNED):
-        some = order[start : start + _ASSIGNED]
-        whose = labels[some]
-        first = np.flatnonzero(np.diff(whose, prepend=-1))  # where the next one's members begin
-        sums[whose[first]] += np.add.reduceat(sample.vectors(members[some]), first, axis=0)
+    for start in range(0, len(order), _ASSIGNED_BLOCK):
+        some = order[start : start + _ASSIGNED_BLOCK]
+        assigned = labels[some]
+        first = np.flatnonzero(np.diff(assigned, prepend=-1))  # where the members of the next centroid begin
+        sums[assigned[first]] += np.add.reduceat(sample.vectors(members[some]), first, axis=0)
         rest()
-    lonely = np.flatnonzero(np.bincount(labels, minlength=len(centroids)) == 0)
-    # A centroid that nothing is near to starts again somewhere else.
-    sums[lonely] = sample.vectors(members[random.integers(len(members), size=len(lonely))])
+    empty = np.flatnonzero(np.bincount(labels, minlength=len(centroids)) == 0)
+    # A centroid without members starts again at a random row.
+    sums[empty] = sample.vectors(members[random.integers(len(members), size=len(empty))])
     centroids[:] = _unit(sums)
 
 
@@ -138,7 +93,7 @@ def _unit(vectors: Vectors) -> Vectors:
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-9)))
 
 
-def _nearest(sample: Parts, members: Numbers, centroids: Vectors, rest: Rest) -> NDArray[np.int32]:
+def _assign(sample: Projections, members: Rows, centroids: Vectors, rest: Rest) -> NDArray[np.int32]:
     labels = np.empty(len(members), dtype=np.int32)
     for start in range(0, len(members), _BLOCK):
         block = sample.vectors(members[start : start + _BLOCK])
@@ -153,20 +108,20 @@ class Assigner:
     def __init__(self, centroids: Vectors, rest: Rest) -> None:
         """Put the centroids into groups."""
         self._rest = rest
-        sample = Parts.of(centroids)
+        sample = Projections.of(centroids)
         everyone = np.arange(len(centroids))
         random = np.random.default_rng(0)
-        self._heads = _means(sample, everyone, round(math.sqrt(len(everyone))), random, rest)
-        group_of = _nearest(sample, everyone, self._heads, rest)
+        self._heads = _lloyd(sample, everyone, round(math.sqrt(len(everyone))), random, rest)
+        group_of = _assign(sample, everyone, self._heads, rest)
         self._members = [np.flatnonzero(group_of == group).astype(np.int32) for group in range(len(self._heads))]
         self._centroids = [centroids[members] for members in self._members]
 
     def nearest(self, vectors: Vectors) -> NDArray[np.int32]:
-        """Return the number of the centroid that each vector belongs to."""
+        """Return the number of the centroid that each vector is assigned to."""
         near = vectors @ self._heads.T
-        seen = min(_GROUPS_SEEN, len(self._heads))
+        probed = min(_GROUPS_PROBED, len(self._heads))
         chosen = np.zeros(near.shape, dtype=np.bool_)
-        np.put_along_axis(chosen, np.argpartition(-near, seen - 1, axis=1)[:, :seen], values=True, axis=1)
+        np.put_along_axis(chosen, np.argpartition(-near, probed - 1, axis=1)[:, :probed], values=True, axis=1)
         best = np.full(len(vectors), -np.inf, dtype=np.float32)
         labels = np.zeros(len(vectors), dtype=np.int32)
         for group, (members, centroids) in enumerate(zip(self._members, self._centroids, strict=True)):
@@ -174,9 +129,9 @@ class Assigner:
             if len(rows) == 0 or len(members) == 0:
                 continue
             cosines = vectors[rows] @ centroids.T
-            at = cosines.argmax(axis=1)
-            found = cosines[np.arange(len(rows)), at]
+            nearest = cosines.argmax(axis=1)
+            found = cosines[np.arange(len(rows)), nearest]
             better = found > best[rows]
-            best[rows[better]], labels[rows[better]] = found[better], members[at[better]]
+            best[rows[better]], labels[rows[better]] = found[better], members[nearest[better]]
             self._rest()
         return labels

@@ -9,6 +9,7 @@ from typing import Any
 
 from optillm_memory.errors import NotFound
 from optillm_memory.store.base import Store
+from optillm_memory.store.maintenance import forget as deletion
 from optillm_memory.store.maintenance.selection import Selection
 from optillm_memory.store.transaction import Transaction
 
@@ -27,7 +28,7 @@ def forget(
 
     Interrupted, it has forgotten whole batches; the next one finishes it, whatever it is asked for. Raises NotFound.
     """
-    if unfinished := is_unfinished(store):
+    if unfinished := store.forgetting.is_unfinished():
         store.outdate_indexes(None)  # whose vectors it left in files is not known any more
     try:
         found = forget_rows(store, selection, progress=progress)
@@ -45,45 +46,39 @@ def forget_rows(store: Store, selection: Selection, *, progress: Progress = lamb
 
     From then on nothing of it is recalled or shown; `erase` takes its bytes out of the files. Raises NotFound.
     """
-    counts = store.chosen_counts(selection)
+    counts = store.forgetting.chosen_counts(selection)
     if not any(counts.values()):
         raise NotFound("there is nothing of that kind to forget")
-    scopes = store.chosen_scopes(selection)
-    store.write(lambda tx: tx.forget_begins()).result(WAIT_S)  # should it be interrupted
-    forget_warnings(store, store.errors_of(selection))
+    scopes = store.forgetting.chosen_scopes(selection)
+    store.write(deletion.begin).result(WAIT_S)  # should it be interrupted
+    forget_warnings(store, store.forgetting.errors_of(selection))
     done = 0
-    while batch := store.chosen(selection, _AT_ONCE):
-        done += in_small_commits(store, batch, lambda tx, part: tx.forget_traces(part, time.time()))
+    while batch := store.forgetting.chosen(selection, _AT_ONCE):
+        done += in_small_commits(store, batch, lambda tx, part: deletion.delete_traces(tx, part, time.time()))
         progress(f"{done} of {counts['traces']} traces forgotten")
     forget_copies(store)
     waiting = 0
     if condition := selection.waiting():
-        waiting = store.write(lambda tx: tx.forget_feedback(*condition)).result(WAIT_S)
+        waiting = store.write(lambda tx: deletion.delete_feedback(tx, *condition)).result(WAIT_S)
     store.outdate_indexes(scopes)
     # Only now: an erasure that was under way meanwhile has not seen all of it.
-    receipt = store.write(lambda tx: tx.forget_begins()).result(WAIT_S)
+    receipt = store.write(deletion.begin).result(WAIT_S)
     return {"traces": done, "pending_feedback": waiting, "receipt": receipt}
 
 
 def erase(store: Store, *, progress: Progress = lambda _: None) -> dict[str, Any]:
     """Take the bytes of all that was forgotten so far out of all files; under `left` is what kept it from that."""
-    receipt, _ = store.erasures()
+    receipt, _ = store.forgetting.erasures()
     forget_copies(store)
     tidied = tidy(store)
     if not (left := store.erase(progress=progress)):
-        store.write(lambda tx: tx.forget_ends(receipt)).result(WAIT_S)
+        store.write(lambda tx: deletion.end(tx, receipt)).result(WAIT_S)
     return {**tidied, "left": left}
-
-
-def is_unfinished(store: Store) -> bool:
-    """Whether something was forgotten that may still be in a file."""
-    asked, erased = store.erasures()
-    return asked > erased
 
 
 def erasure(store: Store, receipt: str) -> dict[str, Any]:
     """Return how the erasure with a receipt stands. Raises NotFound."""
-    asked, erased = store.erasures()
+    asked, erased = store.forgetting.erasures()
     number = int(receipt) if receipt.isascii() and receipt.isdigit() else 0
     if not 0 < number <= asked:
         raise NotFound(f"no erasure {receipt!r}")
@@ -93,22 +88,18 @@ def erasure(store: Store, receipt: str) -> dict[str, Any]:
 
 def forget_copies(store: Store) -> None:
     """Take what was copied from forgotten memories out of other requests; they lose the insertion or the proposal."""
-    if store.has_copies():
-        copied = store.copied()
-        in_small_commits(store, copied or [""], lambda tx, part: tx.forget_copies(part, time.time()))
+    if store.forgetting.has_copies():
+        copied = store.forgetting.copied()
+        in_small_commits(store, copied or [""], lambda tx, part: deletion.withdraw_copies(tx, part, time.time()))
 
 
 def forget_warnings(store: Store, errors: Mapping[int, Collection[str]]) -> None:
     """Delete the insertions that warned of failures with these errors (by scope number): they quote them."""
     for scope_id, messages in errors.items():
-        found = store.warnings_of(scope_id, messages)
+        found = store.forgetting.warnings_of(scope_id, messages)
         for start in range(0, len(found), BATCH):
             part = found[start : start + BATCH]
-            store.write(partial(_drop_placements, scope_id, part)).result(WAIT_S)
-
-
-def _drop_placements(scope_id: int, places: Sequence[tuple[str, str, str]], tx: Transaction) -> None:
-    tx.drop_placements(scope_id, places)
+            store.write(partial(deletion.delete_placements, scope_id=scope_id, places=part)).result(WAIT_S)
 
 
 def in_small_commits(store: Store, ids: Sequence[str], forget_some: Callable[[Transaction, Sequence[str]], int]) -> int:
@@ -131,9 +122,9 @@ def _timed(
 
 def tidy(store: Store) -> dict[str, int]:
     """Delete the vectors that nothing uses and the names of scopes that nothing is left of; return how many."""
-    keys, last = store.unused_vectors()
-    vectors = in_small_commits(store, keys, lambda tx, part: tx.drop_vectors(part, last))
+    keys, last = store.vectors.unused()
+    vectors = in_small_commits(store, keys, lambda tx, part: tx.vectors.drop(part, last))
     scopes = 0
-    if store.has_empty_scopes():
-        scopes = store.write(lambda tx: tx.drop_empty_scopes()).result(WAIT_S)
+    if store.forgetting.has_empty_scopes():
+        scopes = store.write(deletion.delete_empty_scopes).result(WAIT_S)
     return {"vectors": vectors, "scopes": scopes}

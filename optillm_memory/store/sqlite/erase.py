@@ -21,7 +21,7 @@ from optillm_memory.store.sqlite.connection import (
 from optillm_memory.store.sqlite.pages import scrub
 from optillm_memory.store.sqlite.writer import SqliteWriter
 
-PATIENCE_S = 30.0
+_PATIENCE_S = 30.0  # for readers of an earlier state, in all
 _WAIT_S = 60.0  # for the writer to come to a job
 _AGAIN_S = 0.1  # between attempts
 _MERGED = 200  # pages of the full-text index a step: nobody who writes waits long
@@ -33,12 +33,10 @@ T = TypeVar("T")
 class Eraser:
     """Erases step by step, each between two commits of the writer."""
 
-    def __init__(
-        self, path: Path, writer: SqliteWriter, progress: Callable[[str], None], patience_s: float = PATIENCE_S
-    ) -> None:
-        """Keep what is erased from; `patience_s` is how long readers of an earlier state are waited for in all."""
+    def __init__(self, path: Path, writer: SqliteWriter, progress: Callable[[str], None]) -> None:
+        """Keep what is erased from; readers of an earlier state are waited for from now on."""
         self._path, self._writer, self._progress = path, writer, progress
-        self._deadline = time.monotonic() + patience_s
+        self._deadline = time.monotonic() + _PATIENCE_S
 
     def erase(self) -> str:
         """Overwrite all that was deleted; return what kept it from that, empty when all is done."""

@@ -58,7 +58,7 @@ class _Draft:
 
 
 class IndexFiles:
-    """Satisfies `recall.ann.Files`; a scope's files are found by its digest, so that no name tells whose they are."""
+    """Satisfies `recall.vectors.ivf_format.Files`. Files are named by a digest of the scope, so no name says whose."""
 
     def __init__(self, folder: Path, *, read_only: bool = False) -> None:
         """Name the folder; it is made with the first file, and not at all where it is only read."""

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from optillm_memory.errors import NotFound, StoreError
+from optillm_memory.errors import NotFound, StoreError, StoreTooOld
 from optillm_memory.store.sqlite.connection import (
     Connection,
     DatabaseError,
@@ -25,7 +25,7 @@ _OLDEST_READ = 8  # the migration whose tables this release can read; what came 
 def reading(path: Path) -> UntouchedReaders:
     """Return the readers of a file whose schema this release can read.
 
-    Raises NotFound where there is no file, StoreTooNew, and StoreError for an older schema or another kind of file.
+    Raises NotFound where there is no file, StoreTooNew, StoreTooOld, and StoreError for another kind of file.
     """
     readers = UntouchedReaders(path)
     with readers.borrow() as db:
@@ -91,7 +91,7 @@ def _refuse_other_schema(db: Connection, path: Path) -> None:
     refuse_newer(db, path)
     found = db.execute("SELECT max(name) FROM _sqlite_migrations WHERE migration_set = 'optillm_memory'").fetchone()
     if found[0] is None or int(found[0][1:4]) < _OLDEST_READ:
-        raise StoreError(
+        raise StoreTooOld(
             f"{path} has the schema of an earlier release and was opened read-only; "
             "bring it up to date with: optillm-memory migrate"
         )

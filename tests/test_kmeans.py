@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from vectors import Vectors, clustered, unit
 
-from optillm_memory.recall.vectors import kmeans as lists
-from optillm_memory.recall.vectors.kmeans import Assigner, Parts
+from optillm_memory.recall.vectors import kmeans
+from optillm_memory.recall.vectors.kmeans import Assigner
+from optillm_memory.recall.vectors.pca import Projections
 
 
 def rest() -> None:
@@ -33,7 +34,7 @@ def test_a_row_is_put_into_the_list_nearest_to_it(make: object) -> None:
 def test_rows_of_one_subject_lie_in_few_lists() -> None:
     """With about as many lists as subjects a row's nearest neighbours are in the few lists nearest to it."""
     vectors = clustered(6_000, 64)
-    centroids = lists.made(Parts.of(vectors), 240, rest)
+    centroids = kmeans.train(Projections.of(vectors), 240, rest)
     labels = Assigner(centroids, rest).nearest(vectors)
     hits = 0
     for query in vectors[:100]:
@@ -47,7 +48,7 @@ def test_rows_of_one_subject_lie_in_few_lists() -> None:
 def test_there_may_be_hardly_more_rows_than_lists(rows: int, count: int) -> None:
     """Every row has a list, however few there are, also where all rows are the same."""
     for vectors in (clustered(rows, 16), np.repeat(clustered(1, 16), rows, axis=0)):
-        centroids = lists.made(Parts.of(vectors), count, rest)
+        centroids = kmeans.train(Projections.of(vectors), count, rest)
         assert 1 <= len(centroids) <= max(rows, count)
         labels = Assigner(centroids, rest).nearest(vectors)
         assert labels.min() >= 0
@@ -58,7 +59,7 @@ def test_there_may_be_hardly_more_rows_than_lists(rows: int, count: int) -> None
 def test_parts_are_near_to_what_they_are_made_of() -> None:
     """A byte for each part is enough to tell which list a row belongs to."""
     vectors = clustered(500, 48)
-    kept = Parts.of(vectors)
+    kept = Projections.of(vectors)
     assert np.abs(kept.vectors(slice(None)) - vectors).max() < 0.005
     assert np.array_equal(kept.vectors(np.array([3, 7])), kept.vectors(slice(None))[[3, 7]])
     assert (unit(kept.vectors(slice(None))) * vectors).sum(axis=1).min() > 0.9999

@@ -1,0 +1,149 @@
+"""Deciding: what a request gets of memory (an answer, insertions, nothing if held out), and which arm answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from optillm_memory.background.encoder_service import EncoderService
+from optillm_memory.conversation import parse as conversations
+from optillm_memory.conversation.episodes import root_of
+from optillm_memory.conversation.options import AUTO
+from optillm_memory.decide.holdout import assign
+from optillm_memory.inject.advice import as_advice
+from optillm_memory.inject.refusals import FORMS
+from optillm_memory.inject.render import Rendering, placement_at, render_fitting
+from optillm_memory.learn.conflicts import without_superseded
+from optillm_memory.recall.retriever import Retriever
+from optillm_memory.records import Hit, Placement, Scope
+from optillm_memory.request.advise import Adviser
+from optillm_memory.request.locate import Locator
+from optillm_memory.request.reuse import ReuseDecider
+from optillm_memory.request.route import Router
+from optillm_memory.request.turn import Turn
+from optillm_memory.settings import Settings
+
+
+class Source(Protocol):
+    """What deciding reads by itself."""
+
+    def last_verified(self, scope: Scope, memory_ids: Sequence[str]) -> Mapping[str, float]:
+        """Return when each memory was verified last."""
+
+
+class Decider:
+    """Takes a request through all that is decided before it goes upstream."""
+
+    def __init__(
+        self,
+        source: Source,
+        settings: Settings,
+        encoder: EncoderService,
+        salt: Callable[[], bytes],
+        retriever: Retriever,
+        locator: Locator,
+        adviser: Adviser,
+        reuse: ReuseDecider,
+        router: Router,
+    ) -> None:
+        """Join what decides; `salt` gives the database's secret for the holdout."""
+        self._source = source
+        self._settings = settings
+        self._encoder = encoder
+        self._retriever = retriever
+        self._salt = salt
+        self._locator = locator
+        self._adviser = adviser
+        self._reuse = reuse
+        self._router = router
+
+    def decide(self, turn: Turn, *, size: int, text_only: bool, approaches: Collection[str] | None) -> Turn:
+        """Return the turn as it is to go upstream, or with the answer that is reused."""
+        started = time.perf_counter()
+        if turn.options.mode == "off":
+            return turn.skip("mode_off")
+        auto = turn.options.approach == AUTO
+        if auto:
+            turn = self._router.with_default_arm(turn, approaches)
+        if size > self._settings.max_request_bytes:
+            return turn.skip("too_large")
+        turn = self._locator.locate(replace(turn, conversation=conversations.parse(turn.body)))
+        if not turn.options.reads:
+            return turn.skip("mode_write")
+        turn = self._with_memory(turn, text_only=text_only)
+        if auto and turn.action != "reuse":
+            turn = self._router.route(turn, approaches)
+        return replace(turn, recall_ms=(time.perf_counter() - started) * 1000)
+
+    def _with_memory(self, turn: Turn, *, text_only: bool) -> Turn:
+        lot = assign(root_of(turn.episode_id), self._salt(), self._settings.holdout)
+        turn = replace(turn, held_out=lot.held_out, propensity=lot.propensity)
+        if turn.options.reuse:
+            turn = self._reuse.consider(turn)
+            if turn.action == "reuse":
+                return turn
+        refused = self._locator.refused_forms(turn)
+        standing = [] if lot.held_out or text_only else self._locator.standing(turn, refused)
+        position = len(turn.parsed.messages) - 1
+        if standing and standing[-1].position == position:
+            rendering = None  # the very same request again: it gets what it got before
+        elif "block" in refused and (turn.parsed.ends_with_observation or refused == FORMS):
+            turn, rendering = turn.skip("refused_before"), None
+        elif turn.parsed.ends_with_observation:
+            turn, rendering = self._advice(turn)
+        else:
+            turn, rendering = self._recalled(turn, standing, {*refused, "turns"} if text_only else refused)
+        for memory_id in rendering.over_budget if rendering is not None else ():
+            turn = turn.skip("over_budget", memory_id=memory_id)
+        if lot.held_out:
+            withheld = rendering.injected if rendering is not None else ()
+            return replace(turn, action="holdout", withheld=withheld) if withheld else turn
+        fresh = placement_at(turn.parsed, position, rendering) if rendering is not None else None
+        return turn.placing(standing, fresh)
+
+    def _advice(self, turn: Turn) -> tuple[Turn, Rendering | None]:
+        advice = self._adviser.on_results(turn, self._locator.pending_advice(turn))
+        if not advice:
+            return turn.skip("nothing_relevant"), None
+        limits = turn.options.limits(self._settings.max_block_items, self._settings.token_budget)
+        return turn, as_advice(advice, **limits)
+
+    def _recalled(
+        self, turn: Turn, standing: Sequence[Placement], refused: Collection[str]
+    ) -> tuple[Turn, Rendering | None]:
+        """Return what recall finds for a new user message, in a form that was not refused."""
+        conversation, settings = turn.parsed, self._settings
+        if not conversation.task.strip() or not conversation.ends_with_user:
+            return turn.skip("no_new_user_message"), None
+        turn, hits = self._hits(turn, standing)
+        if not hits:
+            return turn.skip("nothing_relevant"), None
+        rendering = render_fitting(
+            hits,
+            conversation,
+            refused,
+            turns=turn.options.limits(settings.max_items, settings.token_budget),
+            block=turn.options.limits(settings.max_block_items, settings.token_budget),
+        )
+        return turn.skip("refused_before") if rendering is None else turn, rendering
+
+    def _hits(self, turn: Turn, standing: Sequence[Placement]) -> tuple[Turn, list[Hit]]:
+        """Return the hits that do not stand in the conversation already."""
+        key = conversations.key_of(turn.parsed.task)
+        pending = self._encoder.ask(key, turn.encoder_limit_s)
+        hits = self._retriever.recall(
+            turn.scope,
+            key,
+            pending.vector,
+            fingerprint=self._encoder.fingerprint,
+            unrelated=self._encoder.unrelated,
+            episode_id=turn.episode_id,
+            frame=turn.parsed.frame,
+        )
+        if pending.state != "ready":
+            turn = turn.skip(f"encoder_{pending.state}_recall_is_lexical")
+        hits = without_superseded(hits, lambda ids: self._source.last_verified(turn.scope, ids))
+        seen = {item.memory_id for placement in standing for item in placement.items}
+        return turn, [h for h in hits if h.memory.memory_id not in seen]
