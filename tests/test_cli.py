@@ -21,7 +21,7 @@ from optillm_memory.store.postgres.schema import is_there
 
 ON_WHAT_IS_THERE = {
     "stats": (), "traces": (), "show": ("t1",), "why": ("t1",), "memories": (), "uplift": (), "policy": (),
-    "recall": ("a task",), "rebuild": (), "verify": (), "migrate": (), "backup": ("copy.db",),
+    "recall": ("a task",), "rebuild": (), "compact": (), "verify": (), "migrate": (), "backup": ("copy.db",),
     "forget": ("--trace", "t1", "--yes"), "reembed": (),
 }  # fmt: skip
 
