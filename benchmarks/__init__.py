@@ -1,1 +1,4 @@
-"""Research: measurements of the project itself, beside others, and under faults; not in the wheel."""
+"""Research: measurements of the project itself, compared with others and under faults; not part of the wheel.
+
+`python -m benchmarks NAME`, from a checkout.
+"""

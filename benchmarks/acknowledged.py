@@ -1,4 +1,4 @@
-"""What a database file acknowledged, and whether it still holds that: whole, each once, learned as the log says."""
+"""Check that a database file has all feedback that it acknowledged: undamaged, once each, and learned as logged."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from optillm_memory.store.sqlite.audit import feedback_in, integrity
 
 @dataclass
 class Faults:
-    """What is wrong with a file after what was done to it; all zero when nothing is."""
+    """The faults of a file after a test; all zero if there are none."""
 
-    lost: int = 0  # acknowledged, and not there
-    doubled: int = 0  # there, or learned, more than once
+    lost: int = 0  # acknowledged, but missing
+    doubled: int = 0  # stored or learned more than once
     corrupt: int = 0  # files that fail SQLite's own check, cannot be opened, or were set aside
-    differing: int = 0  # files whose learned state is not what a rebuild of their log gives
+    differing: int = 0  # files whose learned state differs from a rebuild of their log
 
     def __add__(self, other: Self) -> Faults:
-        """Return both together."""
+        """Return the sum of both."""
         return Faults(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 def opened(path: Path) -> Memory:
-    """Open a memory that needs no model and leaves no request without memory."""
+    """Open a memory without an encoder and without a holdout."""
     return Memory(Settings(db=str(path), encoder="none", holdout=0.0))
 
 
 def damage(path: Path) -> Faults:
-    """Check the file itself, as quick as its size allows."""
+    """Check the file itself with SQLite's own check."""
     aside = list(path.parent.glob(f"{path.name}.corrupt-*"))
     return Faults(corrupt=int(bool(aside) or (path.exists() and integrity(path) != "ok")))
 
 
-def check(path: Path, said: Mapping[str, str]) -> Faults:
-    """Check a file that no process works on against what it acknowledged: feedback ids with their traces' ids.
+def check(path: Path, acknowledged: Mapping[str, str]) -> Faults:
+    """Check a file that no process uses against what it acknowledged: feedback ids with their traces' ids.
 
-    Every task was asked once, so that a memory rests on one success.
+    Every task was asked once, so each memory must have one success.
     """
     found = damage(path)
     with opened(path) as memory:
         if memory.store.fault:
-            return found + Faults(lost=len(said), corrupt=1)
+            return found + Faults(lost=len(acknowledged), corrupt=1)
         present = feedback_in(path)
         found += Faults(
-            lost=sum(not present[pair] for pair in said.items()), doubled=sum(n > 1 for n in present.values())
+            lost=sum(not present[pair] for pair in acknowledged.items()), doubled=sum(n > 1 for n in present.values())
         )
         learned = memory.store.list_memories(None, limit=1 << 40)
         found += Faults(doubled=sum(record.successes > 1 for record in learned))
@@ -63,13 +63,13 @@ def check(path: Path, said: Mapping[str, str]) -> Faults:
 
 
 def request(memory: Memory, task: str) -> str:
-    """Take a request through memory; return its trace's id."""
+    """Run a request through memory; return its trace's id."""
     turn = memory.begin({"model": "m", "messages": [{"role": "user", "content": task}]})
     memory.finish(turn, {"choices": [{"message": {"role": "assistant", "content": f"done: {task}"}}]})
     return turn.trace_id
 
 
-def tell(memory: Memory, trace_id: str) -> str:
-    """Tell of a request that it went well; return the id of the feedback, which was acknowledged."""
+def send_feedback(memory: Memory, trace_id: str) -> str:
+    """Report success of a request; return the id of the feedback, which is now acknowledged."""
     (receipt,) = memory.feedback({"trace_id": trace_id, "metric": "success", "value": True, "source": "code"})
     return receipt.feedback_id

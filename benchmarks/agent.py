@@ -1,7 +1,7 @@
-"""`bench agent`: a scripted agent does real tasks in a sandbox, and again after a restart, with and without memory.
+"""`python -m benchmarks agent`: a scripted agent does real tasks, and again after a restart, with and without memory.
 
-The upstream plays the LLM by the policy in `agent_policy.py`: it sees nothing but its prompt. The client is an ordinary
-agent's loop over the OpenAI client; a check on the finished sandbox tells memory how the episode went, as CI would.
+The upstream plays the LLM with the policy in `agent_policy.py`, which sees only its prompt. The client is an ordinary
+agent's loop over the OpenAI client; a check of the finished sandbox gives the feedback on the episode, as CI would.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MOST_REQUESTS = 20
 
 
 def scripted(request: dict[str, Any]) -> Reply:
-    """Answer as the policy decides from this one request; only the call's id is made up."""
+    """Answer as the policy decides from this one request; only the call's id is random."""
     decision = decide(request.get("messages") or [], request.get("tools") or [], TASKS)
     if isinstance(decision, str):
         return Reply(content=decision)
@@ -54,11 +54,11 @@ def run(
 ) -> dict[str, Any]:
     """Do the tasks three times and return the figures: at first, again after a restart, and again with a holdout.
 
-    The third run starts from a copy of the database as the first left it, with this share of episodes held out.
-    Raises HostError where a program that the tasks need is missing.
+    The third run starts from a copy of the database after the first run, with this share of episodes held out.
+    Raises HostError if a program that the tasks need is missing.
     """
     if lacking := missing():
-        raise HostError(f"bench agent needs {' and '.join(lacking)} on the path")
+        raise HostError(f"the agent's tasks need {' and '.join(lacking)} on the path")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="optillm-memory-bench-")))
         upstream = stack.enter_context(RecordingUpstream(scripted))
@@ -81,7 +81,7 @@ def _shuffled(tasks: Sequence[AgentTask], seed: int) -> list[AgentTask]:
 
 
 class _Bench:
-    """What the passes share."""
+    """The parts that the passes share."""
 
     def __init__(
         self, folder: Path, upstream: RecordingUpstream, env: Mapping[str, str], tick: Callable[[], None]
@@ -116,9 +116,9 @@ def _fresh(folder: Path) -> Iterator[Sandbox]:
 
 
 def do(task: AgentTask, sandbox: Sandbox, client: OpenAI, routes: httpx.Client, *, again: bool) -> Episode:
-    """Do one task as an agent does: ask, execute the call, show the result, until the answer is in words.
+    """Do one task as an agent does: ask, execute the call, send the result, until the answer is a text.
 
-    Then the check is run and its result posted as feedback on the episode. `again` takes the names of pass 2.
+    Then the check is run and its result posted as feedback on the episode. `again` selects the names of pass 2.
     """
     names = task.names[-1] if again else task.names[0]
     sandbox.prepare(filled(task.setup, names) or ":")
@@ -128,13 +128,13 @@ def do(task: AgentTask, sandbox: Sandbox, client: OpenAI, routes: httpx.Client, 
         {"role": "system", "content": SYSTEM},
         {"role": "user", "content": filled(task.asks, names)},
     ]
-    told: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     for _ in range(MOST_REQUESTS):
         completion = client.chat.completions.create(
             model=MODEL, messages=messages, tools=TOOLS, extra_body={"agent_memory": {"namespace": NAMESPACE}}
         )
-        told = (completion.model_extra or {})["agent_memory"]
-        _count(episode, told)
+        metadata = (completion.model_extra or {})["agent_memory"]
+        _count(episode, metadata)
         message = completion.choices[0].message
         messages.append(message.model_dump(exclude_none=True))
         if not message.tool_calls:
@@ -151,17 +151,17 @@ def do(task: AgentTask, sandbox: Sandbox, client: OpenAI, routes: httpx.Client, 
                 episode.advised_failed += kind is None
                 episode.failed.append(kind or f"{task.name} advised {call.text.strip()}")
     episode.solved = sandbox.solved(filled(task.check, names))
-    feedback = {"episode_id": told["episode_id"], "metric": "success", "value": episode.solved, "source": "code"}
+    feedback = {"episode_id": metadata["episode_id"], "metric": "success", "value": episode.solved, "source": "code"}
     routes.post("/feedback", json=feedback).raise_for_status()
-    # The response says `holdout` only where there was something to hold back; the trace has the assignment itself.
-    trace = routes.get(f"/traces/{told['trace_id']}")
+    # The response has `holdout` only if there was something to inject; the trace has the assignment itself.
+    trace = routes.get(f"/traces/{metadata['trace_id']}")
     trace.raise_for_status()
     episode.held_out = bool(trace.json()["held_out"])
     return episode
 
 
 def _kinds(task: AgentTask, names: Mapping[str, str]) -> dict[tuple[str, str], str]:
-    """Return what each belief's failure is called, whatever the names are."""
+    """Return a name for the failure of each candidate call, independent of the task's names."""
     return {
         call.same: f"{task.name} {number}.{index}"
         for number, goal in enumerate(goals_of(task, names))
@@ -174,10 +174,10 @@ def _arguments(text: str) -> dict[str, str]:
     return {str(k): str(v) for k, v in given.items()}
 
 
-def _count(episode: Episode, told: Mapping[str, Any]) -> None:
-    extra = int(told.get("extra_calls") or 0)
+def _count(episode: Episode, metadata: Mapping[str, Any]) -> None:
+    extra = int(metadata.get("extra_calls") or 0)
     episode.llm_calls += 1 + extra
     episode.extra_llm_calls += extra
-    episode.actions[str(told["action"])] += 1
-    episode.advice |= {str(item["memory_id"]) for item in told["injected"] if item["kind"] in ("fix", "failure")}
-    episode.skipped.update(str(item["reason"]) for item in told["skipped"])
+    episode.actions[str(metadata["action"])] += 1
+    episode.advice |= {str(item["memory_id"]) for item in metadata["injected"] if item["kind"] in ("fix", "failure")}
+    episode.skipped.update(str(item["reason"]) for item in metadata["skipped"])

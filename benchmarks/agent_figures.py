@@ -1,4 +1,4 @@
-"""The figures of `bench agent`: what each pass cost, what fell between them, and what the holdout says of it."""
+"""The figures of the scripted agent: the cost of each pass, the reduction between them, and the holdout's uplift."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _RESAMPLES = 10_000
 
 @dataclass
 class Episode:
-    """One task as it went.
+    """The course of one task.
 
-    `failed` names the kind of each failed action: a belief by task, goal and place, whatever the names in it were, or
-    else what was advised. `held_out` is the assignment that memory recorded; `actions` is what its responses said.
+    `failed` names the kind of each failed action: a candidate by task, goal and position, independent of the names in
+    it, or else the advice. `held_out` is the assignment that memory recorded; `actions` are those of its responses.
     """
 
     task: str
@@ -46,8 +46,8 @@ class Pass:
 def figures(first: Pass, second: Pass, third: Pass, *, share: float) -> dict[str, Any]:
     """Return the figures of pass 1, of pass 2, and of pass 2 with a holdout.
 
-    A failing action is repeated where its kind failed in pass 1, or before in the same episode. The falls are the share
-    of pass 1's failing actions, and of its steps, that pass 2 is spared; what bad advice cost pass 1 is not counted.
+    A failing action is repeated if its kind failed in pass 1, or before in the same episode. A fall is the share of
+    pass 1's failing actions, or steps, that pass 2 avoids; the cost of bad advice in pass 1 is not counted.
     """
     known = frozenset(kind for episode in first.episodes for kind in episode.failed)
     one, two = summary(first, frozenset()), summary(second, known)
@@ -105,8 +105,8 @@ def uplift(
 ) -> tuple[float, list[float]] | None:
     """Return the mean with memory minus the mean without, and its 95 % interval; None where one side is empty.
 
-    The interval is the percentile bootstrap's, over episodes, each side resampled on its own, and always by one seed:
-    equal episodes have an equal interval.
+    The interval is the percentile bootstrap's over episodes, each side resampled separately, with a fixed seed: equal
+    episodes have an equal interval.
     """
     if not with_memory or not without:
         return None
@@ -129,7 +129,7 @@ def _measures(known: frozenset[str]) -> dict[str, Callable[[Episode], float]]:
 
 
 def _against(first: Sequence[Episode], later: Sequence[Episode], known: frozenset[str]) -> dict[str, Any]:
-    """Return the totals of some later episodes, beside what the same tasks took in pass 1."""
+    """Return the totals of some later episodes, compared with the same tasks in pass 1."""
     before = {e.task: e for e in first}
     same = [before[e.task] for e in later]
     again, steps = sum(repeated(e, known) for e in later), sum(e.steps for e in later)

@@ -1,11 +1,11 @@
-"""The scripted agent of `bench agent`: what it believes, and how it decides from its prompt alone.
+"""The scripted agent: the calls that it tries for each task, and how it decides from its prompt alone.
 
-The policy, in full. The first user message tells the task. Each task is a sequence of goals, and for each goal the
-agent believes in some calls, the likeliest first; all but the last of them are mistakes as people and models make them.
-1. A goal is reached by the first call that did not fail; after the last goal it says that it is done.
-2. Where its last call failed and the prompt says what worked instead of that very call, it does that.
-3. Else it takes its first belief that has not failed in this attempt at the goal. Where the prompt says that this call
-   is known to fail, it does what worked instead, or goes on to its next belief where nothing is said to have worked.
+The policy, in full. The first user message names the task. Each task is a sequence of goals, and for each goal the
+agent has candidate calls, the likeliest first; all but the last are mistakes that people and models make.
+1. A goal is reached by the first call that did not fail; after the last goal the agent answers that it is done.
+2. If its last call failed and the prompt names what worked instead of exactly that call, it does that.
+3. Else it takes its first candidate that has not failed in this attempt at the goal. If the prompt says that this call
+   is known to fail, it does what worked instead, or takes its next candidate if nothing is known to have worked.
 4. Advice is followed once: a call that was advised and failed is not made again. Advice on any other call is ignored.
 It keeps nothing between two requests: equal prompts get equal answers.
 """
@@ -39,7 +39,7 @@ class Call:
 
     @property
     def text(self) -> str:
-        """What memory would show of it."""
+        """The text that memory would show."""
         field = FIELDS.get(self.tool)
         if field is not None:
             return self.arguments.get(field, "")
@@ -47,16 +47,16 @@ class Call:
 
     @property
     def same(self) -> tuple[str, str]:
-        """What makes two calls the same."""
+        """The key by which two calls are the same."""
         return self.tool, self.text.strip()
 
 
 @dataclass(frozen=True, slots=True)
 class AgentTask:
-    """A kind of task: what is asked, what the agent believes for each goal, and how it is told whether it is solved.
+    """A kind of task: the request, the agent's candidate calls for each goal, and the check for success.
 
-    `%name%` stands for a name that the request says (in backquotes) and that `names` fills: the first for pass 1, the
-    last for pass 2. `setup` and `check` are shell scripts for the sandbox; the check exits 0 where the task is solved.
+    `%name%` is the slot of a name that the request contains (in backquotes) and that `names` fills: the first for pass
+    1, the last for pass 2. `setup` and `check` are shell scripts for the sandbox; the check exits 0 on success.
     """
 
     name: str
@@ -86,22 +86,22 @@ class Try:
 
 
 def bash(*commands: str) -> tuple[Call, ...]:
-    """Return a goal's beliefs as shell commands, the one that works last."""
+    """Return a goal's candidates as shell commands, the one that works last."""
     return tuple(Call("bash", {"command": command}) for command in commands)
 
 
 def python(*codes: str) -> tuple[Call, ...]:
-    """Return a goal's beliefs as Python code, the one that works last."""
+    """Return a goal's candidates as Python code, the one that works last."""
     return tuple(Call("python", {"code": code}) for code in codes)
 
 
 def write(content: str, *paths: str) -> tuple[Call, ...]:
-    """Return a goal's beliefs about where a file goes, the path that works last."""
+    """Return a goal's candidates for a file's path, the one that works last."""
     return tuple(Call("write_file", {"path": path, "content": content}) for path in paths)
 
 
 def normal(text: str) -> str:
-    """Return a text with its white space made equal."""
+    """Return a text with its white space normalized."""
     return " ".join(text.split())
 
 
@@ -111,7 +111,7 @@ def filled(text: str, names: Mapping[str, str]) -> str:
 
 
 def goals_of(task: AgentTask, names: Mapping[str, str]) -> list[list[Call]]:
-    """Return what the agent believes for each goal of a task with these names."""
+    """Return the agent's candidates for each goal of a task with these names."""
     return [
         [Call(c.tool, {key: filled(value, names) for key, value in c.arguments.items()}) for c in goal]
         for goal in task.goals
@@ -119,7 +119,7 @@ def goals_of(task: AgentTask, names: Mapping[str, str]) -> list[list[Call]]:
 
 
 def understood(text: str, tasks: Iterable[AgentTask]) -> list[list[Call]] | None:
-    """Return the beliefs for what a text asks, with its names; None where it asks for nothing that is known."""
+    """Return the candidates for the task of a text, with its names; None for an unknown task."""
     for task in tasks:
         if (match := _pattern(task.asks).fullmatch(text)) is not None:
             return goals_of(task, match.groupdict())
@@ -129,7 +129,7 @@ def understood(text: str, tasks: Iterable[AgentTask]) -> list[list[Call]] | None
 def decide(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], tasks: Iterable[AgentTask]
 ) -> Call | str:
-    """Return the next call, or a closing answer: a pure function of the prompt, as the module says."""
+    """Return the next call, or a closing answer: a pure function of the prompt, described above."""
     asked = next((_said(m) for m in messages if m.get("role") == "user"), "")
     goals = understood(asked, tasks)
     if goals is None:
@@ -153,7 +153,7 @@ def decide(
         if better := _better(call, tips, seen):
             return better
         warned.append(call)
-    # Everything left is said to fail: it is tried all the same before giving up.
+    # All remaining candidates are known to fail: one is tried all the same before giving up.
     return warned[0] if warned else GIVEN_UP
 
 
@@ -180,7 +180,7 @@ def tips_in(text: str) -> list[Tip]:
     """Return the advice of the memory blocks in a text.
 
     An item begins with its number. A line that starts with `| ` is quoted and belongs to the label line before it; a
-    label says `failed` over the action, `what worked` over its replacement. Items of other shapes are left out.
+    label says `failed` over the action, `what worked` over its replacement. Items of other shapes are ignored.
     """
     found = []
     for block in _BLOCK.findall(text):
@@ -209,7 +209,7 @@ def _tip(parts: Sequence[tuple[str, list[str]]]) -> Tip | None:
 
 
 def _better(call: Call, tips: Sequence[Tip], seen: set[tuple[str, str]]) -> Call | None:
-    """Return what worked instead of a call, the latest advice first, less what has failed already."""
+    """Return what worked instead of a call, the latest advice first, without what has failed already."""
     for tip in reversed(tips):
         if tip.instead is None or normal(tip.action) != normal(call.text):
             continue

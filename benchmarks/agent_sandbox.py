@@ -1,4 +1,4 @@
-"""The agent's hands: a fresh folder for each task, with a real shell, a real Python and a file to write."""
+"""The agent's tools: a fresh folder for each task, with a real shell, a real Python and files."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ TOOLS = [
 
 
 def missing() -> list[str]:
-    """Return the programs that the tasks need and that are not there."""
+    """Return the programs that the tasks need and that are missing."""
     return [name for name in NEEDED if shutil.which(name) is None]
 
 
 class Sandbox:
-    """A folder in which calls are really executed, with an environment of its own; its maker removes it."""
+    """A folder in which calls are really executed, with its own environment; the caller removes it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
         self._env = environment(self.folder)
 
     def prepare(self, script: str) -> None:
-        """Run a task's own setup. Raises HostError where it fails."""
+        """Run a task's setup. Raises HostError if it fails."""
         text, code = self._run(["bash", "-e", "-c", script])
         if code:
             raise HostError(f"a task's setup failed with {code}: {text}")
@@ -57,7 +57,7 @@ class Sandbox:
         return self._run(["bash", "-c", check])[1] == 0
 
     def run(self, call: Call) -> str:
-        """Execute a call; return the observation as an agent shows it."""
+        """Execute a call; return the observation as an agent formats it."""
         if call.tool == "bash":
             return _shown(*self._run(["bash", "-c", call.arguments.get("command", "")]))
         if call.tool == "python":

@@ -1,4 +1,4 @@
-"""The tasks of `bench agent`: small, real, each with a check that tells whether it was solved."""
+"""The tasks of the scripted agent: small, real, each with a check for success."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A disk that fails as told, under the real store: APSW's file layer, and what makes its connections look like ours.
+"""A disk that fails on demand, under the real store: APSW's file layer, with the interface of our own connections.
 
-`on(disk)` has every connection that the store opens go through it. Needs the package `apsw`.
+`on(disk)` makes every connection that the store opens use it. Needs the package `apsw`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _numbers = itertools.count()
 
 
 class Disk(apsw.VFS):
-    """Passes everything on to the system's disk; `before` sees each operation first, and may raise what it meets with.
+    """Passes everything to the system's disk; `before` is called before each operation, and may raise an error.
 
     Operations are `read`, `write`, `truncate`, `sync`, `delete` and `open`.
     """
 
     def __init__(self, before: Callable[[str, str], None] = lambda _operation, _name: None) -> None:
-        """Register under a name of its own; `before` is given the operation and the file's name."""
+        """Register under a unique name; `before` gets the operation and the file's name."""
         self.name = f"faultdisk-{next(_numbers)}"
         self.before = before
         super().__init__(self.name, "")
@@ -43,14 +43,14 @@ class Disk(apsw.VFS):
         super().xDelete(filename, syncdir)
 
     def excepthook(self, *_: object) -> bool:
-        """Say nothing: whoever reads or writes is told."""
+        """Print nothing: the caller gets the error."""
         return True
 
     def opened(self, path: str) -> None:
-        """Take note of a file before it is opened."""
+        """Record that a file is about to be opened."""
 
     def done(self, operation: str, path: str, *what: Any) -> None:
-        """Take note of what was done to a file."""
+        """Record an operation on a file."""
 
 
 class File(apsw.VFSFile):
@@ -67,7 +67,7 @@ class File(apsw.VFSFile):
         super().__init__("", name, flags)
 
     def excepthook(self, *_: object) -> bool:
-        """Say nothing, as the disk."""
+        """Print nothing, like the disk."""
         return True
 
     def xRead(self, amount: int, offset: int) -> bytes:  # noqa: N802
@@ -82,13 +82,13 @@ class File(apsw.VFSFile):
         self._disk.done("write", self._path, bytes(data), offset)
 
     def xTruncate(self, newsize: int) -> None:  # noqa: N802
-        """Cut to a size."""
+        """Truncate to a size."""
         self._disk.before("truncate", self._path)
         super().xTruncate(newsize)
         self._disk.done("truncate", self._path, newsize)
 
     def xSync(self, flags: int) -> None:  # noqa: ARG002, N802
-        """Make what was written safe."""
+        """Sync the file."""
         self._disk.before("sync", self._path)
         self._disk.done("sync", self._path)
         if self._syncs_folder:
@@ -97,10 +97,10 @@ class File(apsw.VFSFile):
 
 
 class Cursor:
-    """What a statement gave, as the standard library's cursor shows it."""
+    """The result of a statement, with the interface of the standard library's cursor."""
 
     def __init__(self, rows: list[tuple[Any, ...]], description: Any, rowcount: int, lastrowid: int) -> None:
-        """Keep the rows: none is left to be read after the next statement has begun."""
+        """Keep all rows: none may be read after the next statement has begun."""
         self._rows = iter(rows)
         self.description = description
         self.rowcount = rowcount
@@ -114,12 +114,12 @@ class Cursor:
         return next(self._rows, None)
 
     def fetchall(self) -> list[tuple[Any, ...]]:
-        """Return the rows that are left."""
+        """Return the remaining rows."""
         return list(self._rows)
 
 
 class Connection:
-    """An APSW connection with the few calls of the standard library's that the store makes."""
+    """An APSW connection with those methods of the standard library's that the store uses."""
 
     def __init__(self, uri: str, disk: Disk, timeout_s: float, statements: int) -> None:
         """Open a database file on a disk."""
@@ -145,7 +145,7 @@ class Connection:
         described: list[Any] = []
 
         def describe(cursor: apsw.Cursor, _sql: str, _values: Any) -> bool:
-            described[:] = cursor.get_description()  # not to be had any more once all rows are read
+            described[:] = cursor.get_description()  # not available after all rows are read
             return True
 
         cursor = self._db.cursor()
@@ -155,14 +155,14 @@ class Connection:
         return Cursor(rows, described, self._db.changes(), self._db.last_insert_rowid())
 
     def close(self) -> None:
-        """Close it; what fails meanwhile is not said, as by the standard library's."""
+        """Close it; errors are ignored, as by the standard library."""
         with contextlib.suppress(apsw.Error):
             self._db.close()
 
 
 @contextlib.contextmanager
 def _as_ours() -> Iterator[None]:
-    """Raise APSW's errors as those that the store knows."""
+    """Raise APSW's errors as the classes that the store handles."""
     try:
         yield
     except apsw.ConstraintError as error:
@@ -174,7 +174,7 @@ def _as_ours() -> Iterator[None]:
 
 
 class _Library:
-    """Stands in for the module `sqlite3` where the store opens its connections."""
+    """Replaces the module `sqlite3` where the store opens its connections."""
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
@@ -192,19 +192,19 @@ _OURS = store_connection.sqlite3
 
 @contextlib.contextmanager
 def on(disk: Disk) -> Iterator[None]:
-    """Have every connection that the store opens meanwhile go through a disk."""
+    """Make every connection that the store opens in the body use a disk."""
     with mock.patch.object(store_connection, "sqlite3", _Library(disk)):
         yield
 
 
 class PowerFailure(Disk):
-    """A disk whose power fails after so many operations: of what was not synced each write is kept, dropped or torn."""
+    """A disk whose power fails after so many operations: each write that was not synced is kept, dropped or torn."""
 
     SECTOR = 512
 
     def __init__(self, after: int, chance: Callable[[], float], *, honest: bool = True) -> None:
-        """`chance` gives numbers in [0, 1); a disk that is not `honest` only says that it syncs."""
-        self._left = after
+        """`chance` returns numbers in [0, 1); a disk that is not `honest` only pretends to sync."""
+        self._remaining = after
         self._chance = chance
         self._honest = honest
         self._lock = threading.RLock()
@@ -216,24 +216,24 @@ class PowerFailure(Disk):
     def _count(self, operation: str, _path: str) -> None:
         with self._lock:
             if operation in ("write", "truncate", "sync", "delete"):
-                self._left -= 1
-                self.failed = self.failed or self._left < 0
+                self._remaining -= 1
+                self.failed = self.failed or self._remaining < 0
             if self.failed:
                 raise apsw.IOError("the power has failed")
 
     def opened(self, path: str) -> None:
-        """Take what is there already as synced."""
+        """Count the present content as synced."""
         with self._lock:
             if path and path not in self._synced:
-                there = Path(path)
-                self._synced[path] = bytearray(there.read_bytes()) if there.exists() else None
+                file = Path(path)
+                self._synced[path] = bytearray(file.read_bytes()) if file.exists() else None
                 self._pending[path] = []
 
     def done(self, operation: str, path: str, *what: Any) -> None:
-        """Keep what was done to a file until it is synced."""
+        """Keep the operations on a file until it is synced."""
         with self._lock:
             if not path:
-                return  # a temporary file: nobody looks for it after a restart
+                return  # a temporary file, which a restart does not use
             if not operation.startswith("sync"):
                 self._pending[path].append((operation, *what))
             elif not self._honest:
@@ -245,36 +245,36 @@ class PowerFailure(Disk):
                 self._sync_folder()
 
     def _sync_folder(self) -> None:
-        """Let what was removed stay so; of what came since nothing is certain."""
+        """Make removals final; later changes of the same files are still uncertain."""
         for path, changes in self._pending.items():
             if ("delete",) in changes:
                 last = len(changes) - changes[::-1].index(("delete",))
                 self._synced[path], self._pending[path] = None, changes[last:]
 
     def xDelete(self, filename: str, syncdir: bool) -> None:  # noqa: N802
-        """Remove a file; it may be back after the power failed, if its folder was not synced."""
+        """Remove a file; it may be back after the power loss if its folder was not synced."""
         super().xDelete(filename, syncdir)
         with self._lock:
             self._pending.setdefault(filename, []).append(("delete",))
             if syncdir and self._honest:
                 self._sync_folder()
 
-    def left_behind(self, folder: Path) -> None:
-        """Write what a restart finds into another folder. The index of the WAL lies in memory, and is gone."""
+    def write_remaining(self, folder: Path) -> None:
+        """Write what a restart finds to another folder. The index of the WAL is in memory, and lost."""
         with self._lock:
             for path in self._pending:
-                left = self._after(path, self._fate)
-                if left is not None:
-                    (folder / Path(path).name).write_bytes(left)
+                remaining = self._after(path, self._fate)
+                if remaining is not None:
+                    (folder / Path(path).name).write_bytes(remaining)
 
     def _fate(self, change: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        lot = self._chance()
-        if change[0] == "write" and lot < 1 / 3:
+        draw = self._chance()
+        if change[0] == "write" and draw < 1 / 3:
             return self._torn(*change[1:])
-        return change if lot < 2 / 3 else None
+        return change if draw < 2 / 3 else None
 
     def _torn(self, data: bytes, offset: int) -> tuple[Any, ...]:
-        """Return a write of which each sector came through or not."""
+        """Return a write of which each sector was written or not."""
         sectors = []
         start = 0
         while start < len(data):

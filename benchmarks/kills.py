@@ -1,4 +1,4 @@
-"""`kill -9` at random moments: a worker opens, answers, closes and opens again until it is killed, over and over."""
+"""`kill -9` at random moments, many times: a worker opens, answers and closes a memory again and again until killed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from typing import Any
 from sqlite_utils import Database
 from typing_extensions import Self
 
-from benchmarks.acknowledged import Faults, check, damage, opened, request, tell
+from benchmarks.acknowledged import Faults, check, damage, opened, request, send_feedback
 from optillm_memory.store.sqlite.migrations import migrations
 
 LIVES = 20  # of one file, before the next begins
+_LIFE_S, _FIRSTS, _POLL_S = 0.4, 3.0, 0.005
 _SECOND_SCHEMA = "m002_steps_attempts_and_fixes"
 
 
-class Nursery:
-    """A process that imports once and forks a worker for each life: a fork before any thread is safe, and quick."""
+class ForkServer:
+    """A process that imports once and forks a worker for each life: before any thread a fork is safe, and fast."""
 
     def __init__(self) -> None:
         """Start it."""
@@ -33,12 +34,14 @@ class Nursery:
             [sys.executable, "-m", __name__],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "ready\n", "the process that forks the workers did not start"
 
-    def life(self, path: Path, name: str, after_s: float, said: Path) -> None:
-        """Have a worker live on a file for so long; what it was acknowledged is in `said` then, a line each."""
+    def life(self, path: Path, name: str, after_s: float | None, log: Path) -> None:
+        """Let a worker use a file for so long (None: until the first acknowledgement); `log` gets a line for each."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps([str(path), name, after_s, str(said)]) + "\n")
+        self._process.stdin.write(json.dumps([str(path), name, after_s, str(log)]) + "\n")
         self._process.stdin.flush()
         if self._process.stdout.readline() != "killed\n":
             raise RuntimeError(f"the worker of {name} ended by itself")
@@ -51,25 +54,36 @@ class Nursery:
 
 
 def run(folder: Path, kills: int, *, seed: int, tick: Callable[[], object]) -> dict[str, Any]:
-    """Kill a worker so many times, every few on a file of its own; return what was acknowledged and what is wrong."""
+    """Kill a worker `kills` times, with a new file after every few; return the acknowledged feedback and the faults."""
     moments = random.Random(seed)
-    faults, acknowledged = Faults(), 0
-    with Nursery() as nursery:
+    faults, total = Faults(), 0
+    with ForkServer() as server:
+        # On a busy machine a life is longer, or none would get as far as an acknowledgement.
+        longest_s = max(_LIFE_S, _FIRSTS * _first_s(server, folder))
         for first in range(0, kills, LIVES):
-            path, said = folder / f"killed-{first}.db", folder / f"said-{first}"
-            said.touch()
+            path, log = folder / f"killed-{first}.db", folder / f"acknowledged-{first}"
+            log.touch()
             if first // LIVES % 2:
                 _with_the_first_schema(path)
             for life in range(first, min(kills, first + LIVES)):
-                # The start with its migrations takes little of a life's time, and has its share of the kills.
-                longest = moments.choice((0.03, 0.4, 0.4))
-                nursery.life(path, f"life {life}", moments.uniform(0, longest), said)
+                # The start with its migrations is short, and must get its share of the kills.
+                part = moments.choice((0.075, 1.0, 1.0))
+                server.life(path, f"life {life}", moments.uniform(0, part * longest_s), log)
                 faults += damage(path)
                 tick()
-            told = dict(line.split() for line in said.read_text().splitlines())
-            faults += check(path, told)
-            acknowledged += len(told)
-    return {"kills": kills, "acknowledged": acknowledged, **vars(faults)}
+            acknowledged = dict(line.split() for line in log.read_text().splitlines())
+            faults += check(path, acknowledged)
+            total += len(acknowledged)
+    return {"kills": kills, "acknowledged": total, **vars(faults)}
+
+
+def _first_s(server: ForkServer, folder: Path) -> float:
+    """Return the time from the start of a worker to its first acknowledgement."""
+    log = folder / "first"
+    log.touch()
+    started = time.perf_counter()
+    server.life(folder / "first.db", "the first life", None, log)
+    return time.perf_counter() - started
 
 
 def _with_the_first_schema(path: Path) -> None:
@@ -78,30 +92,39 @@ def _with_the_first_schema(path: Path) -> None:
     db.close()
 
 
-def _work(path: Path, name: str, said: Path) -> None:
-    acknowledged = os.open(said, os.O_WRONLY | os.O_APPEND)
+def _work(path: Path, name: str, log: Path) -> None:
+    acknowledged = os.open(log, os.O_WRONLY | os.O_APPEND)
     number = 0
-    for sitting in range(1, 1 << 40):
+    for session in range(1, 1 << 40):
         with opened(path) as memory:
-            for _ in range(sitting * 4):
+            for _ in range(session * 4):
                 number += 1
                 trace_id = request(memory, f"task {number} of {name}")
-                os.write(acknowledged, f"{tell(memory, trace_id)} {trace_id}\n".encode())
+                os.write(acknowledged, f"{send_feedback(memory, trace_id)} {trace_id}\n".encode())
 
 
 def _serve() -> None:
+    print("ready", flush=True)  # everything is imported
     for line in sys.stdin:
-        path, name, after_s, said = json.loads(line)
+        path, name, after_s, log = json.loads(line)
         child = os.fork()
         if child == 0:
             try:
-                _work(Path(path), name, Path(said))
+                _work(Path(path), name, Path(log))
             finally:
                 os._exit(1)
-        time.sleep(after_s)
+        if after_s is not None:
+            time.sleep(after_s)
+        while after_s is None and not Path(log).stat().st_size and not _ended(child):
+            time.sleep(_POLL_S)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         print("killed" if os.WIFSIGNALED(status) else "ended", flush=True)
+
+
+def _ended(child: int) -> bool:
+    """Return whether a child has ended by itself; it can still be waited for."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What keeps the peers quiet: their telemetry off, no address but this machine's, nothing installed."""
+"""Isolation of the peers: no telemetry, no connection to other machines, no installation of packages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# Each peer's own switch, and what the libraries below them read.
+# Each peer's own switch, and those of the libraries below them.
 QUIET: Mapping[str, str] = {
     "MEM0_TELEMETRY": "False",
     "ANONYMIZED_TELEMETRY": "False",  # chromadb
@@ -24,21 +24,21 @@ QUIET: Mapping[str, str] = {
     "OTEL_SDK_DISABLED": "true",
     "DO_NOT_TRACK": "1",
     "PIP_NO_INDEX": "1",
-    "OPENAI_API_KEY": "none",  # some want one before they are given a client
+    "OPENAI_API_KEY": "none",  # some require one although they get a client
 }
 _INSTALLS = re.compile(r"\b(pip3?|uv|conda|apt(-get)?)\b.*\b(install|download)\b", re.DOTALL)
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Return the environment of a peer's process: quiet, and with a home of its own that is thrown away."""
+    """Return the environment of a peer's process: without telemetry, and with a temporary home."""
     home = {"HOME": str(folder), "MEM0_DIR": str(folder / "mem0"), "XDG_CACHE_HOME": str(folder / "cache")}
     return {**os.environ, **QUIET, **home}
 
 
 def watch() -> Counter[str]:
-    """Refuse connections that leave this machine, and installers, from now on; return the count of what was refused.
+    """Refuse connections to other machines, and installers, from now on; return the counts of refusals.
 
-    It sees what goes through Python. Code of other languages inside a peer is only asked, by its switches.
+    This covers calls through Python. Native code inside a peer is only covered by its switches.
     """
     refused: Counter[str] = Counter()
 

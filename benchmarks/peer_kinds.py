@@ -1,4 +1,4 @@
-"""The peers, each behind the same few calls: records in, texts out."""
+"""The peers, each with the same interface: records in, texts out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 from uuid import uuid4
 
-from benchmarks.peer_parts import Known, Upstream
+from benchmarks.peer_parts import PeerEncoder, Upstream
 from optillm_memory.bench.records import DIMENSION, Operation, Record, operations
 from optillm_memory.conversation.parse import key_of
 from optillm_memory.memory import Memory
@@ -21,78 +21,78 @@ from optillm_memory.settings import Settings
 
 TOP = 10
 _SCOPE = Scope("local")
-PATIENCE_S = 30.0  # for the questions or the adds of a slow one
+TIME_LIMIT_S = 30.0  # for the questions or the adds of a slow peer
 
 
 class Peer(Protocol):
-    """A memory as its users have it; what `add` returned from counts as kept.
+    """A memory as its users install it; a record counts as stored when `add` returns.
 
-    One that takes records in without waiting for the disk has `prepare`, `accept` and `settle` besides, and where whole
-    requests are more than records, `prepare_requests` and `request`.
+    A peer that can accept records without waiting for the disk also has `prepare`, `accept` and `settle`; one whose
+    requests are more than records also has `prepare_requests` and `request`.
     """
 
     def add(self, text: str) -> None:
-        """Take one record in."""
+        """Store one record."""
 
     def add_all(self, texts: Sequence[str]) -> None:
-        """Take many in, the quickest way there is."""
+        """Store many records in the fastest way there is."""
 
     def ask(self, text: str) -> list[str]:
-        """Return the texts that are found."""
+        """Return the texts that a search finds."""
 
     def close(self) -> None:
-        """End in good order."""
+        """Close it."""
 
 
 class Ours:
     """optillm-memory: a request with its answer and its feedback, each acknowledged; recall with words and vectors."""
 
-    def __init__(self, folder: Path, known: Known, _upstream: Upstream, _size: int) -> None:
+    def __init__(self, folder: Path, known: PeerEncoder, _upstream: Upstream, _size: int) -> None:
         """Open it."""
         settings = Settings(db=str(folder / "memory.db"), holdout=0.0, queue_size=20_000)
         self._memory = Memory(settings, encoder=lambda: known)
         self._memory.encoder.wait(60)
         self._known, self._prepared = known, 0
-        self._at_hand: dict[str, tuple[Operation, Operation]] = {}
-        self._waited_for: deque[Callable[[float], Any]] = deque()
+        self._prepared_writes: dict[str, tuple[Operation, Operation]] = {}
+        self._pending: deque[Callable[[float], Any]] = deque()
 
     def add(self, text: str) -> None:
         """Finish a request, and wait until its feedback is on disk and learned."""
         self._memory.feedback([self._finished(text)])
 
     def add_all(self, texts: Sequence[str]) -> None:
-        """Send the feedback of all at once, and have the vectors taken in: others do so as they are added."""
+        """Send all feedback at once, and wait until the vectors are indexed: other peers index while they add."""
         self._memory.feedback([self._finished(text) for text in texts])
         self.ask(texts[-1])
         while self._memory.busy:
             time.sleep(0.005)
 
     def prepare(self, texts: Sequence[str]) -> None:
-        """Have all that is written of texts at hand, with their vectors: encoding and parsing are not the store's."""
+        """Prepare the writes of texts with their vectors: encoding and parsing are not part of the store."""
         known, first = self._known, self._prepared
         self._prepared += len(texts)
         for number, text in enumerate(texts, first):
             record = Record(number, _SCOPE, text, known.vector(text))
-            self._at_hand[text] = operations(record, _SCOPE, prefix="peers", fingerprint=known.fingerprint)
+            self._prepared_writes[text] = operations(record, _SCOPE, prefix="peers", fingerprint=known.fingerprint)
 
     def accept(self, text: str) -> None:
-        """Hand what is written of a text, the trace and the feedback on it, to the writer; neither is waited for."""
-        arrives, judged = self._at_hand.pop(text)
+        """Queue the writes of a text, its trace and the feedback on it, without waiting for them."""
+        arrives, judged = self._prepared_writes.pop(text)
         self._memory.store.post(arrives)
-        self._waited_for.append(self._memory.store.write(judged).result)
+        self._pending.append(self._memory.store.write(judged).result)
 
     def prepare_requests(self, texts: Sequence[str]) -> None:
-        """Have the vectors of texts at hand: others look them up where they stand, ours asks another thread."""
+        """Encode texts in advance: other peers look vectors up directly, ours asks another thread."""
         self._memory.encoder.encode([key_of(text) for text in texts])
 
     def request(self, text: str) -> None:
-        """Finish a request and hand in its feedback; neither is waited for."""
-        self._waited_for.append(self._memory.submit_feedback([self._finished(text)]))
+        """Finish a request and submit its feedback, without waiting for either."""
+        self._pending.append(self._memory.submit_feedback([self._finished(text)]))
 
     def settle(self) -> None:
-        """Wait until all that was accepted is on disk and learned. Raises what kept it from being so."""
-        while self._waited_for:
-            self._waited_for.popleft()(PATIENCE_S)
+        """Wait until everything accepted is on disk and learned. Raises the error of a failed write."""
+        while self._pending:
+            self._pending.popleft()(TIME_LIMIT_S)
 
     def _finished(self, text: str) -> Feedback:
         if self._memory.encoder.cached(key := key_of(text)) is None:
@@ -107,14 +107,14 @@ class Ours:
         return [hit.memory.task for hit in self._memory.recall(text, limit=TOP)]
 
     def close(self) -> None:
-        """End in good order."""
+        """Close it."""
         self._memory.close()
 
 
 class Chroma:
     """chromadb, in process, on disk."""
 
-    def __init__(self, folder: Path, known: Known, _upstream: Upstream, _size: int) -> None:
+    def __init__(self, folder: Path, known: PeerEncoder, _upstream: Upstream, _size: int) -> None:
         """Open it."""
         chromadb = import_module("chromadb")
         settings = import_module("chromadb.config").Settings(anonymized_telemetry=False)
@@ -139,18 +139,18 @@ class Chroma:
         return [str(document) for document in found["documents"][0]]
 
     def close(self) -> None:
-        """End in good order, where the release has a way to."""
+        """Close it, if the release can."""
         with contextlib.suppress(AttributeError):
             self._client.close()
 
 
 class Mem0:
-    """mem0 on its own machine's vector store; records go in as they are, not through an LLM."""
+    """mem0 on a local vector store; records are stored unchanged, not through an LLM."""
 
     _OF: ClassVar = {"user_id": "bench"}
 
-    def __init__(self, store: Mapping[str, Any], known: Known, upstream: Upstream, folder: Path) -> None:
-        """Open it; its classes for an encoder and an LLM give way to ours."""
+    def __init__(self, store: Mapping[str, Any], known: PeerEncoder, upstream: Upstream, folder: Path) -> None:
+        """Open it, with our encoder and LLM in place of its own."""
         settings = {"vector_store": store, "history_db_path": str(folder / "history.db")}
         self._memory = import_module("mem0").Memory.from_config(settings)
         self._memory.embedding_model, self._memory.llm = _Mem0Encoder(known), upstream
@@ -161,11 +161,11 @@ class Mem0:
         self._memory.add(text, infer=False, **self._OF)
 
     def add_inferred(self, text: str) -> None:
-        """Add one the way it is by default."""
+        """Add one memory with the default settings."""
         self._memory.add(text, **self._OF)
 
     def add_all(self, texts: Sequence[str]) -> None:
-        """Put them into its vector store as `add` would: mem0 itself takes one at a time."""
+        """Put them into its vector store as `add` would: mem0 itself adds one at a time."""
         payloads = [{**self._OF, "data": text, "text_lemmatized": text, "role": "user"} for text in texts]
         ids = [str(uuid4()) for _ in texts]
         self._memory.vector_store.insert(vectors=self._known.lists(texts), payloads=payloads, ids=ids)
@@ -176,7 +176,7 @@ class Mem0:
         return [str(item["memory"]) for item in found["results"]]
 
     def close(self) -> None:
-        """End in good order."""
+        """Close it."""
         self._memory.close()
         if client := getattr(self._memory.vector_store, "client", None):
             client.close()
@@ -185,7 +185,7 @@ class Mem0:
 class _Mem0Encoder:
     """What mem0 calls for embeddings."""
 
-    def __init__(self, known: Known) -> None:
+    def __init__(self, known: PeerEncoder) -> None:
         self._known = known
 
     def embed(self, text: str, *_: Any, **__: Any) -> list[float]:
@@ -197,13 +197,13 @@ class _Mem0Encoder:
         return self._known.lists(texts)
 
 
-def mem0_faiss(folder: Path, known: Known, upstream: Upstream, _size: int) -> Mem0:
+def mem0_faiss(folder: Path, known: PeerEncoder, upstream: Upstream, _size: int) -> Mem0:
     """Open mem0 on faiss."""
     place = {"path": str(folder / "faiss"), "distance_strategy": "cosine", "embedding_model_dims": DIMENSION}
     return Mem0({"provider": "faiss", "config": {"collection_name": "bench", **place}}, known, upstream, folder)
 
 
-def mem0_qdrant(folder: Path, known: Known, upstream: Upstream, _size: int) -> Mem0:
+def mem0_qdrant(folder: Path, known: PeerEncoder, upstream: Upstream, _size: int) -> Mem0:
     """Open mem0 on qdrant in a folder."""
     place = {"path": str(folder / "qdrant"), "on_disk": True, "embedding_model_dims": DIMENSION}
     return Mem0({"provider": "qdrant", "config": {"collection_name": "bench", **place}}, known, upstream, folder)
@@ -214,8 +214,8 @@ class LangGraph:
 
     _SPACE = ("bench",)
 
-    def __init__(self, folder: Path, known: Known, _upstream: Upstream, _size: int) -> None:
-        """Open it, on a SQLite that takes extensions."""
+    def __init__(self, folder: Path, known: PeerEncoder, _upstream: Upstream, _size: int) -> None:
+        """Open it, on a SQLite that loads extensions."""
         module = import_module("langgraph.store.sqlite")
         self._put = import_module("langgraph.store.base").PutOp
         self._connection = _extensible().connect(
@@ -231,7 +231,7 @@ class LangGraph:
 
     def add_all(self, texts: Sequence[str]) -> None:
         """Put items in batches."""
-        for start in range(0, len(texts), 200):  # each brings several parameters to one statement
+        for start in range(0, len(texts), 200):  # each adds several parameters to one statement
             self._store.batch([self._put(self._SPACE, uuid4().hex, {"text": t}) for t in texts[start : start + 200]])
 
     def ask(self, text: str) -> list[str]:
@@ -239,7 +239,7 @@ class LangGraph:
         return [str(item.value["text"]) for item in self._store.search(self._SPACE, query=text, limit=TOP)]
 
     def close(self) -> None:
-        """End in good order."""
+        """Close it."""
         self._connection.close()
 
 
@@ -249,13 +249,13 @@ def _extensible() -> Any:
             module = import_module(name)
             if hasattr(module.Connection, "enable_load_extension"):
                 return module
-    raise ImportError("no SQLite here takes extensions, and langgraph's store needs one")
+    raise ImportError("no SQLite here loads extensions, and langgraph's store needs one")
 
 
 class GptCache:
-    """GPTCache on SQLite and faiss, with room for all records; it returns the one answer that it would serve."""
+    """GPTCache on SQLite and faiss, large enough for all records; it returns the one answer that it would serve."""
 
-    def __init__(self, folder: Path, known: Known, _upstream: Upstream, size: int) -> None:
+    def __init__(self, folder: Path, known: PeerEncoder, _upstream: Upstream, size: int) -> None:
         """Open it."""
         cache, api = import_module("gptcache"), import_module("gptcache.adapter.api")
         place = folder / "gptcache"
@@ -282,36 +282,36 @@ class GptCache:
         self._cache.import_data(list(texts), list(texts))
 
     def ask(self, text: str) -> list[str]:
-        """Get what would be served."""
+        """Get the answer that would be served."""
         found = self._api.get(text, cache_obj=self._cache)
         return [] if found is None else [str(found)]
 
     def close(self) -> None:
-        """End in good order: only now the index is written."""
+        """Close it: only now the index is written."""
         self._cache.data_manager.close()
 
 
 class OptillmMemory:
-    """optillm's `memory` plugin with its file: a request notes what an LLM finds worth it, and answers with notes."""
+    """optillm's `memory` plugin with its file: an LLM extracts notes from a request, and answers with notes."""
 
-    def __init__(self, folder: Path, _known: Known, upstream: Upstream, _size: int) -> None:
+    def __init__(self, folder: Path, _known: PeerEncoder, upstream: Upstream, _size: int) -> None:
         """Open it."""
         self._plugin = import_module("optillm.plugins.memory_plugin")
         self._path, self._upstream = str(folder / "memory.json"), upstream
         os.environ[self._plugin.MEMORY_FILE_ENV] = self._path
 
     def add(self, text: str) -> None:
-        """Take a request through the plugin, as the host does."""
+        """Run a request through the plugin, as the host does."""
         self._plugin.run("", f"{text}\nQuery: {text}", self._upstream, "model")
 
     def add_all(self, texts: Sequence[str]) -> None:
-        """Note them without the LLM."""
+        """Add notes without the LLM."""
         memory = self._plugin.Memory(persist_path=self._path)
         for text in texts[-memory.max_size :]:
             memory.add(text)
 
     def ask(self, text: str) -> list[str]:
-        """Look for notes, in a memory that was just loaded: each request does so."""
+        """Search the notes, in a memory that is loaded for each request, as in the plugin."""
         return list(self._plugin.Memory(persist_path=self._path).get_relevant(text, TOP))
 
     def close(self) -> None:
@@ -319,10 +319,10 @@ class OptillmMemory:
 
 
 class OptillmSpl:
-    """optillm's `spl` plugin, learning: strategies by kind of problem, which an LLM writes and judges."""
+    """optillm's `spl` plugin in its learning mode: strategies by kind of problem, which an LLM writes and judges."""
 
-    def __init__(self, folder: Path, _known: Known, upstream: Upstream, _size: int) -> None:
-        """Have it keep its files in a folder, and not beside the installed code."""
+    def __init__(self, folder: Path, _known: PeerEncoder, upstream: Upstream, _size: int) -> None:
+        """Keep its files in a folder, instead of in the installed package."""
         self._spl: Any = import_module("optillm.plugins.spl.main")
         made: Callable[..., Any] = import_module("optillm.plugins.spl.strategy").StrategyDatabase
         self._open: Callable[[], Any] = lambda: made(str(folder / "strategies.json"), str(folder / "metrics.json"))
@@ -330,16 +330,16 @@ class OptillmSpl:
         self._upstream = upstream
 
     def add(self, text: str) -> None:
-        """Take a request through the plugin in its learning mode."""
+        """Run a request through the plugin in its learning mode."""
         self._spl.run_spl("", text, self._upstream, "model", {"spl_learning": True})
 
     def add_all(self, texts: Sequence[str]) -> None:
-        """Take them through it: it has no other way, and keeps ten strategies of a kind, which a few hundred fill."""
+        """Run them through the plugin: there is no other way, and a few hundred fill its ten strategies per kind."""
         for text in texts[:200]:
             self.add(text)
 
     def ask(self, text: str) -> list[str]:
-        """Take a request through the plugin as it is by default, and return the strategies that it has."""
+        """Run a request through the plugin with default settings, and return its strategies."""
         self._spl.run_spl("", text, self._upstream, "model", {})
         return [strategy.strategy_text for strategy in self._open().strategies]
 
@@ -347,8 +347,8 @@ class OptillmSpl:
         """Nothing is open."""
 
 
-Opener = Callable[[Path, Known, Upstream, int], Peer]
-# How each is opened, and the packages that it is.
+Opener = Callable[[Path, PeerEncoder, Upstream, int], Peer]
+# How each is opened, and its packages.
 PEERS: Mapping[str, tuple[Opener, tuple[str, ...]]] = {
     "optillm-memory": (Ours, ("optillm-memory",)),
     "chromadb": (Chroma, ("chromadb",)),

@@ -1,4 +1,4 @@
-"""`bench peers`: the same records, questions and vectors through other memories, each as its users have it."""
+"""`python -m benchmarks peers`: the same records, questions and vectors in other memories, as installed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peer_guard import environment, watch
-from benchmarks.peer_kinds import PATIENCE_S, PEERS, Peer
-from benchmarks.peer_parts import Known, Upstream
+from benchmarks.peer_kinds import PEERS, TIME_LIMIT_S, Peer
+from benchmarks.peer_parts import PeerEncoder, Upstream
 from optillm_memory.bench.records import Records
 from optillm_memory.bench.report import quantile
 
 QUESTIONS, ADDS, AT_ONCE, KILLED, OWN = 200, 200, 80, 20, 50
-INGESTED = 4_000  # by one caller, in one go: not more than our encoder keeps vectors of, and four times the size
-FILL_S = 900.0  # for all records of a slow one
-_HANDS, _PART, _WARM = 8, 4_096, 5
+INGESTED = 4_000  # by one caller: no more than our encoder's cache holds, and at most four times the size
+FILL_S = 900.0  # for all records of a slow peer
+_CALLERS, _BATCH, _WARMUP = 8, 4_096, 5
 _PHASES = ("fill", "ask", "add", "kill", "look", "ingest")
 
 Figures = dict[str, float]
@@ -33,15 +33,15 @@ Figures = dict[str, float]
 def run(
     sizes: Sequence[int], names: Sequence[str], *, seed: int, say: Callable[[str], None]
 ) -> dict[str, dict[str, Figures]]:
-    """Return for each size and each peer that is installed what was measured.
+    """Return the figures of each size and each installed peer.
 
-    Every peer has a folder and an encoder that knows all vectors beforehand, so that encoding costs it nothing; its
-    phases run in processes of their own, so that what one finds is what another left on disk. `add_per_s` is one
-    caller who waits for each: ours returns when it is on disk, others when they see fit. `ingest_per_s` is one caller,
-    too, one record after another, with nothing left to compute beforehand: ours takes each, as in `bench store`, a
-    trace with the feedback on it, and the clock stops when all are on disk and learned. `requests_per_s`, which only
-    ours has, is the same with whole requests, answers and feedback, which are parsed and redacted in that time.
-    `fill_per_s` is the quickest way in. A phase that fails or takes too long leaves its figures out, and says so.
+    Every peer has a folder and an encoder that knows all vectors in advance, so that encoding costs it nothing; each
+    phase has its own process, so that it finds only what an earlier one wrote to disk. `add_per_s` is one caller who
+    waits for each record: ours returns when it is on disk, the others when they choose. `ingest_per_s` is one caller,
+    too, one record after another, all prepared in advance: ours accepts, as in `bench store`, a trace with the feedback
+    on it, and the clock stops when all are on disk and learned. `requests_per_s`, which only ours has, is the same with
+    whole requests, answers and feedback, which are parsed and redacted in that time. `fill_per_s` is the fastest way
+    to store records. A phase that fails or takes too long has no figures, and a message says so.
     """
     figures: dict[str, dict[str, Figures]] = {}
     for size in sizes:
@@ -54,7 +54,7 @@ def run(
                 found[name] = {}
                 for phase in _PHASES:
                     say(f"{size} records: {name}: {phase}")
-                    measured, wrong = _apart(phase, name, Path(folder), size, seed)
+                    measured, wrong = _in_own_process(phase, name, Path(folder), size, seed)
                     found[name] |= measured
                     if wrong:
                         say(f"{name}: {wrong}")
@@ -64,7 +64,7 @@ def run(
 
 
 def versions_of(name: str) -> dict[str, str] | None:
-    """Return the versions of the packages that a peer is, None where one is missing."""
+    """Return the versions of a peer's packages, None if one is missing."""
     try:
         return {package: importlib.metadata.version(package) for package in PEERS[name][1]}
     except importlib.metadata.PackageNotFoundError:
@@ -81,7 +81,7 @@ _COLUMNS = {
 
 
 def table(found: Mapping[str, Figures]) -> str:
-    """Return the figures of one size as a table in Markdown, a peer in each row; what has no figure has a hyphen."""
+    """Return the figures of one size as a table in Markdown, one row per peer; a missing figure is a hyphen."""
     rows = [["", *_COLUMNS], ["---"] * (1 + len(_COLUMNS))]
     for name, figures in found.items():
         rows.append([name, *(_cell(key, figures.get(key)) for key in _COLUMNS.values())])
@@ -96,16 +96,16 @@ def _cell(key: str, value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
 
 
-def _apart(phase: str, name: str, folder: Path, size: int, seed: int) -> tuple[Figures, str]:
+def _in_own_process(phase: str, name: str, folder: Path, size: int, seed: int) -> tuple[Figures, str]:
     out = folder / "figures.json"
     out.unlink(missing_ok=True)
     command = [sys.executable, "-m", __name__, phase, name, str(folder), str(size), str(seed), str(out)]
     log = folder / "log"
     try:
-        with log.open("wb") as said:
+        with log.open("wb") as sink:
             subprocess.run(
-                command, env=environment(folder), stdout=said, stderr=said, stdin=subprocess.DEVNULL, check=False,
-                timeout=FILL_S if phase == "fill" else 10 * PATIENCE_S,
+                command, env=environment(folder), stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, check=False,
+                timeout=FILL_S if phase == "fill" else 10 * TIME_LIMIT_S,
             )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         return {}, f"{phase} took longer than {error.timeout:.0f} s"
@@ -118,23 +118,23 @@ def _apart(phase: str, name: str, folder: Path, size: int, seed: int) -> tuple[F
 
 
 class _Bench:
-    """One peer, open, and what it is asked and given."""
+    """One peer, open, with the records and questions for it."""
 
     def __init__(self, name: str, folder: Path, size: int, seed: int) -> None:
-        self.known, self.upstream = Known(), Upstream()
+        self.encoder, self.upstream = PeerEncoder(), Upstream()
         self.records = Records(size, seed)
-        self._fresh = Records(ADDS + AT_ONCE + KILLED + _WARM, seed + 1)
+        self._fresh = Records(ADDS + AT_ONCE + KILLED + _WARMUP, seed + 1)
         self.ingested = min(INGESTED, 4 * size)
-        self._further = Records(2 * self.ingested + _WARM, seed + 2)
+        self._further = Records(2 * self.ingested + _WARMUP, seed + 2)
         started = time.perf_counter()
-        self.peer: Peer = PEERS[name][0](folder, self.known, self.upstream, size + 2 * self.ingested)
+        self.peer: Peer = PEERS[name][0](folder, self.encoder, self.upstream, size + 2 * self.ingested)
         self.open_s = time.perf_counter() - started
 
     def learned(self, records: Iterable[Any]) -> list[str]:
-        """Return the texts of records, whose vectors are known from now on."""
+        """Return the texts of records, and teach the encoder their vectors."""
         texts = []
         for record in records:
-            self.known.learn(record.task, record.vector)
+            self.encoder.learn(record.task, record.vector)
             texts.append(record.task)
         return texts
 
@@ -144,24 +144,24 @@ class _Bench:
         return self._named(chosen, "fresh")
 
     def further(self) -> list[str]:
-        """Return the texts of a long ingest, which nothing else has."""
+        """Return the texts of a long ingest, which no other phase uses."""
         return self._named(self._further, "further")
 
     def _named(self, records: Iterable[Any], word: str) -> list[str]:
         texts = []
         for record in records:
             texts.append(text := f"{record.task} {word}")
-            self.known.learn(text, record.vector)
+            self.encoder.learn(text, record.vector)
         return texts
 
     def finds(self, text: str) -> bool:
-        """Whether a text is found with its own words and vector."""
+        """Return whether a query with a text's own words and vector finds it."""
         return any(text in found for found in self.peer.ask(text))
 
 
 def _fill(bench: _Bench) -> Figures:
     seconds, records = 0.0, iter(bench.records)
-    while texts := bench.learned(itertools.islice(records, _PART)):
+    while texts := bench.learned(itertools.islice(records, _BATCH)):
         seconds += _timed(lambda texts=texts: bench.peer.add_all(texts))  # type: ignore[misc]
     seconds += _timed(bench.peer.close)
     return {"fill_per_s": bench.records.size / seconds}
@@ -169,18 +169,18 @@ def _fill(bench: _Bench) -> Figures:
 
 def _ask(bench: _Bench) -> Figures:
     own = bench.learned(itertools.islice(bench.records, OWN))
-    questions = bench.records.queries(QUESTIONS + _WARM)
+    questions = bench.records.queries(QUESTIONS + _WARMUP)
     for text, vector in questions:
-        bench.known.learn(text, vector)
+        bench.encoder.learn(text, vector)
     started = time.perf_counter()
     bench.peer.ask(questions[0][0])
     first_s = bench.open_s + time.perf_counter() - started
     for text, _ in questions[QUESTIONS:]:
         bench.peer.ask(text)
     before = bench.upstream.calls
-    times = _while_patient([text for text, _ in questions[:QUESTIONS]], bench.peer.ask)
+    times = _times_within_limit([text for text, _ in questions[:QUESTIONS]], bench.peer.ask)
     calls = (bench.upstream.calls - before) / len(times)
-    found = [bench.finds(text) for text in own[: max(1, int(PATIENCE_S / quantile(times, 0.5)))]]
+    found = [bench.finds(text) for text in own[: max(1, int(TIME_LIMIT_S / quantile(times, 0.5)))]]
     bench.peer.close()
     return {
         "first_answer_s": first_s,
@@ -192,15 +192,15 @@ def _ask(bench: _Bench) -> Figures:
 
 
 def _add(bench: _Bench) -> Figures:
-    for text in bench.fresh(ADDS + AT_ONCE + KILLED, _WARM):
+    for text in bench.fresh(ADDS + AT_ONCE + KILLED, _WARMUP):
         bench.peer.add(text)
-    times = _while_patient(bench.fresh(0, ADDS), bench.peer.add)
+    times = _times_within_limit(bench.fresh(0, ADDS), bench.peer.add)
     before, as_default = bench.upstream.calls, getattr(bench.peer, "add_inferred", bench.peer.add)
-    for text in bench.fresh(ADDS + AT_ONCE + KILLED, _WARM):
+    for text in bench.fresh(ADDS + AT_ONCE + KILLED, _WARMUP):
         as_default(f"{text} again")
-    calls = (bench.upstream.calls - before) / _WARM
-    with ThreadPoolExecutor(_HANDS) as pool:
-        done = list(pool.map(_unless_it_fails(bench.peer.add), bench.fresh(ADDS, AT_ONCE)))
+    calls = (bench.upstream.calls - before) / _WARMUP
+    with ThreadPoolExecutor(_CALLERS) as pool:
+        done = list(pool.map(_succeeds(bench.peer.add), bench.fresh(ADDS, AT_ONCE)))
     bench.peer.close()
     return {
         "add_per_s": len(times) / sum(times),
@@ -214,17 +214,17 @@ def _ingest(bench: _Bench) -> Figures:
     peer, texts = bench.peer, bench.further()
     for text in texts[2 * bench.ingested :]:
         peer.add(text)
-    done, seconds = _taken_in(bench, texts[: bench.ingested], "accept", "prepare")
+    done, seconds = _ingested(bench, texts[: bench.ingested], "accept", "prepare")
     figures = {"ingest_per_s": done / seconds, "ingested": float(done)}
     if hasattr(peer, "request"):
-        done, seconds = _taken_in(bench, texts[bench.ingested : 2 * bench.ingested], "request", "prepare_requests")
+        done, seconds = _ingested(bench, texts[bench.ingested : 2 * bench.ingested], "request", "prepare_requests")
         figures["requests_per_s"] = done / seconds
     peer.close()
     return figures
 
 
-def _taken_in(bench: _Bench, texts: Sequence[str], accept: str, prepare: str) -> tuple[int, float]:
-    """Return how many texts one caller had taken in, one after another, and in which time."""
+def _ingested(bench: _Bench, texts: Sequence[str], accept: str, prepare: str) -> tuple[int, float]:
+    """Return how many texts one caller stored, one after another, and in how many seconds."""
     peer = bench.peer
     accept_one, settle = getattr(peer, accept, peer.add), getattr(peer, "settle", lambda: None)
     getattr(peer, prepare, lambda _: None)(texts)
@@ -232,7 +232,7 @@ def _taken_in(bench: _Bench, texts: Sequence[str], accept: str, prepare: str) ->
     done = 0
     for done, text in enumerate(texts, 1):
         accept_one(text)
-        if time.perf_counter() - started > PATIENCE_S and done >= KILLED:
+        if time.perf_counter() - started > TIME_LIMIT_S and done >= KILLED:
             break
     settle()
     return done, time.perf_counter() - started
@@ -241,11 +241,11 @@ def _taken_in(bench: _Bench, texts: Sequence[str], accept: str, prepare: str) ->
 def _kill(bench: _Bench) -> Figures:
     for text in bench.fresh(ADDS + AT_ONCE, KILLED):
         bench.peer.add(text)
-    return {}  # and the process ends as it stands
+    return {}  # and the process ends without closing
 
 
 def _look(bench: _Bench) -> Figures:
-    added = bench.fresh(0, KILLED)  # some of them: all are alike
+    added = bench.fresh(0, KILLED)  # a sample
     together, last = bench.fresh(ADDS, AT_ONCE), bench.fresh(ADDS + AT_ONCE, KILLED)
     figures = {
         "kept_after_restart": sum(map(bench.finds, added)) / len(added),
@@ -262,24 +262,24 @@ def _timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def _while_patient(items: Sequence[str], work: Callable[[str], Any]) -> list[float]:
+def _times_within_limit(items: Sequence[str], work: Callable[[str], Any]) -> list[float]:
     times: list[float] = []
     for item in items:
         times.append(_timed(lambda item=item: work(item)))  # type: ignore[misc]
-        if sum(times) > PATIENCE_S and len(times) >= KILLED:
+        if sum(times) > TIME_LIMIT_S and len(times) >= KILLED:
             break
     return times
 
 
-def _unless_it_fails(work: Callable[[str], Any]) -> Callable[[str], bool]:
-    def tried(item: str) -> bool:
+def _succeeds(work: Callable[[str], Any]) -> Callable[[str], bool]:
+    def attempt(item: str) -> bool:
         try:
             work(item)
         except Exception:  # noqa: BLE001 - whatever a peer raises under several callers
             return False
         return True
 
-    return tried
+    return attempt
 
 
 _WORK: dict[str, Callable[[_Bench], Figures]] = {

@@ -1,4 +1,4 @@
-"""Power loss at random moments: the real store on a disk that forgets what was not synced, over and over."""
+"""Power loss at random moments, many times: the real store on a disk that loses what was not synced."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.acknowledged import Faults, check, damage, opened, request, tell
+from benchmarks.acknowledged import Faults, check, damage, opened, request, send_feedback
 from benchmarks.faultdisk import PowerFailure, on
 from optillm_memory.errors import AgentMemoryError
 from optillm_memory.store.sqlite import connection
 
 LIVES = 10  # of one file, before the next begins
-_CLOSES = 0.2  # share of the lives that end in order, if the power lasts
-_ROLLBACK = 0.25  # share of the lives with the journal of an SQLite whose WAL is not to be trusted
+_CLOSES = 0.2  # share of the lives that close properly if the power lasts
+_ROLLBACK = 0.25  # share of the lives with a rollback journal, as for an SQLite whose WAL is unsafe
 
 
 def run(
     folder: Path, losses: int, *, seed: int, tick: Callable[[], object], honest: bool = True
 ) -> dict[str, Any]:  # fmt: skip
-    """Cut the power so many times, every few on a file of its own; return what was acknowledged and what is wrong.
+    """Cut the power `losses` times, with a new file after every few; return the acknowledged feedback and the faults.
 
-    A disk that is not `honest` only says that it syncs: what the store acknowledges there must be found lost.
+    A disk that is not `honest` only pretends to sync: the check must find lost what the store acknowledged on it.
     """
     chance = random.Random(seed)
-    faults, acknowledged = Faults(), 0
+    faults, total = Faults(), 0
     for first in range(0, losses, LIVES):
-        said: dict[str, str] = {}
+        acknowledged: dict[str, str] = {}
         place = folder / f"lost-{first}"
         place.mkdir()
         for life in range(first, min(losses, first + LIVES)):
-            place = _life(place, f"life {life}", said, chance, honest=honest)
+            place = _life(place, f"life {life}", acknowledged, chance, honest=honest)
             faults += damage(place / "memory.db")
             tick()
-        faults += check(place / "memory.db", said)
-        acknowledged += len(said)
-    return {"power_losses": losses, "acknowledged": acknowledged, **vars(faults)}
+        faults += check(place / "memory.db", acknowledged)
+        total += len(acknowledged)
+    return {"power_losses": losses, "acknowledged": total, **vars(faults)}
 
 
-def _life(place: Path, name: str, said: dict[str, str], chance: random.Random, *, honest: bool) -> Path:
-    """Work on a folder's file until the power fails; return the folder with what is left."""
-    # As likely among the first few operations, which start and migrate, as among many.
+def _life(place: Path, name: str, acknowledged: dict[str, str], chance: random.Random, *, honest: bool) -> Path:
+    """Write to a folder's file until the power fails; return a folder with what a restart finds."""
+    # The first operations, which start and migrate, are as likely as the many later ones.
     disk = PowerFailure(int(10 ** chance.uniform(0, 3.6)), chance.random, honest=honest)
     closes, wal = chance.random() < _CLOSES, chance.random() >= _ROLLBACK
     with on(disk), mock.patch.object(connection, "wal_is_safe", return_value=wal):
@@ -50,7 +50,7 @@ def _life(place: Path, name: str, said: dict[str, str], chance: random.Random, *
         try:
             for number in range(1, 1 << 30):
                 trace_id = request(memory, f"task {number} of {name}")
-                said[tell(memory, trace_id)] = trace_id
+                acknowledged[send_feedback(memory, trace_id)] = trace_id
                 if closes and chance.random() < 1 / 20:
                     break
         except AgentMemoryError:
@@ -58,7 +58,7 @@ def _life(place: Path, name: str, said: dict[str, str], chance: random.Random, *
         finally:
             memory.close()
     disk.unregister()
-    left = place.with_name(f"{place.name}+")
-    left.mkdir()
-    disk.left_behind(left)
-    return left
+    remaining = place.with_name(f"{place.name}+")
+    remaining.mkdir()
+    disk.write_remaining(remaining)
+    return remaining

@@ -1,4 +1,4 @@
-"""Many processes with many threads on one file for minutes: what goes wrong, what is lost, how long a write takes."""
+"""Many processes with many threads write to one file for minutes: errors, losses, and the time of a write."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.acknowledged import check, opened, request, tell
+from benchmarks.acknowledged import check, opened, request, send_feedback
 from optillm_memory.bench.report import quantile
 from optillm_memory.memory import Memory
 
-_BEACON = 8  # every so many turns of a process's first thread are looked for by the next process
+_BEACON = 8  # every eighth request of a process's first thread is a beacon, which the next process waits for
 _POLL_S = 0.02
 
 
 def run(
     folder: Path, *, processes: int, threads: int, seconds: float, tick: Callable[[], object]
 ) -> dict[str, Any]:  # fmt: skip
-    """Have them answer and learn without a pause; return what was surfaced, lost, doubled, and the times in ms."""
+    """Let them answer and learn without a pause; return the errors, losses, duplicates, and the times in ms."""
     path = folder / "soak.db"
     command = [sys.executable, "-m", __name__, str(path), str(processes), str(threads), str(seconds)]
     children = [
@@ -37,12 +37,11 @@ def run(
         assert child.stdin is not None
         child.stdin.write("go\n")
         child.stdin.flush()
-    said = [child.communicate()[0] for child in children]
-    reports = [json.loads(text) for text in said]
+    reports = [json.loads(child.communicate()[0]) for child in children]
     tick()
     errors: Counter[str] = sum((Counter(r["errors"]) for r in reports), Counter())
     took = [ms for r in reports for ms in r["write_ms"]]
-    acknowledged = {f: t for r in reports for f, t in r["said"]}
+    acknowledged = {f: t for r in reports for f, t in r["acknowledged"]}
     seen = [
         1000 * (moment - reports[(n + 1) % processes]["beacons"][task])
         for n, r in enumerate(reports)
@@ -64,15 +63,15 @@ def _ms(values: list[float], share: float) -> float | None:
     return round(quantile(values, share), 2) if values else None
 
 
-class Sitting:
-    """One process of the soak: its threads, and what they saw."""
+class Worker:
+    """One process of the soak: its threads and their results."""
 
     def __init__(self, path: Path, processes: int, number: int) -> None:
         """Open the memory."""
         self.memory: Memory = opened(path)
         self.number = number
         self.neighbour = (number + 1) % processes
-        self.said: list[tuple[str, str]] = []
+        self.acknowledged: list[tuple[str, str]] = []
         self.write_ms: list[float] = []
         self.errors: Counter[str] = Counter()
         self.beacons: dict[str, float] = {}
@@ -80,23 +79,23 @@ class Sitting:
         self.ends = 0.0
 
     def answer(self, thread: int) -> None:
-        """Answer request after request, and tell of each how it went."""
+        """Answer request after request, with feedback on each."""
         number = 0
         while time.time() < self.ends:
             task = f"beacon p{self.number}t{thread}n{number}"
             try:
                 trace_id = request(self.memory, task)
                 started = time.perf_counter()
-                self.said.append((tell(self.memory, trace_id), trace_id))
+                self.acknowledged.append((send_feedback(self.memory, trace_id), trace_id))
                 self.write_ms.append(1000 * (time.perf_counter() - started))
-            except Exception as error:  # noqa: BLE001 - whatever surfaces is what the soak looks for
+            except Exception as error:  # noqa: BLE001 - the soak looks for every error
                 self.errors[f"{type(error).__name__}: {error}"] += 1
             if thread == 0 and number % _BEACON == 0:
                 self.beacons[task] = time.time()
             number += 1
 
     def watch(self) -> None:
-        """Recall what the next process teaches, until it is there."""
+        """Recall the beacons of the next process until each is found."""
         number = 0
         while time.time() < self.ends:
             task = f"beacon p{self.neighbour}t0n{number}"
@@ -111,8 +110,8 @@ class Sitting:
             else:
                 time.sleep(_POLL_S)
 
-    def sit(self, threads: int, seconds: float) -> dict[str, Any]:
-        """Run all threads for so long; return what they saw."""
+    def work(self, threads: int, seconds: float) -> dict[str, Any]:
+        """Run all threads for so long; return their results."""
         self.ends = time.time() + seconds
         running = [threading.Thread(target=self.answer, args=(n,)) for n in range(threads)]
         running.append(threading.Thread(target=self.watch))
@@ -123,15 +122,15 @@ class Sitting:
         self.memory.close()
         if self.memory.store.lost:
             self.errors["records were lost"] += self.memory.store.lost
-        return {name: getattr(self, name) for name in ("said", "write_ms", "errors", "beacons", "seen")}
+        return {name: getattr(self, name) for name in ("acknowledged", "write_ms", "errors", "beacons", "seen")}
 
 
 def _main() -> None:
     path, processes, threads, seconds, number = sys.argv[1:]
-    sitting = Sitting(Path(path), int(processes), int(number))
+    worker = Worker(Path(path), int(processes), int(number))
     print("ready", flush=True)
     sys.stdin.readline()
-    print(json.dumps(sitting.sit(int(threads), float(seconds))))
+    print(json.dumps(worker.work(int(threads), float(seconds))))
 
 
 if __name__ == "__main__":

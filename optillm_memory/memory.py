@@ -6,7 +6,6 @@ import functools
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ from typing_extensions import Self
 from optillm_memory.background import maintenance
 from optillm_memory.background.encoder_service import EncoderService
 from optillm_memory.background.maintenance import Maintenance
-from optillm_memory.background.threads import close_in_order
+from optillm_memory.background.threads import close_in_order, start_thread
 from optillm_memory.background.worker import BackgroundWorker
 from optillm_memory.conversation import parse as conversations
 from optillm_memory.conversation.language import warm
 from optillm_memory.conversation.options import FIELD, Options, parse_options
 from optillm_memory.errors import NotFound, StoreUnavailable
-from optillm_memory.learn import fold, uplift
+from optillm_memory.learn import uplift
 from optillm_memory.learn.forms import form_named
 from optillm_memory.recall.encoder import Encoder, load_encoder
 from optillm_memory.recall.retriever import Retriever
@@ -37,6 +36,7 @@ from optillm_memory.request.route import Router
 from optillm_memory.request.shadow import Shadow
 from optillm_memory.request.turn import Turn
 from optillm_memory.settings import Settings, is_url
+from optillm_memory.store import fold
 from optillm_memory.store.maintenance import erase, verify
 from optillm_memory.store.maintenance.selection import Selection
 from optillm_memory.store.opening import open_store
@@ -61,33 +61,44 @@ class Memory:
         *,
         encoder: Callable[[], Encoder | None] | None = None,
         clock: Callable[[], float] = time.time,
+        read_only: bool = False,
     ) -> None:
-        """Open the database and start to load the encoder in the background. Raises StoreTooNew."""
+        """Open the database and start to load the encoder in the background. Raises StoreTooNew.
+
+        Opened `read_only` nothing is created, migrated or written and no thread is started, but for the encoder's when
+        it is first needed; raises NotFound where there is no memory.
+        """
         self.settings = settings = settings or Settings.from_env()
         self._clock = clock
         normal = form_named(settings.answer_form)
-        self.store = store = open_store(settings.db, queue_size=settings.queue_size, normal=normal)
-        self.encoder = EncoderService(encoder or (lambda: load_encoder(settings.encoder)), before=warm)
+        self.store = store = open_store(
+            settings.db, queue_size=settings.queue_size, normal=normal, read_only=read_only, start=start_thread
+        )
+        load = encoder or (lambda: load_encoder(settings.encoder))
+        self.encoder = EncoderService(load, before=warm, lazy=read_only)
         salt = functools.cache(store.salt)
         loader, writer = BackgroundWorker("agent-memory-index-loader"), BackgroundWorker("agent-memory-index-writer")
-        self._retriever = Retriever(store, loader, writer, store.index_files())
-        self._locator = Locator(store, clock)
+        self._retriever = Retriever(store.recall, loader, writer, store.index_files())
+        self._locator = Locator(store.episodes, clock)
         self._maintenance = Maintenance(store, self.encoder, settings)
-        self._adviser = Adviser(store, settings, clock)
+        self._adviser = Adviser(store.fixes, settings, clock)
         self._guard = Guard(settings, self._adviser, self._locator)
-        self._reuse = ReuseDecider(store, self._retriever, self.encoder, normal, salt, settings.reuse_audit)
-        self._router = Router(store, settings, self.encoder, salt)
+        self._reuse = ReuseDecider(store.proposals, self._retriever, self.encoder, normal, salt, settings.reuse_audit)
+        self._router = Router(store.decisions, settings, self.encoder, salt)
         self._decider = Decider(
-            store, settings, self.encoder, salt,
+            store.recall, settings, self.encoder, salt,
             self._retriever, self._locator, self._adviser, self._reuse, self._router,
         )  # fmt: skip
         self._recorder = Recorder(store, settings, self.encoder, self._locator, self._maintenance, clock)
         self._shadow = Shadow(self._reuse, self._recorder)
+        self._read_only = read_only
+        if not read_only:
+            self._maintenance.start()
 
     @classmethod
-    def open(cls, path: str | Path, **settings: Any) -> Memory:
+    def open(cls, path: str | Path, *, read_only: bool = False, **settings: Any) -> Memory:
         """Open a database file with settings by keyword."""
-        return cls(Settings.from_env(**{"db": str(path), **settings}))
+        return cls(Settings.from_env(**{"db": str(path), **settings}), read_only=read_only)
 
     def settle(self) -> None:
         """Wait until every finished request is in the log, with what memory would have answered."""
@@ -167,7 +178,12 @@ class Memory:
         return self._locator.refuse(turn)
 
     def finish(self, turn: Turn, response: Mapping[str, Any] | None, *, error: str | None = None) -> None:
-        """Record the request with its response, or the error it ended in, in the background."""
+        """Record the request with its response, or the error it ended in, in the background.
+
+        Raises StoreUnavailable where memory was opened read-only.
+        """
+        if self._read_only and turn.options.writes:
+            raise StoreUnavailable(f"{self.settings.place} was opened read-only")
         self._recorder.finish(turn, response, error)
         self._shadow.submit(turn)
 
@@ -227,8 +243,8 @@ class Memory:
     def described(self, memory_id: str, *, tenant: Tenant = OPERATOR) -> dict[str, Any]:
         """Return a memory with its value, and a fix with its error and its evidence. Raises NotFound."""
         record = self.memory(memory_id, tenant=tenant)
-        shown = {**asdict(record), "value": round(record.value, 4)}
-        return {**shown, "fix": self.store.fix_details(record.scope, memory_id)} if record.kind == "fix" else shown
+        fix = {"fix": self.store.fixes.details(record.scope, memory_id)} if record.kind == "fix" else {}
+        return {**record.as_dict(), **fix}
 
     def why(self, trace_id: str, *, tenant: Tenant = OPERATOR) -> dict[str, Any]:
         """Return why a request was answered as it was: what memory had to say, what was decided. Raises NotFound."""
@@ -241,11 +257,11 @@ class Memory:
 
     def uplift(self, *, tenant: Tenant = OPERATOR, limit: int = 20) -> dict[str, Any]:
         """Return what memory changed in the outcome of episodes, with at most `limit` memories of each scope."""
-        return uplift.report(self.store.episodes(tenant), limit=limit)
+        return uplift.report(self.store.exposures.episodes(tenant), limit=limit)
 
     def stats(self) -> dict[str, Any]:
         """Return counts of the store and the state of the encoder."""
-        total, embedded = self.store.coverage()
+        total, embedded = self.store.vectors.coverage()
         return {
             **self.store.stats(), "memories_without_vector": total - embedded.get(self.encoder.fingerprint, 0),
             "encoder": self.encoder.state, "encoder_reason": self.encoder.reason,
@@ -260,7 +276,7 @@ class Memory:
     def probe(self, timeout_s: float = 5.0) -> None:
         """Write to the database and take it back. Raises StoreUnavailable."""
         try:
-            self.store.write(lambda tx: tx.probe()).result(timeout_s)
+            self.store.write(lambda tx: tx.counters.probe()).result(timeout_s)
         except (TimeoutError, FutureTimeoutError):
             raise StoreUnavailable(f"the database did not answer within {timeout_s:g} seconds") from None
 
@@ -272,7 +288,7 @@ class Memory:
 
     def counts(self, selection: Selection) -> dict[str, int]:
         """Return how much `forget` would delete."""
-        return self.store.chosen_counts(selection)
+        return self.store.forgetting.chosen_counts(selection)
 
     def forget(
         self, selection: Selection, *, with_set_aside: bool = False, progress: Callable[[str], None] = lambda _: None

@@ -1,4 +1,4 @@
-"""The words of the design as frozen values: what the rooms hand to each other."""
+"""The vocabulary of the design as frozen values, which the packages pass to each other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
 # Starts a daemon thread of this name that does this work; `background.threads.start_thread` is the one that does.
@@ -114,7 +114,7 @@ class Feedback:
 
 @dataclass(frozen=True, slots=True)
 class FeedbackReceipt:
-    """What became of one feedback; given only after it is on disk."""
+    """What became of one feedback; returned once it is on disk."""
 
     feedback_id: str
     status: FeedbackStatus
@@ -164,6 +164,10 @@ class MemoryRecord:
         bad = 1 + self.failures + _USE_WEIGHT * self.used_failures
         return good / (good + bad)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the memory as a JSON object."""
+        return {**asdict(self), "value": round(self.value, 4)}
+
 
 @dataclass(frozen=True, slots=True)
 class Exemplar:
@@ -187,6 +191,10 @@ class Hit:
     score: float
     cosine: float | None
     lexical: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the hit as a JSON object: the memory with its score components."""
+        return {**self.memory.as_dict(), "score": self.score, "cosine": self.cosine, "lexical": self.lexical}
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ SLOW = (
     "test_postgres_server.py",
     "test_power.py",
     "test_progress.py",
+    "test_pytest_plugin.py",
     "test_report_languages.py",
 )
 

@@ -298,6 +298,7 @@ def test_files_are_for_their_owner_alone(tmp_path: Path) -> None:
     write_file(files, clustered(50, 8), files.name(Scope("acme", "secret"), FINGERPRINT))
     folder = tmp_path / "memory.db.index"
     assert folder.stat().st_mode & 0o777 == 0o700
+    assert list(folder.iterdir())
     for path in folder.iterdir():
         assert path.stat().st_mode & 0o777 == 0o600
         assert "acme" not in path.name
@@ -705,7 +706,9 @@ def test_forgetting_while_a_file_is_written_stops_it(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(ivf_calibration, "calibrate", slowly)
     bench.source.put({**numbered(clustered(350, WHOLE)), 7: secret})
+    deadline = time.monotonic() + 20
     while not judging.wait(0.01):
+        assert time.monotonic() < deadline
         bench.index()
     bench.source.put({7: None})
     bench.files.forget(SCOPE)
@@ -788,7 +791,7 @@ def test_a_request_does_not_wait_for_a_load_or_a_build(tmp_path: Path) -> None:
     assert asked.wait(5)
     assert len(bench.index()) == 100  # it comes back although the other still waits
     held.set()
-    waits.join()
+    waits.join(30)
     assert len(bench.settle()) == 110
     bench.indexes.close()
 
@@ -806,7 +809,9 @@ def test_memory_is_bounded_while_a_file_is_written(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(ivf_writer, "write", slowly)
     bench = Bench(tmp_path / "index")
     bench.source.put(numbered(clustered(3_000, WHOLE)))
+    deadline = time.monotonic() + 20
     while not begun.wait(0.005):
+        assert time.monotonic() < deadline
         bench.index()
     for _ in range(100):
         assert len(bench.index().flat) <= SMALL.loaded_rows + SMALL.inline
@@ -861,7 +866,8 @@ def test_searching_goes_on_while_rows_change(bench: Bench) -> None:
         time.sleep(0.01)
     stop.set()
     for thread in threads:
-        thread.join()
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
     assert not faults, faults
     bench.check(clustered(10, WHOLE, seed=2))
 
@@ -880,15 +886,15 @@ def test_memories_of_a_store_are_found_through_its_file(tmp_path: Path) -> None:
         vector = memory.encoder.vector(asked, 5)
         assert vector is not None
         name = files.name(SCOPE, memory.encoder.fingerprint)
-        recaller = Retriever(memory.store, *workers(), files, SMALL)
+        recaller = Retriever(memory.store.recall, *workers(), files, SMALL)
         deadline = time.monotonic() + PATIENCE_S
         while not files.exists(name) and time.monotonic() < deadline:
-            recaller.near(SCOPE, vector, memory.store.revision(SCOPE), fingerprint=memory.encoder.fingerprint,
+            recaller.near(SCOPE, vector, memory.store.recall.revision(SCOPE), fingerprint=memory.encoder.fingerprint,
                           unrelated=UNRELATED, count=5)  # fmt: skip
             time.sleep(0.01)
         recaller.close()
         for _ in range(2):
-            recaller = Retriever(memory.store, *workers(), files, SMALL)
+            recaller = Retriever(memory.store.recall, *workers(), files, SMALL)
             hits = recaller.recall(SCOPE, asked, lambda: vector, fingerprint=memory.encoder.fingerprint)
             assert hits[0].memory.answer == "restarted 77"
             assert hits[0].cosine == pytest.approx(1, abs=1e-4)

@@ -34,8 +34,8 @@ from benchmarks.agent_policy import (
 )
 from benchmarks.agent_sandbox import TOOLS, Sandbox
 from benchmarks.agent_tasks import TASKS
+from benchmarks.cli import main
 from optillm_memory.bench.report import report
-from optillm_memory.cli.commands import main
 from optillm_memory.errors import HostError
 from optillm_memory.inject.advice import Advice, as_advice
 
@@ -94,8 +94,8 @@ def shell(command: str) -> Call:
 # -- the policy ------------------------------------------------------------------------------------
 
 
-def test_beliefs_are_tried_in_order_until_one_works() -> None:
-    """Without advice the agent goes through its beliefs, then to the next goal, then says that it is done."""
+def test_candidates_are_tried_in_order_until_one_works() -> None:
+    """Without advice the agent tries its candidates, then those of the next goal, then answers that it is done."""
     turns: list[tuple[Call, str]] = []
     for expected, observation in (
         ("git pussh main", FAILED),
@@ -124,7 +124,7 @@ def test_an_equal_prompt_gets_an_equal_answer() -> None:
 
 
 def test_advice_on_the_last_failure_is_followed() -> None:
-    """Where the call that just failed has something that worked instead, that is done next, whatever is believed."""
+    """If something worked instead of the call that just failed, it is done next, whatever the next candidate is."""
     told = FAILED + block(advice("git  pussh main", "git push --all origin"))
     messages = prompt((shell("git pussh main"), told))
     assert next_call(messages) == "git push --all origin"
@@ -132,20 +132,20 @@ def test_advice_on_the_last_failure_is_followed() -> None:
 
 
 def test_advice_on_what_is_about_to_be_done_is_followed() -> None:
-    """Where the prompt tells of the next belief that it fails, what worked instead is done without trying it."""
+    """Where the prompt says that the next candidate fails, what worked instead is done without trying it."""
     asked = "Push `main`." + block(advice("git pussh main", "git push origin main"))
     assert next_call(prompt(asked=asked)) == "git push origin main"
 
 
 def test_advice_is_followed_once() -> None:
-    """Advice that failed here is not followed again: the agent goes on with its beliefs."""
+    """Advice that failed here is not followed again: the agent goes on with its candidates."""
     told = FAILED + block(advice("git pussh main", "git shove main"))
     messages = prompt((shell("git pussh main"), told), (shell("git shove main"), FAILED))
     assert next_call(messages) == "git push main"
 
 
-def test_a_warning_without_a_fix_leads_to_the_next_belief() -> None:
-    """A call that is only known to fail is left out, and tried at last where every other belief failed too."""
+def test_a_warning_without_a_fix_leads_to_the_next_candidate() -> None:
+    """A call that is only known to fail is skipped, and tried last if every other candidate failed too."""
     asked = "Push `main`." + block(advice("git pussh main", None))
     assert next_call(prompt(asked=asked)) == "git push main"
     failed = [(shell(c), FAILED) for c in ("git push main", "git push origin main")]
@@ -261,7 +261,7 @@ def test_a_setup_that_fails_is_told(sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_tasks_are_real(task: AgentTask, tmp_path: Path) -> None:
-    """Every belief but the last really fails, the last really works, and the check tells solved from not."""
+    """Every candidate but the last really fails, the last really works, and the check tells solved from not."""
     for number, names in enumerate(task.names):
         (tmp_path / str(number)).mkdir()
         box = Sandbox(tmp_path / str(number))
@@ -339,7 +339,7 @@ def test_uplift_has_an_interval_that_knows_chance() -> None:
 def test_bench_agent_through_a_real_server(tmp_path: Path) -> None:
     """Four tasks through a real server: all solved, fewer failures after a restart, none fewer in the holdout."""
     out = tmp_path / "agent.json"
-    done = CliRunner().invoke(main, ["bench", "agent", "--limit", "4", "--holdout", "1", "--json", str(out)])
+    done = CliRunner().invoke(main, ["agent", "--limit", "4", "--holdout", "1", "--output", str(out)])
     assert done.exit_code == 0, done.output
     found = json.loads(out.read_text(encoding="utf-8"))
     assert set(report({}, {})) < set(found)

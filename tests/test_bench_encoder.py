@@ -14,7 +14,7 @@ from optillm_memory.cli import main
 def test_figures_are_all_there_and_vectors_the_same(tmp_path: Path) -> None:
     """Each length has both times and their ratio; through OpenVINO the vectors are the reference's."""
     out = tmp_path / "figures.json"
-    result = CliRunner().invoke(main, ["bench", "encoder", "--repeats", "2", "--json", str(out)])
+    result = CliRunner().invoke(main, ["bench", "encoder", "--repeats", "2", "--output", str(out)])
     assert result.exit_code == 0, result.output
     figures = json.loads(out.read_text())
     for length in LENGTHS:

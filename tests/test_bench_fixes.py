@@ -146,10 +146,10 @@ def test_our_own_rows_are_mostly_mended() -> None:
 
 
 def test_the_command_shows_and_writes_its_figures(tmp_path: Path) -> None:
-    """`bench fixes --data FILE --json OUT` writes the figures with what they were got with, and shows them."""
+    """`bench fixes --data FILE --output OUT` writes the figures with what they were got with, and shows them."""
     rows = [{"command": r.command, "output": r.output, "fix": list(r.fix), "group": r.group} for r in ROWS]
     out = tmp_path / "out.json"
-    result = CliRunner().invoke(bench, ["fixes", "--data", str(written(tmp_path, *rows)), "--json", str(out)])
+    result = CliRunner().invoke(bench, ["fixes", "--data", str(written(tmp_path, *rows)), "--output", str(out)])
     assert result.exit_code == 0, result.output
     assert "coverage_at_95" in result.output
     figures = json.loads(out.read_text())

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
+from benchmarks.cli import PEER_PACKAGES, main
 from benchmarks.peer_kinds import PEERS, Ours
-from benchmarks.peer_parts import Known, Upstream
+from benchmarks.peer_parts import PeerEncoder, Upstream
 from benchmarks.peers import table
 from optillm_memory.bench.records import Records
-from optillm_memory.bench.store_commands import PEER_PACKAGES
-from optillm_memory.cli import main
 from optillm_memory.store.sqlite.connection import connect
 
 KEYS = {
@@ -30,7 +29,7 @@ def test_peers_are_measured_alike(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     names = ("optillm-memory", "optillm memory")
     chosen = [part for name in names for part in ("--peer", name)]
-    result = CliRunner().invoke(main, ["bench", "peers", "--sizes", "300", *chosen, "--json", str(out)])
+    result = CliRunner().invoke(main, ["peers", "--sizes", "300", *chosen, "--output", str(out)])
     assert result.exit_code == 0, result.output
     figures = json.loads(out.read_text())
     ours, plugin = (figures["300"][name] for name in names)
@@ -52,11 +51,11 @@ def test_peers_are_measured_alike(tmp_path: Path) -> None:
 
 def test_what_ours_accepted_is_on_disk_when_it_has_settled(tmp_path: Path) -> None:
     """The clock of an ingest stops when every record is in the file, learned, with its vector: nothing is left over."""
-    known, count = Known(), 1_000
-    ours = Ours(tmp_path, known, Upstream(), count)
+    encoder, count = PeerEncoder(), 1_000
+    ours = Ours(tmp_path, encoder, Upstream(), count)
     texts = []
     for record in Records(count, seed=3):
-        known.learn(record.task, record.vector)
+        encoder.learn(record.task, record.vector)
         texts.append(record.task)
     ours.prepare(texts[: count // 2])
     for text in texts[: count // 2]:
@@ -78,13 +77,13 @@ def test_help_names_the_packages_of_all_peers() -> None:
     """What --help says to install is what the bench looks for."""
     wanted = dict.fromkeys(package for _, packages in PEERS.values() for package in packages)
     assert PEER_PACKAGES.split() == [package for package in wanted if not package.startswith("optillm")]
-    result = CliRunner().invoke(main, ["bench", "peers", "--help"])
+    result = CliRunner().invoke(main, ["peers", "--help"])
     assert f"pip install {PEER_PACKAGES}\n" in result.output
 
 
-def test_unknown_peers_are_named() -> None:
+def test_unencoder_peers_are_named() -> None:
     """A name that is none of theirs is refused with those that are."""
-    result = CliRunner().invoke(main, ["bench", "peers", "--peer", "mem1"])
+    result = CliRunner().invoke(main, ["peers", "--peer", "mem1"])
     assert result.exit_code == 2
     assert "'mem1' is none of optillm-memory, chromadb" in result.output
 

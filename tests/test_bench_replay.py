@@ -12,8 +12,8 @@ from builders import NOW, SCOPE, feedback, trace
 from click.testing import CliRunner
 
 from optillm_memory.bench.commands import bench
-from optillm_memory.learn import fold
 from optillm_memory.records import Scope
+from optillm_memory.store import fold
 from optillm_memory.store.sqlite.store import SqliteStore
 from optillm_memory.store.tables.exposures import read_decisions
 from optillm_memory.store.transaction import Transaction
@@ -43,10 +43,10 @@ def decide(
 
     def arrive(tx: Transaction) -> None:
         tx.add_trace(made)
-        tx._db.execute(
+        tx.db.execute(
             "INSERT INTO decisions(trace_id, scope_id, arm, propensity, reason, cluster, probabilities) "
             "VALUES (?, ?, ?, ?, 'explore', 0, ?)",
-            (made.trace_id, tx.scope_id(made.scope), arm, probabilities.get(arm, 1.0), json.dumps(probabilities)),
+            (made.trace_id, tx.scopes.number(made.scope), arm, probabilities.get(arm, 1.0), json.dumps(probabilities)),
         )
         if success is not None:
             said = feedback(success, trace_id=made.trace_id, feedback_id=f"fb-{made.trace_id}")
@@ -58,7 +58,7 @@ def decide(
 def replayed(store: SqliteStore, tmp_path: Path, *options: str) -> tuple[Any, str]:
     """Run the command on a store's file; return its JSON and what it shows."""
     out = tmp_path / "out.json"
-    done = CliRunner().invoke(bench, ["replay", "--db", str(store.path), "--json", str(out), *options])
+    done = CliRunner().invoke(bench, ["replay", "--db", str(store.path), "--output", str(out), *options])
     assert done.exit_code == 0, done.output
     return json.loads(out.read_text()), done.output
 

@@ -82,7 +82,7 @@ def test_a_bad_row_is_named(tmp_path: Path) -> None:
 
 def run(*arguments: str, out: Path) -> Any:
     """Run a bench by its command; return what it wrote."""
-    ended = CliRunner().invoke(main, ["bench", *arguments, "--json", str(out)])
+    ended = CliRunner().invoke(main, ["bench", *arguments, "--output", str(out)])
     assert ended.exit_code == 0, ended.output
     return json.loads(out.read_text())
 

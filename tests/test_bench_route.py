@@ -17,9 +17,9 @@ from optillm_memory.bench.route import (
     Scenario,
     Table,
     load_rows,
-    made_up,
     play,
     run,
+    synthetic_rows,
     vectors_of,
 )
 from optillm_memory.cli import main
@@ -37,7 +37,7 @@ def figures() -> dict[str, Any]:
     """Return the figures of two orders of made-up rows."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPTILLM_AGENT_MEMORY_ENCODER", "hashing")
-        rows = made_up(count=2400)
+        rows = synthetic_rows(count=2400)
         return run(rows, vectors_of(rows), seeds=range(2))
 
 
@@ -58,7 +58,7 @@ def test_a_bad_default_is_overcome(figures: dict[str, Any]) -> None:
 
 def test_an_arm_that_degrades_is_left(figures: dict[str, Any]) -> None:
     """Most of what staying with it would lose is made good; the scenario really halves its rewards."""
-    rows = made_up(count=3600)
+    rows = synthetic_rows(count=3600)
     assert (
         run(rows, vectors_of(rows), seeds=[0], scenarios=[s for s in SCENARIOS if s.name == "degrades"])["degrades"][
             "loss_made_good"
@@ -91,7 +91,7 @@ def test_figures_are_what_they_say() -> None:
 
 def test_the_same_seed_gives_the_same_run() -> None:
     """A seed is all the randomness there is; another one is another order."""
-    rows = made_up(count=300)
+    rows = synthetic_rows(count=300)
     table = Table.of(rows, vectors_of(rows), 0.1)
     scenario = next(s for s in SCENARIOS if s.name == "bad_default_warmup_sparse")
     one, again, other = (play(table, scenario, seed, 0.01) for seed in (1, 1, 2))
@@ -102,9 +102,9 @@ def test_the_same_seed_gives_the_same_run() -> None:
 def test_the_command_measures_a_file(tmp_path: Path) -> None:
     """Rows of one's own go in, every scenario's figures come out, for people and as JSON."""
     data, out = tmp_path / "rows.jsonl", tmp_path / "out.json"
-    lines = [json.dumps({"prompt": r.prompt, "task": r.task, "arms": r.arms}) for r in made_up(count=200)]
+    lines = [json.dumps({"prompt": r.prompt, "task": r.task, "arms": r.arms}) for r in synthetic_rows(count=200)]
     data.write_text("\n".join(lines))
-    done = CliRunner().invoke(main, ["bench", "route", "--data", str(data), "--seeds", "1", "--json", str(out)])
+    done = CliRunner().invoke(main, ["bench", "route", "--data", str(data), "--seeds", "1", "--output", str(out)])
     assert done.exit_code == 0, done.output
     written = json.loads(out.read_text())
     for scenario in SCENARIOS:

@@ -306,7 +306,7 @@ def test_threads_share_a_log(wire: Wire) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(30)
     kept = {call.model: call.messages[0]["content"] for call in log.close()}
     assert kept == {f"m{number}": f"{number}" for number in range(32)}
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -48,6 +52,50 @@ def test_a_server_without_a_memory_is_given_none(postgres: Server) -> None:
     assert CliRunner().invoke(main, ["stats", "--db", url]).exit_code == 0
 
 
+READ_ONLY = {
+    "stats": (), "traces": (), "show": ("TRACE",), "why": ("TRACE",), "memories": (), "uplift": (), "policy": (),
+    "recall": ("a task",), "verify": (), "forget": ("--trace", "TRACE", "--dry-run"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", READ_ONLY)
+def test_commands_that_read_change_nothing(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They change no byte and create no file, and start no thread but the encoder's where they need one."""
+    db, started = tmp_path / "memory.db", []
+    with Memory.open(db, encoder="none") as memory:
+        turn = memory.begin(body("a task"))
+        memory.finish(turn, response("an answer"))
+        memory.settle()
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    start = threading.Thread.start
+
+    def noted(thread: threading.Thread) -> None:
+        started.append(thread.name)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", noted)
+    arguments = [turn.trace_id if argument == "TRACE" else argument for argument in READ_ONLY[command]]
+    environment = {"OPTILLM_AGENT_MEMORY_ENCODER": "hashing"}
+    done = CliRunner(env=environment).invoke(main, [command, *arguments, "--db", str(db)])
+    assert done.exit_code == 0, done.output
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()} == before
+    assert started == (["agent-memory-encoder"] if command in ("policy", "recall") else [])
+
+
+def test_commands_that_read_migrate_nothing(tmp_path: Path) -> None:
+    """A database of an earlier release is refused with the command that migrates it, and stays as it is."""
+    db = tmp_path / "memory.db"
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.executescript((Path(__file__).parent / "schemas" / "m006.sql").read_text())
+    before = db.read_bytes()
+    for command in READ_ONLY.keys() - {"verify"}:
+        arguments = ["t1" if argument == "TRACE" else argument for argument in READ_ONLY[command]]
+        done = CliRunner().invoke(main, [command, *arguments, "--db", str(db)])
+        assert (done.exit_code, "optillm-memory migrate" in done.stderr) == (1, True)
+        assert db.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["memory.db"]
+
+
 def test_every_command_on_a_database_is_asked() -> None:
     """No command that takes a database is left out above but `feedback`, which may make it."""
     takers = {name for name, command in main.commands.items() if any(p.name == "db" for p in command.params)}
@@ -63,12 +111,22 @@ def test_feedback_makes_the_database_it_waits_in(tmp_path: Path) -> None:
     assert json.loads(CliRunner().invoke(main, ["stats", *where]).stdout)["feedback"] == 1
 
 
+def leaves(group: click.Group) -> Iterator[click.Command]:
+    """Yield every command that is not a group of commands."""
+    for command in group.commands.values():
+        if isinstance(command, click.Group):
+            yield from leaves(command)
+        else:
+            yield command
+
+
 def test_json_is_a_flag_and_output_a_file() -> None:
-    """Every command that prints a result has `--json` as a flag and `--output` as a file."""
-    names = {*ON_WHAT_IS_THERE, "feedback", "install", "doctor", "settings", "copy"}
-    for name in names:
-        options = {opt: parameter for parameter in main.commands[name].params for opt in parameter.opts}
-        assert isinstance(options["--json"], click.Option)
+    """Every command but `serve`, those of `bench` too, has `--json` as a flag and `--output` as a file."""
+    found = [command for command in leaves(main) if command.name != "serve"]
+    assert len(found) > 20
+    for command in found:
+        options = {opt: parameter for parameter in command.params for opt in parameter.opts}
+        assert isinstance(options["--json"], click.Option), command.name
         assert options["--json"].is_flag
         assert isinstance(options["--output"].type, click.Path)
 

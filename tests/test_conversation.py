@@ -15,7 +15,7 @@ from optillm_memory import InvalidField
 from optillm_memory.conversation.feedback import parse_feedback
 from optillm_memory.conversation.options import KEYS, Options, parse_options
 from optillm_memory.conversation.parse import key_of, parse
-from optillm_memory.conversation.recent import Recent
+from optillm_memory.conversation.recent import RecentEpisodes
 from optillm_memory.conversation.redact import redact, storable
 from optillm_memory.conversation.text import BLOCK_OPEN, without_insertions, without_thoughts
 from optillm_memory.records import Placement, Scope
@@ -144,7 +144,7 @@ def test_key_is_one_short_encodable_line(task: str) -> None:
 
 def test_recent_knows_what_is_not_on_disk_yet() -> None:
     """The episode of a prefix and its placements are known at once, and only in their own scope."""
-    recent, scope = Recent(), Scope("a")
+    recent, scope = RecentEpisodes(), Scope("a")
     placement = Placement("h", 0, "block", "text")
     recent.remember(scope, "ep", ["p1"], [placement], 0.0)
     assert [c.episode_id for c in recent.episodes_of(scope, "p1")] == ["ep"]
@@ -156,7 +156,7 @@ def test_recent_knows_what_is_not_on_disk_yet() -> None:
 
 def test_recent_adds_what_is_under_way_to_what_is_written() -> None:
     """In order of position, each place once and as it was written; once seen there it goes with what is written."""
-    recent, scope = Recent(), Scope("a")
+    recent, scope = RecentEpisodes(), Scope("a")
     first, second, third = (Placement(f"h{n}", n, "block", f"text {n}") for n in (0, 2, 4))
     recent.remember(scope, "ep", (), [replace(first, payload="of another"), second], 0.0)
     assert recent.ledger(scope, "ep", lambda: [first, third], 1.0) == [first, second, third]
@@ -172,7 +172,7 @@ def test_recent_adds_what_is_under_way_to_what_is_written() -> None:
 
 def test_recent_lets_go_of_what_is_old() -> None:
     """What was never written is of no use after a few hours, neither in a prompt nor as advice."""
-    recent, scope, hour = Recent(), Scope("a"), 3600.0
+    recent, scope, hour = RecentEpisodes(), Scope("a"), 3600.0
     for placement, now in ((Placement("h0", 0, "block", "old"), 0.0), (Placement("h2", 2, "block", "new"), 5 * hour)):
         recent.remember(scope, "ep", (), [placement], now)
     assert [p.payload for p in recent.ledger(scope, "ep", list, 5 * hour)] == ["old", "new"]

@@ -69,7 +69,7 @@ def test_there_and_back_nothing_changes(file: str, postgres: Server, tmp_path: P
     with opened(file) as here, opened(server) as there:
         assert here.derived() == there.derived()
         assert here.salt() == there.salt()
-        assert here.revision() == there.revision()
+        assert here.recall.revision() == there.recall.revision()
     assert copy(server, back) == rows
     assert contents(back) == before
 

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from openai import OpenAI
 
-from optillm_memory.bench.stream import Result, ask, tell, wait_for_encoder
+from optillm_memory.bench.stream import Result, ask, send_feedback, wait_for_encoder
 from optillm_memory.bench.tasks import Task
 from optillm_memory.cli.commands import main
 from optillm_memory.demo.run import KEY, curve
@@ -22,7 +22,9 @@ pytestmark = [pytest.mark.host, pytest.mark.model]
 def test_demo_runs_to_its_end(tmp_path: Path) -> None:
     """The demo asks every task it says, restarts in between, and writes figures that add up."""
     out = tmp_path / "demo.json"
-    done = CliRunner().invoke(main, ["demo", "--baseline", "2", "--session", "12", "--again", "6", "--json", str(out)])
+    done = CliRunner().invoke(
+        main, ["demo", "--baseline", "2", "--session", "12", "--again", "6", "--output", str(out)]
+    )
     assert done.exit_code == 0, done.output
     figures = json.loads(out.read_text(encoding="utf-8"))
     assert {name: part["requests"] for name, part in figures["parts"].items()} == {
@@ -60,7 +62,7 @@ def test_a_small_model_answers_better_because_of_what_it_was_shown(tmp_path: Pat
         ):
             trace_id, before, action = ask(client, model, task.input, {"namespace": "default"})
             assert (action, before.strip() == task.output) == ("plain", False)
-            tell(routes, trace_id, task, right=False, demonstrate=True)
+            send_feedback(routes, trace_id, task, right=False, demonstrate=True)
             _, after, action = ask(
                 client, model, "Please cancel my order for the red kettle.", {"namespace": "default"}
             )

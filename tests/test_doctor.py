@@ -126,6 +126,9 @@ def test_files_that_are_not_as_they_should_be(tmp_path: Path) -> None:
     (database,) = found(tmp_path, DB=str(path / "memory.db"))["database"]  # a file is no folder, not even for root
     assert database.level == "fail"
     assert "cannot be written" in database.message
+    assert [(f.level, "is not a file" in f.message) for f in found(tmp_path, DB=str(tmp_path))["database"]] == [
+        ("fail", True)
+    ]
 
 
 def test_settings_are_named(tmp_path: Path) -> None:
@@ -160,6 +163,10 @@ def test_the_plugin_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert finding.level == "fail"
     assert "No module named 'module_that_is_not_there'" in finding.message
     assert state(tmp_path) == before
+    path.write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(doctor, "IMPORT_S", 0.2)
+    (finding,) = found(tmp_path)["plugin file"]
+    assert (finding.level, "longer than 0.2 seconds" in finding.message) == ("fail", True)
 
 
 def test_a_server(tmp_path: Path, postgres: Server) -> None:

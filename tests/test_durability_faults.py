@@ -133,7 +133,7 @@ def paused(memory: Memory) -> Callable[[], None]:
 
     def stand(_tx: Transaction) -> None:
         inside.set()
-        go_on.wait()
+        go_on.wait(60)
 
     memory.store.post(stand)
     assert inside.wait(10)

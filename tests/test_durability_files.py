@@ -16,7 +16,7 @@ from hosting import until
 
 from optillm_memory import Memory, StoreError, StoreUnavailable, Turn
 from optillm_memory.decide.calibration import WRONG
-from optillm_memory.decide.gate import Book
+from optillm_memory.decide.gate import LabelLog
 from optillm_memory.store.sqlite.audit import integrity
 from optillm_memory.store.sqlite.connection import open_writer, sqlite3
 
@@ -49,7 +49,7 @@ def in_the_file(memory: Memory) -> None:
     """Bring everything from the WAL into the file, and have no page of it in a cache."""
     memory.store.flush()
     memory.store._readers.close()
-    memory.store.write(lambda tx: tx._db.execute("PRAGMA cache_size=1").fetchall()).result(10)
+    memory.store.write(lambda tx: tx.db.execute("PRAGMA cache_size=1").fetchall()).result(10)
     connection = sqlite3.connect(memory.settings.path)
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     connection.close()
@@ -284,8 +284,8 @@ def asked_otherwise(memory: Memory) -> list[int]:
 def verdicts(memory: Memory) -> list[int]:
     """Return the verdicts of all labels that the gate has."""
     memory.settle()
-    gate = memory._reuse._gate(SCOPE, memory.store.revision(SCOPE))
-    return [verdict for _, verdict in gate.books.get("", Book()).rows]
+    gate = memory._reuse._gate(SCOPE, memory.store.recall.revision(SCOPE))
+    return [verdict for _, verdict in gate.logs.get("", LabelLog()).rows]
 
 
 def test_nothing_of_a_file_that_was_deleted_is_reused(path: Path) -> None:
@@ -323,12 +323,12 @@ def test_an_older_copy_put_in_the_files_place(path: Path) -> None:
         assert [m.begin(body("restart the web server", **REUSE)).action for m in (memory, another)] == ["reuse"] * 2
         assert asked_otherwise(memory).count(WRONG) == 1
         memory.settle()
-        before = memory.store.revision()
+        before = memory.store.recall.revision()
         deleted(path)
         copy.rename(path)
         served(memory, "a task of meanwhile")
         memory.settle()
-        assert memory.store.revision().generation != before.generation
+        assert memory.store.recall.revision().generation != before.generation
         teach(memory, "list the files of a folder", "ls")
         teach(memory, "read the end of a log", "tail")
         for each in (memory, another):
@@ -346,12 +346,12 @@ def test_a_file_that_is_opened_again_keeps_its_generation(path: Path) -> None:
     """Only another file in its place makes all be read anew: not a WAL that was lost, nor a check."""
     with lexical_memory(path.parent) as memory:
         teach(memory, "a task", "done")
-        before = memory.store.revision().generation
+        before = memory.store.recall.revision().generation
         path.with_name(path.name + "-wal").unlink()
         teach(memory, "a task of meanwhile", "done")
         memory.store._writer.distrust()  # type: ignore[union-attr]
         teach(memory, "a task of after", "done")
-        assert memory.store.revision().generation == before
+        assert memory.store.recall.revision().generation == before
 
 
 def test_beliefs_of_a_file_that_was_deleted_are_forgotten(path: Path) -> None:

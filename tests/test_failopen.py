@@ -52,8 +52,8 @@ def test_a_hundred_calls_that_hang() -> None:
     for caller in callers:
         caller.start()
     for caller in callers:
-        caller.join()
-    assert slowest < 1
+        caller.join(60)
+    assert 0 < slowest < 10  # what hangs would hang for good
     assert fail_open.faults == {"deadline": 100}
     assert threading.active_count() - before <= 32
     release.set()
@@ -67,7 +67,7 @@ def test_work_past_its_deadline_is_not_begun() -> None:
 
     def hang(number: int) -> None:
         begun.append(number)
-        release.wait()
+        release.wait(60)
 
     for number in range(40):
         fail_open.call(partial(hang, number))

@@ -14,7 +14,7 @@ from builders import SCOPE, assistant, feedback, lexical_memory
 from optillm_memory.conversation.actions import Action, action_of
 from optillm_memory.conversation.observation import read
 from optillm_memory.learn.attempts import Attempt, inferred_id, message_of, shortened
-from optillm_memory.learn.fixes import WINDOW, Fix, fix_status, followed, mine, shown, value_in
+from optillm_memory.learn.fixes import WINDOW, Fix, advice_evidence, demonstrated_fix, fix_status, mine, value_in
 from optillm_memory.records import Scope
 
 TRACEBACK = (
@@ -168,7 +168,7 @@ BROKE = attempt(WRONG, "failure")
 )  # fmt: skip
 def test_a_demonstration_on_a_failure_is_a_fix(rows: Any, attempts: Any, answer: Any, expected: Any) -> None:
     """What failed is the evidence's command, else the action that failed, else the answer; without failure no fix."""
-    found = shown(rows, attempts, answer)
+    found = demonstrated_fix(rows, attempts, answer)
     if expected is None:
         assert found is None
     else:
@@ -315,7 +315,7 @@ def test_advice_that_was_followed_is_evidence() -> None:
 
     def said(verdict: Any, text: str = RIGHT, **fields: Any) -> list[tuple[str, bool]]:
         made = attempt(text, verdict, **{"trace_id": "t", **fields})
-        return [(e.memory_id, e.success) for e in followed([made], advice)]
+        return [(e.memory_id, e.success) for e in advice_evidence([made], advice)]
 
     assert said("success") == said("success", f"{RIGHT} ") == [("fix-1", True)]
     assert said("failure") == [("fix-1", False)]
@@ -365,8 +365,9 @@ def test_a_failure_in_one_environment_costs_there_only(tmp_path: Path) -> None:
         bad = [(WRONG, ERROR), (RIGHT, DENIED)]
         work(memory, bad, task="publish it now", tags={"os": "windows"})
         assert fixes(memory) == [(WRONG, RIGHT, "verified")]
+        known = memory.store.fixes.known_fixes
         values = {
-            name: memory.store.known_fixes(SCOPE, "bash", "", environment=json.dumps(tags), episode_id="x")[0].value
+            name: known(SCOPE, "bash", "", environment=json.dumps(tags), episode_id="x")[0].value
             for name, tags in (("home", {"os": "linux"}), ("there", {"os": "windows"}), ("else", {}))
         }
         assert values["there"] < values["else"] < values["home"]

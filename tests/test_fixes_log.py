@@ -19,10 +19,10 @@ from optillm_memory import Feedback, Scope
 from optillm_memory.conversation.actions import Action, action_of
 from optillm_memory.conversation.observation import read
 from optillm_memory.conversation.parse import Conversation, answer_prefixes, parse
-from optillm_memory.learn import fold
 from optillm_memory.learn.attempts import inferred_id
 from optillm_memory.learn.fixes import Fix
 from optillm_memory.records import Injected, Trace
+from optillm_memory.store import fold
 from optillm_memory.store.sqlite.store import SqliteStore
 from optillm_memory.store.tables import steps as store_steps
 from optillm_memory.store.transaction import Transaction
@@ -75,7 +75,7 @@ def _request(made: Trace, conversation: Conversation, answer: Any, told: list[In
 
     def arrive(tx: Transaction) -> None:
         assert tx.add_trace(made, prefixes=prefixes, injected=told)
-        fresh = tx.add_steps(tx.scope_id(made.scope), made.episode_id, made.trace_id, conversation.steps)
+        fresh = tx.steps.add(tx.scopes.number(made.scope), made.episode_id, made.trace_id, conversation.steps)
         fold.trace_arrived(tx, made)
         fold.steps_arrived(tx, made, fresh, received_at=NOW)
 
@@ -160,11 +160,29 @@ def test_a_rebuild_reads_every_step_however_long_the_episode(tmp_path: Path, mon
     with lexical_memory(tmp_path) as memory:
         agent = work(memory, [(WRONG, ERROR), ("ls", "a"), ("pwd", "b"), ("make", "c"), (RIGHT, DONE)])
         key = action_of("bash", f'{{"command": "{WRONG}"}}').key
-        before = memory.store.past_attempts(Scope("local"), key, environment="{}")
+        before = memory.store.fixes.past_attempts(Scope("local"), key, environment="{}")
         assert [p.verdict for p in before] == ["failure"]
         memory.rebuild()
-        assert memory.store.past_attempts(Scope("local"), key, environment="{}") == before
+        assert memory.store.fixes.past_attempts(Scope("local"), key, environment="{}") == before
         assert len(memory.trace(agent.turns[-1].trace_id)["steps"]) == 5
+
+
+def test_reading_attempts_writes_nothing(tmp_path: Path) -> None:
+    """What observations tell is written by `interpret`; to read it changes nothing, also where it is not there yet."""
+
+    def read(tx: Transaction, episode_id: str) -> tuple[int, int, int]:
+        tx.db.execute("DELETE FROM attempts")
+        before = tx.db.total_changes
+        known = len(tx.steps.attempts(Scope("local"), episode_id))
+        written = tx.db.total_changes - before
+        tx.steps.interpret(Scope("local"), episode_id)
+        return known, written, len(tx.steps.attempts(Scope("local"), episode_id))
+
+    with lexical_memory(tmp_path) as memory:
+        agent = work(memory, [(WRONG, ERROR), (RIGHT, DONE)])
+        memory.settle()
+        episode_id = agent.turns[-1].episode_id
+        assert memory.store.write(lambda tx: read(tx, episode_id)).result(10) == (0, 0, 2)
 
 
 def test_a_day_of_agents_is_the_same_after_a_rebuild(tmp_path: Path) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from optillm_memory.learn.cases import Case, Vocabulary, likest, tokenize
-from optillm_memory.learn.edits import Program, apply, cost, literals, thaw
+from optillm_memory.learn.cases import Case, Vocabulary, most_similar, tokenize
+from optillm_memory.learn.edits import Program, apply, cost, literals
 from optillm_memory.learn.induce import MOST_PROGRAMS, induce
 
 WORDS = st.sampled_from(
@@ -88,13 +87,6 @@ def test_programs_never_raise_on_another_case_and_are_deterministic(
 
 
 @pytest.mark.parametrize("example", MANY, ids=lambda e: e[0])
-def test_programs_pass_through_json(example: tuple[str, str, str]) -> None:
-    """A program that was written as JSON and read again is the same program."""
-    found = programs(*example)
-    assert [thaw(json.loads(json.dumps(program))) for program in found] == found
-
-
-@pytest.mark.parametrize("example", MANY, ids=lambda e: e[0])
 def test_something_better_than_the_string_explains_each_kind_of_repair(example: tuple[str, str, str]) -> None:
     """For every kind of repair there is a simpler program than the fix as it is, which stands last."""
     found = programs(*example)
@@ -146,8 +138,8 @@ def test_the_word_at_fault_is_the_one_complained_of() -> None:
 
 def test_nearness_prefers_swapped_letters_and_what_is_proposed() -> None:
     """A swap of letters is a likely slip, and a proposed word beats a known one."""
-    assert [word for word, _ in likest("sl", ["so", "ls"], 0.0)] == ["ls"]
-    assert list(likest("abc", ["xyz", "abc", ""], 0.0)) == []
+    assert [word for word, _ in most_similar("sl", ["so", "ls"], 0.0)] == ["ls"]
+    assert list(most_similar("abc", ["xyz", "abc", ""], 0.0)) == []
     case = Case("tool stat", "Did you mean this?\n\tstatus\n", Vocabulary(["tool start"]))
     assert case.near("stat", "any") == "status"
     assert case.near("stat", "known") == "start"
@@ -179,7 +171,7 @@ def test_literals_are_what_a_program_spells_out() -> None:
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:3]))
 def test_hostile_texts_take_no_long_time(text: str) -> None:
     """20 kB of anything, as action, output or fix, is explained and mended in bounded time."""
-    started = time.perf_counter()
+    started = time.process_time()
     vocabulary = Vocabulary(["git push"])
     for action, output, fix in (("git psh", text, "git push"), (text, "no", "git push"), ("git psh", "no", text)):
         case = Case(action, output, vocabulary)
@@ -188,4 +180,4 @@ def test_hostile_texts_take_no_long_time(text: str) -> None:
     for example in MANY[:4]:
         for program in programs(*example):
             apply(program, Case(text, text, vocabulary))
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5

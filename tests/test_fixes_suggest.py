@@ -167,22 +167,13 @@ def test_a_calibrator_learns_and_stays_monotone() -> None:
         start.fitted([0.5], [])
 
 
-def test_a_grown_book_calibrates_itself() -> None:
-    """From thirty examples on the book's own rehearsals set the confidence; a given calibrator stays as it is."""
-    assert FixBook(many(29)).calibrator == Calibrator()
-    own = FixBook(many(40)).calibrator
-    assert own != Calibrator()
-    assert own(0.5) > Calibrator()(0.5)  # all of them are right
-    assert FixBook(many(40), calibrator=Calibrator(1.0, -2.0)).calibrator == Calibrator(1.0, -2.0)
-
-
 def test_rehearsals_tell_right_from_wrong() -> None:
     """A kind of repair that carries over rehearses right; fixes that share nothing do not."""
-    shares, right = FixBook(many(10)).rehearse(100)
+    shares, right = FixBook(many(10)).cross_validate(100)
     assert (len(shares), sum(right)) == (10, 10)
-    assert len(FixBook(many(10)).rehearse(4)[0]) == 4
+    assert len(FixBook(many(10)).cross_validate(4)[0]) == 4
     strange = [Example(f"frob {'abcdefgh'[n] * 4}", "frob: failed", f"zap {n * 7919 % 10007}") for n in range(8)]
-    assert not any(FixBook(strange).rehearse(8)[1])
+    assert not any(FixBook(strange).cross_validate(8)[1])
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -205,17 +196,17 @@ def test_a_large_book_answers_quickly() -> None:
     book = FixBook(many(500), calibrator=Calibrator())
     taken = []
     for n in range(21):
-        started = time.perf_counter()
+        started = time.process_time()
         assert book.suggest(f"boat y{n}a it", f"unknown verb 'y{n}a'. Did you mean 'y{n}b'?") is not None
-        taken.append(time.perf_counter() - started)
-    assert sorted(taken)[10] < 0.25  # the machine may be busy
+        taken.append(time.process_time() - started)
+    assert sorted(taken)[10] < 0.25
 
 
 @pytest.mark.parametrize("text", [":" * 20_000, "'" * 20_000, "a/" * 10_000, "did you mean 'x'?\n" * 1_200])
 def test_hostile_texts_are_bounded(text: str) -> None:
     """20 kB of anything neither breaks a book nor holds it up."""
-    started = time.perf_counter()
+    started = time.process_time()
     book = FixBook([*ALL, Example(text, "no", "git push"), Example("git push", text, text)])
     for action, output in ((text, "no"), ("git psh", text), (text, text)):
         book.suggest(action, output)
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10

@@ -20,6 +20,7 @@ from optillm_memory import InvalidField, Memory, NotFound, Scope
 from optillm_memory.cli import main
 from optillm_memory.conversation.options import Options
 from optillm_memory.settings import is_url
+from optillm_memory.store.maintenance import forget as deletion
 from optillm_memory.store.maintenance.erase import forget
 from optillm_memory.store.maintenance.selection import Selection
 from optillm_memory.store.maintenance.shrink import shrink
@@ -257,13 +258,13 @@ def test_what_others_said_of_a_forgotten_memory_counts_when_it_is_learned_again(
     assert tell(memory, failed, value=False).status == "applied"
     forget(memory.store, Selection(trace_id=taught.trace_id))
     assert known.memory_id not in {m.memory_id for m in memory.store.list_memories(None)}
-    assert memory.store.forgotten([known.memory_id]) == {known.memory_id}
+    assert memory.store.episodes.forgotten([known.memory_id]) == {known.memory_id}
     assert same_as_rebuilt(memory)
     for _ in range(2):
         teach(memory, "what is the codename?", SECRET)
     (again,) = [m for m in memory.store.list_memories(None) if m.answer == SECRET]
     assert (again.memory_id, again.successes, again.failures) == (known.memory_id, 2, 1)
-    assert memory.store.forgotten([known.memory_id]) == set()
+    assert memory.store.episodes.forgotten([known.memory_id]) == set()
     assert same_as_rebuilt(memory)
 
 
@@ -370,7 +371,7 @@ def test_a_reader_that_holds_the_journal_back_is_named(memory: Memory, tmp_path:
     reader = sqlite3.connect(tmp_path / "memory.db", isolation_level=None)
     reader.execute("BEGIN")
     reader.execute("SELECT count(*) FROM traces").fetchone()
-    assert memory.store.write(lambda tx: tx.forget_traces([turn.trace_id], time.time())).result(10) == 1
+    assert memory.store.write(lambda tx: deletion.delete_traces(tx, [turn.trace_id], time.time())).result(10) == 1
     assert "journal" in shrink(tmp_path / "memory.db", patience_s=0.2)
     assert holding(tmp_path)
     reader.execute("COMMIT")
@@ -437,8 +438,8 @@ def test_a_scope_that_was_forgotten_is_let_go_of_by_all_that_search_it(memory: M
             vector, encoder = one.encoder.vector("start the old server", 5), one.encoder
             assert vector is not None
             found = one._retriever.near(
-                scope, vector, one.store.revision(scope), fingerprint=encoder.fingerprint, unrelated=encoder.unrelated,
-                count=50,
+                scope, vector, one.store.recall.revision(scope), fingerprint=encoder.fingerprint,
+                unrelated=encoder.unrelated, count=50,
             )  # fmt: skip
             assert len(found) == 3
 
@@ -451,11 +452,11 @@ def test_what_was_under_way_leaves_no_copy(memory: Memory) -> None:
     forget(memory.store, Selection(trace_id=taught.trace_id))
     memory.finish(turn, response("hm"))
     memory.settle()
-    assert memory.store.has_copies()
-    while memory.store.write(lambda tx: tx.forget_copies(10, time.time())).result(10):
+    assert memory.store.forgetting.has_copies()
+    while memory.store.write(lambda tx: deletion.withdraw_copies(tx, 10, time.time())).result(10):
         pass
     assert memory.trace(turn.trace_id)["injected"] == []
-    assert SECRET not in json.dumps([asdict(p) for p in memory.store.ledger(turn.scope, turn.episode_id)])
+    assert SECRET not in json.dumps([asdict(p) for p in memory.store.episodes.ledger(turn.scope, turn.episode_id)])
     assert same_as_rebuilt(memory)
 
 

@@ -27,7 +27,7 @@ from optillm_memory.decide.calibration import (
     cell_of,
     discount,
 )
-from optillm_memory.decide.gate import AUDIT_SHARE, Decision, Gate, Label, is_audited, label_of
+from optillm_memory.decide.gate import AUDIT_SHARE, Decision, Gate, Label, is_audited
 from optillm_memory.decide.gate_updater import Change, GateUpdater
 
 LIMIT = 0.05
@@ -332,7 +332,7 @@ def test_what_is_sure_is_audited_less() -> None:
     assert threshold is not None
 
     def decided(proposal: Proposal, *, audit: bool) -> str:
-        return gate.decide(proposal, "p", LIMIT, audit=audit, audit_if_sure=False).reason
+        return gate.decide(proposal, "p", LIMIT, audit=audit, audit_if_confident=False).reason
 
     assert decided(replace(SURE, score=threshold + 0.1), audit=True) == "above_threshold"
     assert decided(replace(SURE, score=threshold + 0.01), audit=True) == "audit"
@@ -366,18 +366,8 @@ def test_while_memory_is_small_more_is_asked_of_a_score() -> None:
     assert later is not None
     assert later == pytest.approx(early - discount(300) + discount(1_300))
     # The same score is in a stricter place later than at first.
-    rows = Gate([Label(0.5, True, "p"), *labels(2_000), Label(0.5, True, "p")]).books[""].rows
+    rows = Gate([Label(0.5, True, "p"), *labels(2_000), Label(0.5, True, "p")]).logs[""].rows
     assert rows[0][0] > rows[-1][0]
-
-
-def test_labels_tell_of_what_memory_would_have_said() -> None:
-    """Exact repeats, vetoed proposals and none at all are no labels; without the right answer it is not known."""
-    assert label_of(SURE, "a", "p") == Label(0.9, True, "p")
-    assert label_of(SURE, "b", "p") == Label(0.9, False, "p")
-    assert label_of(SURE, None, "p") == Label(0.9, None, "p")
-    assert label_of(None, "a", "p") is None
-    assert label_of(replace(SURE, exact=True), "a", "p") is None
-    assert label_of(replace(SURE, vetoes=("veto_words",)), "a", "p") is None
 
 
 @pytest.mark.parametrize("score", [-0.01, 1.01, math.nan, math.inf])
@@ -386,7 +376,7 @@ def test_a_score_out_of_range_is_an_error(score: float) -> None:
     gate = Gate()
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         gate.add(Label(score, True, "p"))
-    assert gate.books == {}
+    assert gate.logs == {}
 
 
 # -- partitions --
@@ -474,8 +464,8 @@ def test_deciding_in_between_changes_nothing() -> None:
 def agrees(keeper: GateUpdater, found: list[Label]) -> None:
     """Check that a keeper's gate is the one that all labels in order give."""
     whole = Gate(found)
-    assert {name: book.rows for name, book in keeper.gate.books.items()} == {
-        name: book.rows for name, book in whole.books.items()
+    assert {name: book.rows for name, book in keeper.gate.logs.items()} == {
+        name: book.rows for name, book in whole.logs.items()
     }
     for partition in "pqr":
         assert keeper.gate.decide(SURE, partition, 0.2) == whole.decide(SURE, partition, 0.2)
@@ -507,13 +497,13 @@ def test_a_keeper_waits_for_feedback_but_not_for_ever() -> None:
     """The gate lags behind a request that may yet be labelled, by 32 at most; a served one is not waited for."""
     keeper = GateUpdater(start_thread)
     keeper.take(keeper.since, 1, [Change("0000", Label(0.9, None, "p"), served=True)])
-    assert len(keeper.gate.books[""].rows) == 1
+    assert len(keeper.gate.logs[""].rows) == 1
     keeper.take(keeper.since, 2, [Change("0001", Label(0.9, None, "p"), served=False)])
-    assert len(keeper.gate.books[""].rows) == 1
+    assert len(keeper.gate.logs[""].rows) == 1
     keeper.take(keeper.since, 3, [Change(f"{i:04}", Label(0.9, True, "p"), served=False) for i in range(2, 33)])
-    assert len(keeper.gate.books[""].rows) == 1
+    assert len(keeper.gate.logs[""].rows) == 1
     keeper.take(keeper.since, 4, [Change("0033", Label(0.9, True, "p"), served=False)])
-    assert len(keeper.gate.books[""].rows) == 34
+    assert len(keeper.gate.logs[""].rows) == 34
 
 
 def test_a_keeper_takes_no_batch_that_another_overtook() -> None:
@@ -523,7 +513,7 @@ def test_a_keeper_takes_no_batch_that_another_overtook() -> None:
     assert keeper.take(0, 12, served[1:])
     assert not keeper.take(0, 11, served[:1])
     assert keeper.since == 12
-    assert [verdict for _, verdict in keeper.gate.books[""].rows] == [WRONG]
+    assert [verdict for _, verdict in keeper.gate.logs[""].rows] == [WRONG]
 
 
 def test_many_labels_are_folded_again_behind_the_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,7 +186,7 @@ def test_a_suggestion_to_do_the_same_is_none(tmp_path: Path, monkeypatch: pytest
     """Where what is suggested is the failing action itself, or was tried here, only the failure is told."""
     with lexical_memory(tmp_path) as memory:
         mend(memory)
-        (known,) = memory.store.known_fixes(Scope("local"), "bash", "", environment="{}", episode_id="")
+        (known,) = memory.store.fixes.known_fixes(Scope("local"), "bash", "", environment="{}", episode_id="")
         proposed = [f" {WRONG}"]
         monkeypatch.setattr(memory._adviser, "_suggested", lambda *_: [(known, proposed[0], 0.9)])
         agent, again, turn = about_to(memory, WRONG)
@@ -202,9 +202,9 @@ def test_a_fix_of_little_worth_breaks_nothing(tmp_path: Path, monkeypatch: pytes
     """A fix whose value is near nothing in this environment is still an example like others."""
     with lexical_memory(tmp_path) as memory:
         mend(memory)
-        known = memory.store.known_fixes
+        known = memory.store.fixes.known_fixes
         worthless = lambda *a, **k: [replace(f, value=0.001) for f in known(*a, **k)]  # noqa: E731
-        monkeypatch.setattr(memory.store, "known_fixes", worthless)
+        monkeypatch.setattr(memory.store.fixes, "known_fixes", worthless)
         assert about_to(memory, WRONG)[1]
 
 
@@ -257,7 +257,7 @@ def test_another_scope_and_environment_know_nothing(tmp_path: Path) -> None:
             assert agent.begin().injected == (), other
         assert not about_to(memory, WRONG, options={"tags": {"os": "x"}})[1]
         assert about_to(memory, WRONG)[1]
-        assert memory.store.past_attempts(Scope("none"), "x", environment="{}") == []
+        assert memory.store.fixes.past_attempts(Scope("none"), "x", environment="{}") == []
 
 
 def test_a_held_out_episode_gets_neither(tmp_path: Path) -> None:

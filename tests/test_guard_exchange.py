@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from agents import ERROR, JSON, RIGHT, WRONG, Agent, calling, mend, work
 from builders import body, lexical_memory, response
 
 from optillm_memory import Memory
+from optillm_memory.conversation.feedback import parse_feedback
 from optillm_memory.conversation.options import Options
 from optillm_memory.host.exchange import Exchange, both
 from optillm_memory.host.failopen import FailOpen
 from optillm_memory.host.incoming import Incoming
+from optillm_memory.request.deadline import Deadline
 
 BLOCK = "<agent_memory>"
 
@@ -45,9 +48,9 @@ class Upstream:
 class Here:
     """Stands for the process's runtime."""
 
-    def __init__(self, memory: Memory) -> None:
-        """Keep a memory; ten seconds are enough for any test."""
-        self.memory, self.fail_open, self.second_calls = memory, FailOpen(10), FailOpen(10)
+    def __init__(self, memory: Memory, deadline_s: float) -> None:
+        """Keep a memory."""
+        self.memory, self.fail_open, self.second_calls = memory, FailOpen(deadline_s), FailOpen(10)
 
 
 @pytest.fixture
@@ -59,12 +62,15 @@ def memory(tmp_path: Path) -> Iterator[Memory]:
         yield opened
 
 
-def exchange(memory: Memory, *answers: Any, approach: str | None = None, mode: str = "readwrite") -> Exchange:
-    """Begin an exchange with an upstream that will give these answers."""
-    options = Options(mode=mode, approach=approach)  # type: ignore[arg-type]
+def exchange(
+    memory: Memory, *answers: Any, approach: str | None = None, mode: str = "readwrite", deadline_s: float = 10.0,
+    feedback: Any = (),
+) -> Exchange:  # fmt: skip
+    """Begin an exchange with an upstream that will give these answers; ten seconds are enough for any test."""
+    options = Options(mode=mode, approach=approach, feedback=feedback)  # type: ignore[arg-type]
     request = body("carry on with the work", tools=[])
     incoming = Incoming(request, 0, "local", options, "SINGLE", ("agent_memory",), "m")
-    return Exchange.begin(Upstream(*answers), Here(memory), incoming)  # type: ignore[arg-type]
+    return Exchange.begin(Upstream(*answers), Here(memory, deadline_s), incoming)  # type: ignore[arg-type]
 
 
 def asked(made: Exchange, *, finished: bool = True) -> tuple[Any, int, JSON]:
@@ -146,6 +152,70 @@ def test_a_fault_in_the_guard_costs_nothing(memory: Memory, monkeypatch: pytest.
     message, calls, metadata = asked(made)
     assert (calls, WRONG in str(message), "extra_calls" in metadata) == (1, True, False)
     assert made.fail_open.faults["RuntimeError"] == 1
+
+
+@pytest.mark.parametrize(
+    ("slow", "calls", "reasons"),
+    [
+        (("consult", "guard", "guarded"), 1, ["deadline"]),
+        (("consult", "guarded"), 2, []),
+        (("guard", "guarded"), 2, []),
+        (("submit_feedback", "consult", "guard"), 1, ["deadline"]),
+    ],
+)
+def test_the_deadline_is_spent_once(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch, slow: tuple[str, ...], calls: int, reasons: list[str]
+) -> None:
+    """However many parts of memory are slow, together they take no longer than the deadline; the answer goes out."""
+    deadline_s = 1.5
+
+    def slowly(name: str) -> Any:
+        works = getattr(memory, name)
+
+        def work(*given: Any, **named: Any) -> Any:
+            time.sleep(0.7 * deadline_s)
+            return works(*given, **named)
+
+        return work
+
+    for name in slow:
+        monkeypatch.setattr(memory, name, slowly(name))
+    told = parse_feedback({"trace_id": "chatcmpl-none", "metric": "success", "value": True, "source": "code"}, now=1.0)
+    answers = response(calling(WRONG)), response(calling(RIGHT))
+    started = time.monotonic()
+    made = exchange(memory, *answers, deadline_s=deadline_s, feedback=told if "submit_feedback" in slow else ())
+    message, asked_times, metadata = asked(made, finished=False)
+    assert time.monotonic() - started < 1.35 * deadline_s  # two parts alone would take 1.4
+    assert (asked_times, WRONG in str(message)) == (calls, True)
+    assert [s["reason"] for s in metadata["skipped"] if s["reason"] == "deadline"] == reasons
+    assert made.fail_open.faults["deadline"] == 1
+    made.finish()
+
+
+def test_the_deadline_is_not_spent_while_the_model_answers(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model may take its time: the guard has what memory has not spent yet."""
+    made = exchange(memory, response(calling(WRONG)), response(calling(RIGHT)), deadline_s=1.0)
+    answer = made.host.execute_single_approach
+
+    def slowly(*given: Any) -> Any:
+        time.sleep(1.2)
+        return answer(*given)
+
+    monkeypatch.setattr(made.host, "execute_single_approach", slowly)
+    message, calls, _ = asked(made)
+    assert (calls, RIGHT in str(message)) == (2, True)
+
+
+def test_a_deadline_counts_time_once() -> None:
+    """What runs within what runs is one time; while nothing runs none passes."""
+    deadline = Deadline(5.0)
+    with deadline.running(), deadline.running():
+        time.sleep(0.05)
+        inside = deadline.remaining_s
+    assert 4.0 < deadline.remaining_s <= inside <= 4.95
+    before = deadline.remaining_s
+    time.sleep(0.05)
+    assert deadline.remaining_s == before
 
 
 def test_an_upstream_error_of_the_first_call_is_the_answer(memory: Memory) -> None:

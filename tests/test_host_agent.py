@@ -112,6 +112,7 @@ def run(host: Host, folder: Path, model: Model, memory: JSON, *, stream: bool = 
                 capture_output=True,
                 text=True,
                 check=False,
+                timeout=60,
                 env={"LC_ALL": "C", "PATH": "/usr/bin:/bin"},
             )
             output = f"{ran.stdout}{ran.stderr}\nExit code: {ran.returncode}"

@@ -26,7 +26,9 @@ ANSWER = "Set retry_limit in uploader.toml."
 def cli(db: Path, *arguments: str) -> Any:
     """Run a command of `optillm-memory` with --json on a database file; return what it printed."""
     command = [sys.executable, "-m", "optillm_memory.cli", *arguments, "--db", str(db), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **QUIET}, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **QUIET}, check=False, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -54,7 +56,7 @@ def test_memory_outlives_the_process(upstream: RecordingUpstream, db: Path, tmp_
         feedback = {"trace_id": completion.id, "metric": "success", "value": True, "source": "human"}
         assert first.tell(feedback, key="sk-test")["status"] == "applied"
 
-    subprocess.run([sys.executable, "-m", "optillm_memory.cli", "install", str(tmp_path)], check=True)
+    subprocess.run([sys.executable, "-m", "optillm_memory.cli", "install", str(tmp_path)], check=True, timeout=60)
     turns = [{"role": "user", "content": TASK}, {"role": "assistant", "content": ANSWER}]
     with running(HostProcess.plain(upstream.base_url, db=db, cwd=tmp_path, env=env), upstream, db) as second:
         assert wait_for_encoder(second.process.base_url, "sk-test") == "ready"

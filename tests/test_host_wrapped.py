@@ -304,7 +304,7 @@ def test_requests_at_once_keep_their_calls_apart(host: Host, taught: dict[str, s
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     total = 0
     for number in range(len(approaches)):
         shown = trace_of(host, answered[str(number)])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import graphlib
 import inspect
 import re
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +16,13 @@ import pytest
 
 import optillm_memory
 from optillm_memory import errors
+from optillm_memory.store.base import Store
+from optillm_memory.store.sqlite.store import DIALECT, SqliteStore
+from optillm_memory.store.transaction import Transaction
 
 PACKAGE = Path(optillm_memory.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
+RESEARCH = sorted((Path(__file__).parent.parent / "benchmarks").rglob("*.py"))
 # Each line imports only from the lines below it and from the vocabulary.
 VOCABULARY = {"records", "errors", "settings"}
 LAYERS = [
@@ -88,6 +94,12 @@ def test_packages_import_only_from_those_below(path: Path) -> None:
     assert used <= VOCABULARY.union(*LAYERS[rank:])
 
 
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_the_package_needs_nothing_that_is_not_in_the_wheel(path: Path) -> None:
+    """No module imports the research code or the tests: they are not installed with it."""
+    assert not {m.split(".")[0] for m in imports_of(path)} & {"benchmarks", "tests"}
+
+
 def test_no_module_imports_in_a_circle() -> None:
     """No module needs, at its own import, one that needs it."""
     names = {f"optillm_memory.{name_of(p)[:-3].replace('/', '.')}".removesuffix(".__init__"): p for p in MODULES}
@@ -95,12 +107,12 @@ def test_no_module_imports_in_a_circle() -> None:
     graphlib.TopologicalSorter(needs).prepare()  # raises CycleError with the circle
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@pytest.mark.parametrize("path", [*MODULES, *RESEARCH], ids=lambda path: path.relative_to(PACKAGE.parent).as_posix())
 def test_modules_stay_small(path: Path) -> None:
-    """No module is over 400 lines, no function scrolls, and every module says what it is."""
+    """No module is far over 400 lines, where one asks if it holds two ideas; no function scrolls; all say what for."""
     text = path.read_text()
     tree = ast.parse(text)
-    assert text.count("\n") <= 400
+    assert text.count("\n") <= 480
     assert ast.get_docstring(tree)
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -121,6 +133,7 @@ def test_rooms_are_pure_but_for_those_that_touch_the_world() -> None:
         "sqlite_utils",
         "tempfile",
     }
+    assert {room_of(path) for path in MODULES} >= PURE
     for path in MODULES:
         if room_of(path) in PURE:
             assert not {m.split(".")[0] for m in imports_of(path)} & world, path
@@ -153,6 +166,26 @@ def test_error_tree_is_the_docstring() -> None:
     classes = {n for n, c in inspect.getmembers(errors, inspect.isclass) if c.__module__ == errors.__name__}
     assert classes == {name for _, name in shown}
     assert classes <= set(optillm_memory.__all__)
+
+
+def test_the_store_is_composed_of_its_tables(tmp_path: Path) -> None:
+    """No class of the store has two bases of ours, stubs or forwards by name; it has parts."""
+    names = {n.name for p in MODULES for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.ClassDef)}
+    for path in (path for path in MODULES if room_of(path) == "store"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                assert len([base for base in node.bases if ast.unparse(base).split(".")[-1] in names]) <= 1, node.name
+            elif isinstance(node, ast.FunctionDef):
+                assert node.name != "__getattr__", path
+            elif isinstance(node, ast.Raise):
+                assert "NotImplementedError" not in ast.unparse(node), path
+    written = vars(Transaction(sqlite3.connect(":memory:"), DIALECT)).values()
+    with contextlib.closing(SqliteStore(tmp_path / "memory.db")) as store:
+        read = list(vars(store).values())
+    for kind, parts in ((Transaction, written), (Store, read)):
+        assert kind.__bases__ == (object,)
+        families = {type(part).__module__ for part in parts}
+        assert len([name for name in families if name.startswith("optillm_memory.store.tables.")]) >= 7
 
 
 SQL = re.compile(
@@ -192,6 +225,21 @@ def test_memory_is_the_facade() -> None:
         if isinstance(node, ast.Attribute) and node.attr in ("store", "_store")
     }
     assert reaching == set()
+
+
+def test_threads_are_started_in_the_background_package_alone() -> None:
+    """Whatever else needs a thread takes a `ThreadStarter`; what runs in processes of its own starts its own."""
+    starts = {"Thread", "Timer", "ThreadPoolExecutor", "start_new_thread"}
+    found = {
+        name_of(path)
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in starts
+    }
+    # The store's own starter is for a store that is opened without a Memory.
+    allowed = {"background/threads.py", "store/writer.py", "adapters/pytest_report.py"}
+    assert {name for name in found if name.split("/")[0] not in ("testing", "bench")} <= allowed
+    assert "background/threads.py" in found
 
 
 def test_one_place_fails_open() -> None:

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from optillm_memory import Feedback, Memory, Scope
 from optillm_memory.inject.render import as_block
-from optillm_memory.learn import fold
 from optillm_memory.learn.exemplars import exemplar_id, learn, status
 from optillm_memory.learn.outcomes import effective, outcome, same_answer
 from optillm_memory.records import Injected, Outcome, Trace
+from optillm_memory.store import fold
 from optillm_memory.store.sqlite.store import SqliteStore
 from optillm_memory.store.transaction import Transaction
 

@@ -11,7 +11,7 @@ from builders import ask, body, hashing_memory, lexical_memory, response, teach,
 from hosting import until
 
 from optillm_memory.errors import StoreError
-from optillm_memory.store.sqlite.store import SqliteStore
+from optillm_memory.store.tables.vectors import VectorReads
 
 
 def test_a_request_does_not_hide_a_memory_that_has_no_vector_yet(
@@ -21,13 +21,13 @@ def test_a_request_does_not_hide_a_memory_that_has_no_vector_yet(
     task = "restart the nginx server"
     with lexical_memory(tmp_path) as memory:
         teach(memory, task, "systemctl restart nginx")
-    free, look = threading.Event(), SqliteStore.without_vectors
+    free, look = threading.Event(), VectorReads.missing
 
-    def held(store: SqliteStore, fingerprint: str, after: int, limit: int) -> Any:
+    def held(store: VectorReads, fingerprint: str, after: int, limit: int) -> Any:
         free.wait(20)
         return look(store, fingerprint, after, limit)
 
-    monkeypatch.setattr(SqliteStore, "without_vectors", held)
+    monkeypatch.setattr(VectorReads, "missing", held)
     with hashing_memory(tmp_path) as memory:
         assert memory.recall(task)[0].cosine is None
         ask(memory, task)
@@ -41,15 +41,15 @@ def test_maintenance_goes_on_after_a_fault_and_sees_what_others_learn(
 ) -> None:
     """A read that failed is tried again, and what another process learned gets its vector though nobody says so."""
     monkeypatch.setattr("optillm_memory.background.maintenance._LOOK_S", 0.05)
-    monkeypatch.setattr("optillm_memory.background.maintenance._ANEW_S", 0.05)
-    failures, look = [StoreError("broken off")], SqliteStore.without_vectors
+    monkeypatch.setattr("optillm_memory.background.maintenance._REPEAT_S", 0.05)
+    failures, look = [StoreError("broken off")], VectorReads.missing
 
-    def failing(store: SqliteStore, fingerprint: str, after: int, limit: int) -> Any:
+    def failing(store: VectorReads, fingerprint: str, after: int, limit: int) -> Any:
         if failures:
             raise failures.pop()
         return look(store, fingerprint, after, limit)
 
-    monkeypatch.setattr(SqliteStore, "without_vectors", failing)
+    monkeypatch.setattr(VectorReads, "missing", failing)
     with hashing_memory(tmp_path) as memory, lexical_memory(tmp_path) as another:
         for task in ("restart the nginx server", "list the open ports"):
             teach(another, task, "done")
@@ -61,7 +61,7 @@ def test_what_is_learned_does_not_wait_until_all_is_looked_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While maintenance rests from looking through old memories a new one gets its vector; afterwards all have one."""
-    monkeypatch.setattr("optillm_memory.store.base._STRETCH", 2)
+    monkeypatch.setattr("optillm_memory.store.tables.vectors._STRETCH", 2)
     with hashing_memory(tmp_path) as memory:  # with vectors: there is nothing to do but to look
         for number in range(6):
             teach(memory, f"restart server number {number}", "done")
@@ -70,13 +70,13 @@ def test_what_is_learned_does_not_wait_until_all_is_looked_through(
             teach(memory, f"stop daemon number {number}", "done")
     monkeypatch.setattr("optillm_memory.background.maintenance._REST", 1e6)
     looks: list[int] = []
-    look = SqliteStore.without_vectors
+    look = VectorReads.missing
 
-    def noted(store: SqliteStore, fingerprint: str, after: int, limit: int) -> Any:
+    def noted(store: VectorReads, fingerprint: str, after: int, limit: int) -> Any:
         looks.append(after)
         return look(store, fingerprint, after, limit)
 
-    monkeypatch.setattr(SqliteStore, "without_vectors", noted)
+    monkeypatch.setattr(VectorReads, "missing", noted)
     with hashing_memory(tmp_path) as memory:
         assert until(lambda: 0 in looks)  # and rests then, for hours
         written = memory.new_turn(body("count the words of a file"))  # nobody has its vector

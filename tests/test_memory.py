@@ -15,6 +15,7 @@ from optillm_memory import Feedback, InvalidField, Memory, NotFound, Scope, Stor
 from optillm_memory.conversation.options import Options
 from optillm_memory.decide.holdout import assign
 from optillm_memory.recall.encoder import Encoder, HashingEncoder
+from optillm_memory.store.maintenance import forget as deletion
 from optillm_memory.store.maintenance.selection import Selection
 
 TASK, ANSWER = "restart the nginx server", "systemctl restart nginx"
@@ -195,7 +196,7 @@ def test_large_requests_go_without_recall_and_are_stored_short(tmp_path: Path) -
         huge = body("first words " + "x" * 10_000_000 + " last words")
         started = time.monotonic()
         turn = memory.begin(huge, size=10_000_030)
-        assert time.monotonic() - started < 0.3
+        assert time.monotonic() - started < 5
         assert reasons(turn) == ["too_large"]
         assert turn.messages[0] is huge["messages"][0]
         memory.finish(turn, response("ok"))
@@ -279,7 +280,7 @@ def test_what_was_forgotten_stays_so_when_that_is_no_longer_noted(tmp_path: Path
         taught = teach(memory, TASK, ANSWER)
         assert ask(memory, TASK, "I do not know").action == "inject"
         memory.forget(Selection(trace_id=taught.trace_id))
-        memory.store.write(lambda tx: tx.forget_copies(100, time.time() + 2 * week)).result(10)
+        memory.store.write(lambda tx: deletion.withdraw_copies(tx, 100, time.time() + 2 * week)).result(10)
         memory._clock = memory._locator._clock = lambda: time.time() + 2 * week
         assert ANSWER not in str(memory.begin(body(TASK, assistant("I do not know"), "please")).messages)
 
@@ -298,6 +299,41 @@ def test_conversations_of_one_episode_keep_their_own_insertions(tmp_path: Path, 
     later = memory.begin(body(TASK, assistant("one"), "go on please"), options=options)
     assert later.messages[: len(one.messages)] == one.messages
     memory.close()
+
+
+# -- read-only -------------------------------------------------------------------------------------
+
+
+def test_read_only_means_read_only(tmp_path: Path) -> None:
+    """What is opened to look at is neither created nor changed, and starts no thread until the encoder is needed."""
+    with pytest.raises(NotFound):
+        Memory.open(tmp_path / "memory.db", read_only=True)
+    assert list(tmp_path.iterdir()) == []
+    with hashing_memory(tmp_path) as memory:
+        turn = teach(memory, TASK, ANSWER)
+        assert until(lambda: memory.stats()["memories_without_vector"] == 0)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    threads = set(threading.enumerate())
+    with Memory(settings(tmp_path, encoder="hashing"), read_only=True) as memory:
+        assert memory.trace(turn.trace_id)["answer"] == ANSWER
+        assert [m.answer for m in memory.memories()] == [t["answer"] for t in memory.traces()] == [ANSWER]
+        assert memory.uplift()["object"] == "uplift"
+        assert set(threading.enumerate()) == threads
+        assert memory.encoder.wait(10) == "ready"
+        assert [hit.cosine for hit in memory.recall(TASK)] == [pytest.approx(1.0, abs=1e-5)]
+        helped = memory.begin(body(TASK))
+        assert helped.action == "inject"
+        for writes in (
+            lambda: memory.finish(helped, response("done")),
+            lambda: tell(memory, turn),
+            memory.rebuild,
+            memory.probe,
+            lambda: memory.forget(Selection(trace_id=turn.trace_id)),
+        ):
+            with pytest.raises(StoreUnavailable, match="read-only"):
+                writes()
+        memory.finish(memory.begin(body(TASK), options=READ), response("done"))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 # -- holdout ---------------------------------------------------------------------------------------
@@ -377,25 +413,28 @@ def test_a_memory_that_nobody_asked_for_gets_its_vector(tmp_path: Path) -> None:
         for number in range(3):
             teach(memory, f"restart the nginx server {number}", ANSWER, options=Options(mode="write"))
         fingerprint = memory.encoder.fingerprint
-        assert until(lambda: not memory.store.without_vectors(fingerprint, 0, 9)[0])
-        memory.store.write(lambda tx: tx._db.execute("DELETE FROM vectors")).result(10)
+        assert until(lambda: not memory.store.vectors.missing(fingerprint, 0, 9)[0])
+        memory.store.write(lambda tx: tx.db.execute("DELETE FROM vectors")).result(10)
         memory.rebuild()
-        assert until(lambda: not memory.store.without_vectors(fingerprint, 0, 9)[0])
+        assert until(lambda: not memory.store.vectors.missing(fingerprint, 0, 9)[0])
         assert until(lambda: memory.begin(body("restarting nginx servers"), options=READ).action == "inject")
 
 
 def test_a_slow_encoder_does_not_hold_a_request(tmp_path: Path) -> None:
     """When encoding takes longer than the deadline allows, recall goes on with words and says so."""
+    release = threading.Event()
 
     class Slow(HashingEncoder):
         def encode(self, texts: Any) -> Any:
             if len(texts) == 1:
-                time.sleep(1.0)
+                release.wait(20)
             return super().encode(texts)
 
     with Memory(settings(tmp_path, deadline_ms=100), encoder=Slow) as memory:
         assert memory.encoder.wait(10) == "ready"
         started = time.monotonic()
         turn = memory.begin(body(TASK))
-        assert time.monotonic() - started < 0.9
+        waited_s = time.monotonic() - started
+        release.set()
+        assert waited_s < 10
         assert reasons(turn)[0] == "encoder_slow_recall_is_lexical"

@@ -14,7 +14,7 @@ from builders import body, response, settings
 from sqlite_utils import Database
 
 from optillm_memory import Memory, Settings, StoreTooNew
-from optillm_memory.learn import fold
+from optillm_memory.store import fold
 from optillm_memory.store.maintenance.verify import verify
 from optillm_memory.store.sqlite import connection as store_connection
 from optillm_memory.store.sqlite.connection import Connection, open_writer, sqlite3
@@ -126,7 +126,7 @@ def test_a_migration_killed_at_any_statement_is_whole_or_undone(tmp_path: Path) 
         before = rows(db, LOG)
     folder = tmp_path / "killed"
     folder.mkdir()
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "old.db"), str(folder)], check=True)
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "old.db"), str(folder)], check=True, timeout=300)
     found = sorted(folder.glob("*.db"), key=lambda path: int(path.stem))
     states = [schema_of(path) for path in found]
     assert states[-1] == newest
@@ -172,5 +172,5 @@ from pathlib import Path
 open_writer(Path({str(path)!r})).close()
 print([name for name in ("sqlite_utils", "pandas") if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "[]\n"

@@ -9,7 +9,7 @@ import pytest
 
 from optillm_memory.learn import confidence
 from optillm_memory.learn.confidence import weighted_mean
-from optillm_memory.learn.offpolicy import Logged, Prices, always, as_logged, estimate
+from optillm_memory.learn.offpolicy import LoggedEpisode, Prices, always, estimate, logged_policy
 
 # Tasks come in two sorts, told apart by what the logging policy did: (probabilities, chance of success by arm).
 EASY = ({"small": 0.7, "large": 0.2, "moa": 0.1}, {"small": 0.9, "large": 0.9, "moa": 0.95})
@@ -17,7 +17,7 @@ HARD = ({"small": 0.2, "large": 0.5, "moa": 0.3}, {"small": 0.2, "large": 0.7, "
 TOKENS = {"small": 100.0, "large": 400.0, "moa": 1_500.0}
 
 
-def simulate(length: int, seed: int) -> list[Logged]:
+def simulate(length: int, seed: int) -> list[LoggedEpisode]:
     """Write the log of a policy; half of the tasks are easy."""
     rng = np.random.default_rng(seed)
     rows = []
@@ -25,11 +25,11 @@ def simulate(length: int, seed: int) -> list[Logged]:
         probabilities, chances = (EASY, HARD)[int(rng.random() < 0.5)]
         arm = str(rng.choice(list(probabilities), p=list(probabilities.values())))
         reward = float(rng.random() < chances[arm])
-        rows.append(Logged(arm, probabilities[arm], probabilities, reward, TOKENS[arm], 10 * TOKENS[arm]))
+        rows.append(LoggedEpisode(arm, probabilities[arm], probabilities, reward, TOKENS[arm], 10 * TOKENS[arm]))
     return rows
 
 
-def candidate(row: Logged) -> Mapping[str, float]:
+def candidate(row: LoggedEpisode) -> Mapping[str, float]:
     """Answer easy tasks with the small model and hard ones mostly with the approach."""
     return {"small": 1.0} if row.probabilities == EASY[0] else {"moa": 0.75, "large": 0.25}
 
@@ -65,7 +65,7 @@ def test_a_candidate_and_the_policy_itself() -> None:
     rows = simulate(4_000, 3)
     found = estimate(rows, candidate)
     assert found.reward == pytest.approx(CANDIDATE, abs=0.04)
-    itself = estimate(rows, as_logged)
+    itself = estimate(rows, logged_policy)
     assert itself.reward == pytest.approx(np.mean([row.reward for row in rows]))
     assert itself.effective == pytest.approx(4_000)
     assert itself.largest_weight == pytest.approx(1.0)
@@ -101,7 +101,7 @@ def test_the_interval_ends_where_values_begin_to_be_refuted() -> None:
 def test_effective_episodes_and_clipping() -> None:
     """Of nine episodes of the likely arm and one of the rare the rare one weighs, and is cut off at the root."""
     logged = {"a": 0.9, "b": 0.1}
-    rows = [Logged("a", 0.9, logged, 0.0, 0, 0)] * 9 + [Logged("b", 0.1, logged, 1.0, 0, 0)]
+    rows = [LoggedEpisode("a", 0.9, logged, 0.0, 0, 0)] * 9 + [LoggedEpisode("b", 0.1, logged, 1.0, 0, 0)]
     found = estimate(rows, lambda _: {"a": 0.5, "b": 0.5})
     weights = np.array([0.5 / 0.9] * 9 + [5.0])
     assert found.largest_weight == pytest.approx(5.0)
@@ -113,16 +113,16 @@ def test_effective_episodes_and_clipping() -> None:
 
 def test_only_episodes_that_could_have_gone_so_are_counted() -> None:
     """Where the log gives an arm no chance it tells nothing of it; without an outcome or a propensity neither."""
-    only = Logged("a", 1.0, {"a": 1.0}, 1.0, 0, 0)
-    both = Logged("b", 0.5, {"a": 0.5, "b": 0.5}, 0.0, 0, 0)
-    unsaid = Logged("a", 0.5, {"a": 0.5, "b": 0.5}, None, 0, 0)
-    broken = Logged("a", 0.0, {"a": 0.0, "b": 1.0}, 1.0, 0, 0)
+    only = LoggedEpisode("a", 1.0, {"a": 1.0}, 1.0, 0, 0)
+    both = LoggedEpisode("b", 0.5, {"a": 0.5, "b": 0.5}, 0.0, 0, 0)
+    unsaid = LoggedEpisode("a", 0.5, {"a": 0.5, "b": 0.5}, None, 0, 0)
+    broken = LoggedEpisode("a", 0.0, {"a": 0.0, "b": 1.0}, 1.0, 0, 0)
     found = estimate([only, both, unsaid, broken], always("b"))
     assert (found.covered, found.reward) == (1, 0.0)
     assert estimate([only, both], always("a")).covered == 2
     nothing = estimate([only], always("b"))
     assert (nothing.covered, nothing.utility, nothing.interval) == (0, None, None)
-    never = estimate([Logged("b", 0.5, {"a": 0.5, "b": 0.5}, 0.0, 0, 0)], always("a"))
+    never = estimate([LoggedEpisode("b", 0.5, {"a": 0.5, "b": 0.5}, 0.0, 0, 0)], always("a"))
     assert (never.covered, never.utility, never.effective) == (1, None, 0.0)
     assert never.as_dict()["utility"] is None
 

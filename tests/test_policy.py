@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 
 from optillm_memory.background.threads import start_thread
 from optillm_memory.decide.clusters import LIMIT, NOWHERE, Clusters
-from optillm_memory.decide.policy import WARMUP_REQUESTS, Chosen, Known, Policy, Situation, Terms
+from optillm_memory.decide.policy import WARMUP_REQUESTS, LoggedChoice, Measurement, Policy, Situation, Terms
 from optillm_memory.decide.policy_updater import PolicyUpdater, Row
 from optillm_memory.errors import InvalidField
 from optillm_memory.records import Arm
@@ -37,7 +39,7 @@ def taught(policy: Policy, rewards: dict[str, float], times: int = 200, situatio
     for number in range(times):
         for arm, share in rewards.items():
             right = int((number + 1) * share) - int(number * share)
-            policy.add(Chosen(arm, {arm: 1.0}, situation), Known(float(right), 1.0, 0.0))
+            policy.add(LoggedChoice(arm, {arm: 1.0}, situation), Measurement(float(right), 1.0, 0.0))
     return policy
 
 
@@ -48,7 +50,7 @@ def play(policy: Policy, chances: dict[str, float], requests: int, seed: int = 0
     for _ in range(requests):
         choice = policy.choose(ANYTHING, random.random())
         reward = float(random.random() < chances[choice.arm.name])
-        policy.add(choice.logged(ANYTHING), Known(reward if told else None, 1.0, 0.0))
+        policy.add(choice.logged(ANYTHING), Measurement(reward if told else None, 1.0, 0.0))
         chosen.append(choice.arm.name)
     return chosen
 
@@ -80,7 +82,7 @@ def test_cost_counts(price: float, wins: Arm) -> None:
     for number in range(300):
         for arm, share, cost in ((LARGE, 0.9, 1.0), (SMALL, 0.8, 0.1)):
             right = int((number + 1) * share) - int(number * share)
-            policy.add(Chosen(arm.name, {arm.name: 1.0}, ANYTHING), Known(float(right), cost, 0.0))
+            policy.add(LoggedChoice(arm.name, {arm.name: 1.0}, ANYTHING), Measurement(float(right), cost, 0.0))
     assert policy.choose(ANYTHING, 0.0).arm == wins
 
 
@@ -88,10 +90,10 @@ def test_latency_counts() -> None:
     """Waiting has a price of its own."""
     policy = Policy(ARMS, LARGE.name, Terms(latency_price=0.1))
     for _ in range(300):
-        policy.add(Chosen(LARGE.name, {LARGE.name: 1.0}, ANYTHING), Known(1.0, 1.0, 9.0))
-        policy.add(Chosen(SMALL.name, {SMALL.name: 1.0}, ANYTHING), Known(1.0, 1.0, 0.5))
+        policy.add(LoggedChoice(LARGE.name, {LARGE.name: 1.0}, ANYTHING), Measurement(1.0, 1.0, 9.0))
+        policy.add(LoggedChoice(SMALL.name, {SMALL.name: 1.0}, ANYTHING), Measurement(1.0, 1.0, 0.5))
     assert policy.choose(ANYTHING, 0.0).arm == SMALL
-    beliefs = policy.beliefs()
+    beliefs = policy.estimates()
     assert beliefs[LARGE.name]["latency"] == pytest.approx(9.0, abs=0.01)
     assert beliefs[SMALL.name]["utility"] > beliefs[LARGE.name]["utility"]
 
@@ -137,7 +139,7 @@ def test_exploration_keeps_its_budget() -> None:
         choice = policy.choose(ANYTHING, random.random())
         staked += choice.stake
         assert staked <= terms.exploration_budget * number + 1e-9
-        policy.add(choice.logged(ANYTHING), Known(float(random.random() < 0.7), 1.0, 0.0))
+        policy.add(choice.logged(ANYTHING), Measurement(float(random.random() < 0.7), 1.0, 0.0))
     assert staked > 0.0
     frugal = Policy(ARMS, LARGE.name, Terms(exploration_budget=0.0))
     assert set(play(frugal, {arm.name: 0.5 for arm in ARMS}, 500)) == {LARGE.name}
@@ -148,7 +150,7 @@ def test_what_is_in_flight_is_taken_off_the_budget() -> None:
     policy = taught(Policy(ARMS, LARGE.name), {LARGE.name: 0.6, SMALL.name: 0.55, HEAVY.name: 0.5}, times=40)
     free = policy.choose(ANYTHING, 0.5)
     assert free.stake > 0
-    assert policy.choose(ANYTHING, 0.5, reserved=policy.purse).stake == 0
+    assert policy.choose(ANYTHING, 0.5, reserved=policy.budget).stake == 0
 
 
 def test_a_default_that_goes_bad_is_left() -> None:
@@ -217,32 +219,32 @@ ROWS = st.lists(
 def test_it_is_a_fold(rows: list[tuple[Arm, int, int, float | None, float]], random: object) -> None:
     """Told late, in any order, or told otherwise at first: what is believed is what folding the log anew gives."""
     vectors = np.eye(4, dtype=np.float32)
-    known = [Known(reward, cost, 1.0) for _, _, _, reward, cost in rows]
-    chosen = [Chosen(arm.name, {arm.name: 1.0}, Situation(vectors[v], length)) for arm, v, length, _, _ in rows]
+    known = [Measurement(reward, cost, 1.0) for _, _, _, reward, cost in rows]
+    chosen = [LoggedChoice(arm.name, {arm.name: 1.0}, Situation(vectors[v], length)) for arm, v, length, _, _ in rows]
     whole = Policy(ARMS, LARGE.name, rows=zip(chosen, known, strict=True))
     late = Policy(ARMS, LARGE.name)
     for row in chosen:
-        late.add(row, Known(1.0, 5.0, 2.0))
+        late.add(row, Measurement(1.0, 5.0, 2.0))
     order = list(range(len(rows)))
     random.shuffle(order)  # type: ignore[attr-defined]
     for index in order:
         late.observe(index, known[index])
-    assert late.purse == whole.purse
+    assert late.budget == whole.budget
     for situation in (ANYTHING, Situation(vectors[1], 700)):
         assert late.choose(situation, 0.3).probabilities == pytest.approx(whole.choose(situation, 0.3).probabilities)
-    for name, beliefs in whole.beliefs(None if whole.clusters.count == 0 else 0).items():
-        assert late.beliefs(None if late.clusters.count == 0 else 0)[name] == pytest.approx(beliefs)
+    for name, beliefs in whole.estimates(None if whole.clusters.count == 0 else 0).items():
+        assert late.estimates(None if late.clusters.count == 0 else 0)[name] == pytest.approx(beliefs)
 
 
 def test_a_retraction_is_as_if_nothing_was_said() -> None:
     """Rewards that are taken back leave no trace in what is believed."""
     policy = taught(Policy(ARMS, LARGE.name), {LARGE.name: 0.5})
-    before = policy.beliefs()
-    index = policy.add(Chosen(LARGE.name, {LARGE.name: 1.0}, ANYTHING))
-    policy.observe(index, Known(1.0))
-    assert policy.beliefs()[LARGE.name]["reward"] > before[LARGE.name]["reward"]
-    policy.observe(index, Known())
-    assert policy.beliefs()[LARGE.name]["reward"] == pytest.approx(before[LARGE.name]["reward"], abs=1e-3)
+    before = policy.estimates()
+    index = policy.add(LoggedChoice(LARGE.name, {LARGE.name: 1.0}, ANYTHING))
+    policy.observe(index, Measurement(1.0))
+    assert policy.estimates()[LARGE.name]["reward"] > before[LARGE.name]["reward"]
+    policy.observe(index, Measurement())
+    assert policy.estimates()[LARGE.name]["reward"] == pytest.approx(before[LARGE.name]["reward"], abs=1e-3)
 
 
 def test_clusters_follow_the_requests() -> None:
@@ -265,7 +267,7 @@ def rows_of(learner: PolicyUpdater, count: int, first: int = 0) -> list[Row]:
     """Return rows in which the small arm is right and the large one is not."""
     arms = [arm.name for arm in learner.policy.arms]
     return [
-        Row(f"t{n:05}", Chosen(arms[n % 2], {arms[n % 2]: 1.0}, ANYTHING), float(n % 2), 1000, 500.0)
+        Row(f"t{n:05}", LoggedChoice(arms[n % 2], {arms[n % 2]: 1.0}, ANYTHING), float(n % 2), 1000, 500.0)
         for n in range(first, first + count)
     ]
 
@@ -276,10 +278,10 @@ def test_the_learner_takes_rows_once() -> None:
     rows = rows_of(learner, 40)
     silent = [Row(r.trace_id, r.chosen, None, r.tokens, r.latency_ms) for r in rows]
     learner.take(learner.since, 1, silent)
-    assert learner.policy.beliefs()[SMALL.name]["told"] == 0
+    assert learner.policy.estimates()[SMALL.name]["told"] == 0
     learner.take(learner.since, 2, rows)
     assert learner.policy.count == len(rows)
-    beliefs = learner.policy.beliefs()
+    beliefs = learner.policy.estimates()
     assert beliefs[SMALL.name]["told"] == pytest.approx(20, abs=0.2)
     assert beliefs[SMALL.name]["cost"] == pytest.approx(0.1)
     assert beliefs[LARGE.name]["latency"] == pytest.approx(0.5)
@@ -293,7 +295,7 @@ def test_the_learner_takes_no_batch_that_another_overtook() -> None:
     assert learner.take(-1, 12, rows)
     assert not learner.take(-1, 11, [replace(row, reward=None) for row in rows])
     assert learner.since == 12
-    assert learner.policy.beliefs()[SMALL.name]["told"] == pytest.approx(20, abs=0.2)
+    assert learner.policy.estimates()[SMALL.name]["told"] == pytest.approx(20, abs=0.2)
 
 
 def test_many_rows_that_come_later_are_folded_into_what_is_there() -> None:
@@ -306,14 +308,20 @@ def test_many_rows_that_come_later_are_folded_into_what_is_there() -> None:
     whole = PolicyUpdater((LARGE, SMALL), Terms(), start_thread)
     whole.take(whole.since, 2, rows_of(whole, 3040))
     whole.wait(30)
-    assert learner.policy.beliefs() == whole.policy.beliefs()
+    assert learner.policy.estimates() == whole.policy.estimates()
 
 
 def test_many_rows_are_folded_behind() -> None:
-    """A log of thousands of choices does not hold a request up, and is there soon after."""
-    learner = PolicyUpdater((LARGE, SMALL), Terms(), start_thread)
+    """A log of thousands of choices does not hold a request up, and is there once the thread has run."""
+    begins = threading.Event()
+
+    def start_late(name: str, work: Callable[[], None]) -> threading.Thread:
+        return start_thread(name, lambda: work() if begins.wait(30) else None)
+
+    learner = PolicyUpdater((LARGE, SMALL), Terms(), start_late)
     learner.take(learner.since, 1, rows_of(learner, 3000))
-    assert learner.busy or learner.policy.count == 3000
+    assert (learner.busy, learner.policy.count) == (True, 0)
+    begins.set()
     learner.wait(30)
     assert not learner.busy
     assert learner.policy.count == 3000
@@ -329,7 +337,7 @@ def test_requests_that_are_not_recorded_explore_nothing() -> None:
     names = {arm.name for arm in learner.policy.arms}
     assert learner.choose("a", ANYTHING, 0.0, names, recorded=False).stake == 0
     stakes = [learner.choose(f"b{n}", ANYTHING, 0.0, names, recorded=True).stake for n in range(300)]
-    assert 0 < sum(stakes) <= learner.policy.purse + 1e-9
+    assert 0 < sum(stakes) <= learner.policy.budget + 1e-9
 
 
 def test_arms_are_read_from_the_settings() -> None:

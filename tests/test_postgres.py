@@ -21,16 +21,16 @@ from postgres import Server, running
 from test_store import add, say, verified
 
 from optillm_memory import Memory, Settings, StoreError, StoreTooNew
-from optillm_memory.learn import fold
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.settings import shown
+from optillm_memory.store import fold
 from optillm_memory.store.base import Store
 from optillm_memory.store.opening import open_store
 from optillm_memory.store.postgres import schema as postgres_schema
 from optillm_memory.store.postgres import store as postgres
 from optillm_memory.store.postgres.connection import PostgresConnection
-from optillm_memory.store.tables import rows
-from optillm_memory.store.tables.rows import key_hash
+from optillm_memory.store.tables.vectors import key_hash
+from optillm_memory.store.tables.words import scoped
 
 T = TypeVar("T")
 FORK = multiprocessing.get_context("spawn")
@@ -80,7 +80,7 @@ def test_a_password_is_never_shown(postgres: Server) -> None:
         assert "secret" not in store.fault
         assert "127.0.0.1" in store.fault
         with pytest.raises(StoreError) as told:
-            store.revision()
+            store.recall.revision()
         assert "secret" not in str(told.value)
     finally:
         store.close()
@@ -171,6 +171,7 @@ def test_one_killed_while_it_migrates_leaves_what_was_there(url: str, monkeypatc
     killed = 0
     while not migrates(url, killed):
         killed += 1
+        assert killed < 1_000
         with psycopg.connect(url, options="-c search_path=agent_memory,public") as db:
             assert db.execute("SELECT name FROM migrations").fetchall() == [("p001_tables",)]
             assert db.execute("SELECT count(memory_id) FROM contributions").fetchone() == (2,)
@@ -202,7 +203,7 @@ def test_several_processes_may_open_a_new_database_at_once(url: str) -> None:
         store.close()
 
 
-def test_the_nearest_of_a_scope_are_found_in_the_database(store: Store) -> None:
+def test_the_nearest_of_a_scope_are_found_in_the_database(store: Store, url: str) -> None:
     """HNSW gives the nearest verified memories of one scope and one encoder, with their cosines."""
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((60, 16)).astype(np.float32)
@@ -210,42 +211,40 @@ def test_the_nearest_of_a_scope_are_found_in_the_database(store: Store) -> None:
     for number, vector in enumerate(vectors):
         made = verified(store, f"task {number}")
         kept = [(key_hash(made.task), vector.tobytes())]
-        store.write(lambda tx, kept=kept: tx.put_vectors(kept, "f")).result(10)  # type: ignore[misc]
+        store.write(lambda tx, kept=kept: tx.vectors.put(kept, "f")).result(10)  # type: ignore[misc]
     other = verified(store, "task of another", scope=SCOPE.__class__("other"))
-    store.write(lambda tx: tx.put_vectors([(key_hash(other.task), vectors[0].tobytes())], "f")).result(10)
+    store.write(lambda tx: tx.vectors.put([(key_hash(other.task), vectors[0].tobytes())], "f")).result(10)
     deadline = time.monotonic() + 20
-    while not (found := store.nearest(SCOPE, "f", vectors[7], 5)):
+    while not (found := store.recall.nearest(SCOPE, "f", vectors[7], 5)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    tasks = {number: memory.task for number, memory in store.memories(SCOPE, [n for n, _ in found]).items()}
+    tasks = {number: memory.task for number, memory in store.recall.memories(SCOPE, [n for n, _ in found]).items()}
     cosines = vectors @ vectors[7]
     expected = np.argsort(-cosines)[:5]
     assert [tasks[n] for n, _ in found] == [f"task {i}" for i in expected]
     assert [c for _, c in found] == pytest.approx(cosines[expected], abs=2e-3)
-    assert [c.vector for c in store.changes(SCOPE, 0, "f", 1000)] == [v.tobytes() for v in vectors]
-    assert isinstance(store, postgres.PostgresStore)
-    with closing(opened_at(store.url)) as newcomer:  # who comes later does not wait for what is there
-        assert newcomer.nearest(SCOPE, "f", vectors[7], 5) == found
+    assert [c.vector for c in store.recall.changes(SCOPE, 0, "f", 1000)] == [v.tobytes() for v in vectors]
+    with closing(opened_at(url)) as newcomer:  # who comes later does not wait for what is there
+        assert newcomer.recall.nearest(SCOPE, "f", vectors[7], 5) == found
 
 
 def test_words_are_looked_up_in_their_index_from_the_start(url: str) -> None:
     """Of a table that the server knows nothing about yet, too, a rare word is found without reading all of it."""
     with closing(opened_at(url)) as store, psycopg.connect(url, options="-c search_path=agent_memory") as db:
-        number = store.write(lambda tx: tx.scope_id(SCOPE)).result(10)
-        filler = [rows.scoped(number, f"filler{n}") for n in range(20)]
+        number = store.write(lambda tx: tx.scopes.number(SCOPE)).result(10)
+        filler = [scoped(number, f"filler{n}") for n in range(20)]
         db.execute("ALTER TABLE memories_fts SET (autovacuum_enabled = off)")
         with db.cursor() as cursor:
             cursor.executemany(
                 "INSERT INTO memories_fts(rowid, words) VALUES (%s, %s)",
-                [(n, " ".join([rows.scoped(number, f"word{n}"), *filler])) for n in range(5_000)],
+                [(n, " ".join([scoped(number, f"word{n}"), *filler])) for n in range(5_000)],
             )
         db.commit()
-        asked = (rows.scoped(number, "word7"), 64)
+        asked = (scoped(number, "word7"), 64)
         plan = db.execute(f"EXPLAIN SELECT {postgres._POSTINGS.replace('?', '%s')}", asked).fetchall()
         assert "memories_terms" in str(plan)
-        assert isinstance(store, postgres.PostgresStore)
         with closing(PostgresConnection(url, read_only=True)) as reader:
-            found = store._postings(reader, number, ["word7", "filler3", "nowhere"], 64)
+            found = postgres._postings(reader, number, ["word7", "filler3", "nowhere"], 64)
     assert (found["word7"], found["nowhere"]) == ([7], [])
     assert len(set(found["filler3"])) == 64
 
@@ -303,10 +302,11 @@ def test_one_killed_while_it_learns_leaves_nothing_half_done(url: str) -> None:
             process.start()
             there.close()
             for _ in range(8):
+                assert here.poll(30)
                 acknowledged.add(here.recv())
             assert process.pid is not None
             os.kill(process.pid, signal.SIGKILL)
-            process.join()
+            process.join(30)
             while here.poll(0):
                 try:
                     acknowledged.add(here.recv())

@@ -21,12 +21,16 @@ from test_postgres import opened_at
 from test_store import add, verified
 
 from optillm_memory import StoreUnavailable
+from optillm_memory.background.threads import start_thread
+from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.store.base import Store
+from optillm_memory.store.opening import open_store
 from optillm_memory.store.postgres import connection as postgres_connection
-from optillm_memory.store.postgres import store as postgres
+from optillm_memory.store.postgres import search
+from optillm_memory.store.postgres import store as postgres_store
 from optillm_memory.store.postgres.connection import PostgresConnection
 from optillm_memory.store.postgres.schema import TABLES
-from optillm_memory.store.tables.rows import key_hash
+from optillm_memory.store.tables.vectors import key_hash
 
 DIMENSION, VECTORS = 64, 3_000
 ROLES = itertools.count(1)
@@ -77,14 +81,28 @@ def indexes(url: str) -> list[tuple[object, ...]]:
 
 def finds(store: Store, fingerprint: str) -> bool:
     """Whether the index of an encoder is found, and the memory in it."""
-    return bool(store.nearest(SCOPE, fingerprint, np.ones(DIMENSION, np.float32), 5))
+    return bool(store.recall.nearest(SCOPE, fingerprint, np.ones(DIMENSION, np.float32), 5))
+
+
+def test_an_index_is_built_on_a_thread_of_whoever_opened_the_store(url: str) -> None:
+    """The store starts no thread by itself: the one that writes and the one that builds an index come from outside."""
+    filled(url, "f")
+    names = []
+
+    def start(name: str, work: Callable[[], None]) -> threading.Thread:
+        names.append(name)
+        return start_thread(name, work)
+
+    with closing(open_store(url, queue_size=10, normal=normal_answer, start=start)) as store:
+        until(lambda: finds(store, "f"))
+    assert names == ["agent-memory-writer", "agent-memory-hnsw"]
 
 
 def test_many_proxies_build_each_index_once(
     url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Proxies that recall at once, with two encoders between them, get both indexes, and none fails another's build."""
-    monkeypatch.setattr(postgres, "_LOOK_AGAIN_S", 0.5, raising=False)
+    monkeypatch.setattr(search, "_LOOK_AGAIN_S", 0.5, raising=False)
     filled(url, "f", "g")
     with ExitStack() as opened:
         stores = [opened.enter_context(closing(opened_at(url))) for _ in range(3)]
@@ -119,7 +137,7 @@ def test_an_index_that_was_left_half_built_is_built_anew(url: str) -> None:
 
 def test_nobody_drops_an_index_that_another_builds(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """While one proxy builds, another finds an index that is not valid yet, and leaves it alone."""
-    monkeypatch.setattr(postgres, "_LOOK_AGAIN_S", 0.1)
+    monkeypatch.setattr(search, "_LOOK_AGAIN_S", 0.1)
     filled(url, "f")
     with closing(opened_at(url)) as one, closing(opened_at(url)) as other, on(url) as old:
         old.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
@@ -138,26 +156,26 @@ def test_nobody_drops_an_index_that_another_builds(url: str, monkeypatch: pytest
 
 def test_one_that_stops_in_the_middle_of_a_commit_gives_up_its_turn(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A proxy that holds the writers' lock and does nothing is ended by the server; all of them write again."""
-    monkeypatch.setattr(postgres, "_IDLE_S", 1, raising=False)
+    monkeypatch.setattr(postgres_store, "_IDLE_S", 1, raising=False)
     with closing(opened_at(url)) as hung, closing(opened_at(url)) as other:
         began, goes_on = threading.Event(), threading.Event()
 
         def hang(tx: Any) -> None:
             began.set()
             goes_on.wait(30)
-            tx.probe()
+            tx.counters.probe()
 
         held = hung.write(hang)
         assert began.wait(10)
         try:
-            other.write(lambda tx: tx.probe()).result(10)
+            other.write(lambda tx: tx.counters.probe()).result(10)
         except TooLateError:
             pytest.fail("the lock was kept")
         finally:
             goes_on.set()
         with pytest.raises(StoreUnavailable):
             held.result(10)
-        hung.write(lambda tx: tx.probe()).result(10)
+        hung.write(lambda tx: tx.counters.probe()).result(10)
 
 
 def test_who_opens_waits_for_nobody_that_stands_in_a_commit(url: str) -> None:
@@ -180,13 +198,13 @@ def test_who_opens_waits_for_nobody_that_stands_in_a_commit(url: str) -> None:
 
 def test_a_long_statement_is_not_taken_for_an_idle_one(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes its time in the server, or in many statements, is not ended."""
-    monkeypatch.setattr(postgres, "_IDLE_S", 1)
+    monkeypatch.setattr(postgres_store, "_IDLE_S", 1)
 
     def works(tx: Any) -> None:
-        tx._db.execute("SELECT pg_sleep(1.5)")
+        tx.db.execute("SELECT pg_sleep(1.5)")
         for _ in range(8):
             time.sleep(0.2)
-            tx.probe()
+            tx.counters.probe()
 
     with closing(opened_at(url)) as store:
         store.write(works).result(20)
@@ -320,7 +338,7 @@ def test_what_was_deleted_is_in_no_statistics(postgres: Server, url: str, rest: 
                 db.execute(f"DELETE FROM {table} WHERE {table}::text LIKE '%zebra%'")
         if rest:
             kept = add(store, trace("restart the server", "systemctl restart nginx"))
-            store.write(lambda tx: tx.put_vectors([(key_hash(kept.task), np.ones(2, np.float32).tobytes())], "g"))
+            store.write(lambda tx: tx.vectors.put([(key_hash(kept.task), np.ones(2, np.float32).tobytes())], "g"))
             store.flush()
         before = counts(own)
         assert before["traces"] == before["vectors"] == rest
@@ -351,7 +369,7 @@ def test_vectors_are_written_anew_when_their_index_is_built(url: str) -> None:
     filled(url, "f")
     said: list[str] = []
     with closing(opened_at(url)) as store, on(url) as builder:
-        builder.execute("SELECT pg_advisory_lock(%s)", (postgres._BUILDERS_LOCK,))
+        builder.execute("SELECT pg_advisory_lock(%s)", (search.BUILDERS_LOCK,))
         gives = threading.Thread(target=lambda: said.extend(store.give_back((), progress=said.append)))
         gives.start()
         until(lambda: said[:1] == ["waiting until an index of vectors is built"])

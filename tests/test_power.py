@@ -77,7 +77,7 @@ def left(tmp_path: Path, disk: PowerFailure, name: str) -> bytes | None:
     folder = tmp_path / "left"
     folder.mkdir(exist_ok=True)
     (folder / name).unlink(missing_ok=True)
-    disk.left_behind(folder)
+    disk.write_remaining(folder)
     return (folder / name).read_bytes() if (folder / name).exists() else None
 
 

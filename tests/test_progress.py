@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from optillm_memory.cli import main
 from optillm_memory.cli.common import progress
-from optillm_memory.learn import fold
+from optillm_memory.store import fold
 from optillm_memory.store.transaction import Transaction
 
 MANY = 10_000  # memories whose vectors take some seconds
@@ -96,7 +96,7 @@ def test_reembed_stopped_by_ctrl_c_goes_on_where_it_was(tmp_path: Path, interrup
     with lexical_memory(tmp_path) as memory:
         for first in range(0, MANY, 1_000):
             memory.store.write(lambda tx, first=first: learned(tx, first, 1_000)).result(60)  # type: ignore[misc]
-        assert memory.store.coverage() == (MANY, {})
+        assert memory.store.vectors.coverage() == (MANY, {})
     command = [sys.executable, "-m", "optillm_memory.cli", "reembed", "--json", "--db", str(tmp_path / "memory.db")]
     env = {**os.environ, "OPTILLM_AGENT_MEMORY_ENCODER": "hashing"}
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -109,12 +109,12 @@ def test_reembed_stopped_by_ctrl_c_goes_on_where_it_was(tmp_path: Path, interrup
     assert err.splitlines()[-1] == "Error: interrupted; what was embedded is kept: run it again to go on"
     assert "Traceback" not in err
     with lexical_memory(tmp_path) as memory:
-        kept = sum(memory.store.coverage()[1].values())
+        kept = sum(memory.store.vectors.coverage()[1].values())
     assert 0 < kept < MANY
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=120)
     assert json.loads(done.stdout)["embedded"] <= MANY - kept  # upkeep does its share at the same time
     with lexical_memory(tmp_path) as memory:
-        assert memory.store.coverage()[1] == {"hashing-trigram-256": MANY}
+        assert memory.store.vectors.coverage()[1] == {"hashing-trigram-256": MANY}
 
 
 def test_ctrl_c_while_the_encoder_loads_is_told_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,7 +142,7 @@ from optillm_memory.recall.encoder import load_encoder
 print(type(load_encoder("auto")).__name__, "openvino_telemetry" in sys.modules, asked)
 import openvino_telemetry  # whoever wants it finds it
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "OpenVinoEncoder False []"
 
 
@@ -218,7 +218,7 @@ def test_loading_does_not_block(tmp_path: Path) -> None:
     service = EncoderService(load)
     started = time.monotonic()
     assert (service.state, service.vector("x", 5)) == ("loading", None)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 4
     loaded.set()
     assert service.wait(5) == "ready"
     assert service.fingerprint == HashingEncoder.fingerprint
@@ -267,7 +267,7 @@ def test_concurrent_keys_share_a_batch(slow: tuple[SlowEncoder, EncoderService])
         futures = [pool.submit(service.vector, key, 10) for key in keys]
         time.sleep(0.3)
         encoder.open.set()
-        vectors = [future.result() for future in futures]
+        vectors = [future.result(30) for future in futures]
     for key, vector in zip(keys, vectors, strict=True):
         assert vector is not None
         np.testing.assert_allclose(vector, HashingEncoder().encode([key])[0], atol=1e-6)
@@ -297,7 +297,7 @@ def test_a_slow_encoder_is_not_waited_for(slow: tuple[SlowEncoder, EncoderServic
     started = time.monotonic()
     with pytest.raises(TimeoutError):
         service.vector("late", 0.05)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 5
     encoder.open.set()
     deadline = time.monotonic() + 5
     while service.cached("late") is None and time.monotonic() < deadline:
@@ -362,7 +362,7 @@ def fill(memory: Memory) -> None:
         turns.append(memory.begin(body(task), options=Options(mode="write")))
         memory.finish(turns[-1], response(f"the answer to: {task}"))
     memory.feedback([{"trace_id": t.trace_id, "metric": "success", "value": True, "source": "code"} for t in turns])
-    while memory.encoder.state == "ready" and memory.store.without_vectors(memory.encoder.fingerprint, 0, 1)[0]:
+    while memory.encoder.state == "ready" and memory.store.vectors.missing(memory.encoder.fingerprint, 0, 1)[0]:
         time.sleep(0.05)
 
 

@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from optillm_memory import InvalidField, Memory, Settings
 from optillm_memory.background.maintenance import prune_vectors, reembed
 from optillm_memory.cli import main
-from optillm_memory.learn import fold
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.recall.encoder import HashingEncoder, Vectors
 from optillm_memory.records import Trace, new_trace_id
+from optillm_memory.store import fold
 from optillm_memory.store.base import Store
 from optillm_memory.store.maintenance.retention import Limits, retain
 from optillm_memory.store.opening import open_store
@@ -195,9 +195,43 @@ def test_vectors_of_another_encoder_never_mix(
         assert reembed(memory.store, memory.encoder) == 5
         (best, *_) = memory.recall("question number 3")
         assert best.cosine == pytest.approx(1.0, abs=1e-3)
-        assert memory.store.coverage() == (5, {"hashing-trigram-256": 5, "other-64": 5})
+        assert memory.store.vectors.coverage() == (5, {"hashing-trigram-256": 5, "other-64": 5})
         assert prune_vectors(memory.store, memory.encoder.fingerprint) >= 5
-        assert memory.store.coverage() == (5, {"other-64": 5})
+        assert memory.store.vectors.coverage() == (5, {"other-64": 5})
+        assert memory.recall("question number 3")[0].cosine == pytest.approx(1.0, abs=1e-3)
+
+
+class Renamed(HashingEncoder):
+    """The shipped encoder under another fingerprint, which fails where it is asked for a vector that there is."""
+
+    fingerprint = "hashing-by-content"
+    former_fingerprints = ("hashing-trigram-256", "never-used")
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """Encode what no memory has."""
+        assert not [text for text in texts if text.startswith("question number")]
+        return super().encode(texts)
+
+
+def test_vectors_under_a_former_fingerprint_are_taken_over(
+    tmp_path: Path, either: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the encoder is the same under another fingerprint, nothing is encoded again, and recall goes by meaning."""
+    taught(tmp_path, 150, **either)
+    if "postgres" not in str(either["db"]):  # one vector is there already under the new one
+        with hashing_memory(tmp_path, **either) as memory:
+            copied = "SELECT key_hash, 'hashing-by-content', vector FROM vectors ORDER BY id LIMIT 1"
+            memory.store.write(
+                lambda tx: tx.db.execute(f"INSERT INTO vectors(key_hash, fingerprint, vector) {copied}")
+            ).result(10)
+    monkeypatch.setattr("optillm_memory.background.maintenance.Maintenance._fill", lambda _self: None)
+    with Memory(settings(tmp_path, **either), encoder=Renamed) as memory:
+        assert memory.encoder.wait(10) == "ready"
+        assert reembed(memory.store, memory.encoder) >= 149
+        _, embedded = memory.store.vectors.coverage()
+        assert embedded["hashing-by-content"] == 150
+        assert embedded.get("hashing-trigram-256", 0) <= 1
+        memory.encoder._cache["question number 3"] = HashingEncoder().encode(["question number 3"])[0]
         assert memory.recall("question number 3")[0].cosine == pytest.approx(1.0, abs=1e-3)
 
 
@@ -219,7 +253,7 @@ def test_embedding_anew_can_be_broken_off(
         with pytest.raises(KeyboardInterrupt):
             reembed(memory.store, memory.encoder, progress=stop_soon)
         assert lines[0] == "64 of 150 memories embedded"
-        assert memory.store.coverage()[1]["other-64"] == 128
+        assert memory.store.vectors.coverage()[1]["other-64"] == 128
         assert reembed(memory.store, memory.encoder) == 22
 
 
@@ -227,7 +261,7 @@ def test_the_command_embeds_and_prunes(tmp_path: Path, monkeypatch: pytest.Monke
     """`reembed --prune` leaves the vectors of the encoder that is set alone, and refuses where none is set."""
     taught(tmp_path, 3)
     with lexical_memory(tmp_path) as memory:
-        memory.store.write(lambda tx: tx.put_vectors([("k", b"1234")], "another")).result(10)
+        memory.store.write(lambda tx: tx.vectors.put([("k", b"1234")], "another")).result(10)
     monkeypatch.setenv("OPTILLM_AGENT_MEMORY_ENCODER", "hashing")
     where = ("--db", str(tmp_path / "memory.db"), "--json")
     done = CliRunner().invoke(main, ["reembed", "--prune", *where])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from builders import SCOPE, ask, assistant, body, hashing_memory, lexical_memory, response, teach, tell
+from builders import settings as configured
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +23,8 @@ from optillm_memory.decide.gate import Gate, Label
 from optillm_memory.decide.gate_updater import Change, GateUpdater
 from optillm_memory.errors import InvalidField
 from optillm_memory.learn.forms import form_named
+from optillm_memory.recall.encoder import HashingEncoder
+from optillm_memory.request import reuse
 
 REUSE = {"agent_memory": {"reuse": {"max_error": 0.05}}}
 TASK = "Which port does the metrics exporter listen on?"
@@ -256,7 +259,7 @@ def test_a_request_that_reads_slowly_undoes_no_label(tmp_path: Path, monkeypatch
         turn = memory.begin(wanting(f"{text} zx"))
         memory.finish(turn, response("desk of another kind"))
         memory.settle()
-        read = memory.store.gate_changes
+        read = memory.store.proposals.gate_changes
 
         def slowly(scope: Scope, since: int) -> tuple[int, list[Change]]:
             monkeypatch.undo()
@@ -265,10 +268,56 @@ def test_a_request_that_reads_slowly_undoes_no_label(tmp_path: Path, monkeypatch
             memory.begin(wanting("a request that is quicker"))
             return found
 
-        monkeypatch.setattr(memory.store, "gate_changes", slowly)
+        monkeypatch.setattr(memory.store.proposals, "gate_changes", slowly)
         memory.begin(wanting("a request that is slow"))
-        gate = memory._reuse._gate(SCOPE, memory.store.revision(SCOPE))
-        assert [verdict for _, verdict in gate.books[""].rows].count(WRONG) == 1
+        gate = memory._reuse._gate(SCOPE, memory.store.recall.revision(SCOPE))
+        assert [verdict for _, verdict in gate.logs[""].rows].count(WRONG) == 1
+
+
+def test_no_other_request_takes_a_neighbour_that_disagrees_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one request looks at its neighbours another empties the cache: the one that disagrees still counts."""
+    monkeypatch.setattr("optillm_memory.request.reuse.NEAREST", 3)
+    monkeypatch.setattr("optillm_memory.request.reuse._EXEMPLARS_KEPT", 0)
+    with hashing_memory(tmp_path) as memory:
+        for number in range(4):
+            teach(memory, f"what is the capital of country number {number}", f"city {number}")
+        teach(memory, TASK, ANSWER)
+        teach(memory, TASK, "Port 9500.")
+        look = reuse._answers
+
+        def while_another_asks(*given: Any) -> bool:
+            monkeypatch.setattr(reuse, "_answers", look)
+            memory.begin(wanting("what is the capital of country number 7"))
+            return look(*given)
+
+        monkeypatch.setattr(reuse, "_answers", while_another_asks)
+        assert reason(memory.begin(wanting())) == "conflict"
+        assert reuse._answers is look
+
+
+def test_labels_of_another_encoders_scores_do_not_count(tmp_path: Path) -> None:
+    """A threshold holds for the scores of one encoder: with another one the gate starts anew."""
+
+    class Other(HashingEncoder):
+        fingerprint = "other"
+
+    text = "please help me with the refund refund refund for my account"
+    with hashing_memory(tmp_path) as memory:
+        for who in "abcdef":
+            teach(memory, f"{text} {who}x", "desk refund")
+        turn = memory.begin(wanting(f"{text} zx"))
+        memory.finish(turn, response("desk of another kind"))
+        memory.settle()
+        tell(memory, turn)
+        rows = memory._reuse._gate(SCOPE, memory.store.recall.revision(SCOPE)).logs[""].rows
+        assert len(rows) > 1
+    with Memory(configured(tmp_path), encoder=Other) as memory:
+        assert memory.encoder.wait(10) == "ready"
+        assert memory._reuse._gate(SCOPE, memory.store.recall.revision(SCOPE)).logs == {}
+    with hashing_memory(tmp_path) as memory:
+        assert memory._reuse._gate(SCOPE, memory.store.recall.revision(SCOPE)).logs[""].rows == rows
 
 
 LABELS = st.lists(
@@ -287,21 +336,21 @@ LABELS = st.lists(
 @given(LABELS, st.randoms(use_true_random=False))
 def test_the_gate_does_not_depend_on_the_order_of_arrival(labels: list[Label], chance: random.Random) -> None:
     """Labels that come late, change or are taken back leave the gate that a fold in the order of requests gives."""
-    keeper = GateUpdater(start_thread)
+    updater = GateUpdater(start_thread)
     rows = [Change(f"{i:04d}", label, served=label.correct is None) for i, label in enumerate(labels)]
     arriving = sorted(rows, key=lambda row: int(row.trace_id) + chance.choice([0, 0, 0, 5, 90]))
     for change in arriving:
-        keeper.take(keeper.since, 0, [replace(change, label=replace(change.label, correct=None))])
+        updater.take(updater.since, 0, [replace(change, label=replace(change.label, correct=None))])
         if chance.random() < 0.2:
-            keeper.take(
-                keeper.since, 0, [replace(change, label=replace(change.label, correct=not change.label.correct))]
+            updater.take(
+                updater.since, 0, [replace(change, label=replace(change.label, correct=not change.label.correct))]
             )
     chance.shuffle(arriving)
     for start in range(0, len(arriving), 40):
-        keeper.take(keeper.since, 0, arriving[start : start + 40])
+        updater.take(updater.since, 0, arriving[start : start + 40])
     whole = Gate(labels)
-    assert {name: book.rows for name, book in keeper.gate.books.items()} == {
-        name: book.rows for name, book in whole.books.items()
+    assert {name: book.rows for name, book in updater.gate.logs.items()} == {
+        name: book.rows for name, book in whole.logs.items()
     }
 
 

@@ -55,7 +55,7 @@ def tell(memory: Memory, value: Any, **about: Any) -> str:
 def rewards(memory: Memory) -> dict[str, tuple[float | None, int]]:
     """Return (reward, tokens) by the trace that a choice began with."""
     memory.settle()
-    _, rows = memory.store.choices(SCOPE, -1, memory.encoder.fingerprint)
+    _, rows = memory.store.decisions.choices(SCOPE, -1, memory.encoder.fingerprint)
     return {row.trace_id: (row.reward, row.tokens) for row in rows}
 
 
@@ -64,12 +64,12 @@ def test_a_choice_is_logged_with_all_that_the_policy_saw(memory: Memory) -> None
     turn = ask(memory, "how long is a piece of string")
     assert turn.choice is not None
     memory.settle()
-    _, (row,) = memory.store.choices(SCOPE, -1, memory.encoder.fingerprint)
+    _, (row,) = memory.store.decisions.choices(SCOPE, -1, memory.encoder.fingerprint)
     assert (row.trace_id, row.chosen.arm) == (turn.trace_id, turn.arm)
     assert row.chosen.probabilities == pytest.approx(dict.fromkeys(turn.choice.probabilities, 1 / 3))
     assert row.chosen.situation.length == turn.length == len("how long is a piece of string")
     assert row.chosen.situation.vector is not None
-    _, (blind,) = memory.store.choices(SCOPE, -1, "another encoder")
+    _, (blind,) = memory.store.decisions.choices(SCOPE, -1, "another encoder")
     assert blind.chosen.situation.vector is None
 
 
@@ -103,21 +103,21 @@ def test_rebuild_brings_back_rewards_and_beliefs(memory: Memory, tmp_path: Path)
         turn = ask(memory, f"task number {number}")
         tell(memory, number % 3 > 0, trace_id=turn.trace_id)
     memory.settle()
-    before, believed = memory.store.derived(), memory.policy()
+    before, report = memory.store.derived(), memory.policy()
     assert len({memory.why(trace_id)["policy"]["arm"] for trace_id in rewards(memory)}) == 3
     memory.rebuild()
     assert memory.store.derived() == before
-    assert memory.policy() == believed
+    assert memory.policy() == report
     memory.close()
     with opened(tmp_path) as again:
-        assert again.policy() == believed
+        assert again.policy() == report
 
 
 def test_a_request_that_reads_slowly_undoes_no_reward(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Choices that one request reads while feedback comes and another takes it are read again, not taken."""
     turn = ask(memory, "how long is a piece of string")
     memory.settle()
-    read = memory.store.choices
+    read = memory.store.decisions.choices
 
     def slowly(scope: Scope, since: int, fingerprint: str) -> tuple[int, list[Row]]:
         monkeypatch.undo()
@@ -126,9 +126,26 @@ def test_a_request_that_reads_slowly_undoes_no_reward(memory: Memory, monkeypatc
         memory.policy()
         return found
 
-    monkeypatch.setattr(memory.store, "choices", slowly)
+    monkeypatch.setattr(memory.store.decisions, "choices", slowly)
     memory.policy()
     assert memory.policy()["all"][turn.arm]["told"] == pytest.approx(1, abs=0.01)
+
+
+def test_a_report_is_of_one_moment(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is learned while a report is made is in all of it, or in none of it."""
+    turn = ask(memory, "sort the list of numbers")
+    memory.settle()
+    read = memory.store.decisions.task_of
+
+    def while_another_asks(scope: Scope, trace_id: str) -> str:
+        monkeypatch.undo()
+        tell(memory, True, trace_id=turn.trace_id)
+        memory.policy()
+        return read(scope, trace_id)
+
+    monkeypatch.setattr(memory.store.decisions, "task_of", while_another_asks)
+    report = memory.policy()
+    assert report["clusters"][0]["arms"][turn.arm]["told"] == report["all"][turn.arm]["told"] == 0
 
 
 def test_beliefs_stay_in_their_scope(memory: Memory) -> None:
@@ -144,8 +161,8 @@ def test_cost_is_tokens_at_the_arms_price(memory: Memory) -> None:
     for number in range(40):
         ask(memory, f"question {number}", tokens=3000)
     memory.settle()
-    believed = memory.policy()["all"]
-    assert {name: arm["cost"] for name, arm in believed.items()} == pytest.approx(
+    report = memory.policy()["all"]
+    assert {name: arm["cost"] for name, arm in report.items()} == pytest.approx(
         {"none@default": 3.0, "none@small": 0.3, "moa@default": 6.0}, abs=0.01
     )
 
@@ -156,9 +173,9 @@ def test_an_arm_that_left_the_settings_is_forgotten(memory: Memory, tmp_path: Pa
     gone = next(turn for turn in turns if turn.arm == "none@small")
     memory.close()
     with opened(tmp_path, arms="none@default, re2@default") as changed:
-        believed = changed.policy()
-        assert (believed["choices"], set(believed["all"])) == (12, {"none@default", "re2@default"})
-        assert ask(changed, "go on", episode_id=gone.episode_id).arm in believed["all"]
+        report = changed.policy()
+        assert (report["choices"], set(report["all"])) == (12, {"none@default", "re2@default"})
+        assert ask(changed, "go on", episode_id=gone.episode_id).arm in report["all"]
 
 
 def test_the_model_default_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
@@ -173,7 +190,7 @@ def test_rebuild_leaves_nothing_that_the_log_does_not_say(memory: Memory) -> Non
     turn = ask(memory, "what is this worth")
     memory.settle()
     stray = ("stray", 1, 1.0, 5, 5.0, 10**6)
-    memory.store.write(lambda tx: tx._db.execute("INSERT INTO rewards VALUES (?, ?, ?, ?, ?, ?)", stray)).result(10)
+    memory.store.write(lambda tx: tx.db.execute("INSERT INTO rewards VALUES (?, ?, ?, ?, ?, ?)", stray)).result(10)
     memory.rebuild()
     assert [row[0] for row in memory.store.derived() if row[0] == "stray"] == []
     assert rewards(memory) == {turn.trace_id: (None, 100)}

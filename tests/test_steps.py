@@ -360,9 +360,9 @@ def test_twice_the_steps_cost_twice_the_time(make: Callable[[int], Sequence[JSON
         messages = list(make(count))
         times = []
         for _ in range(3):
-            started = time.perf_counter()
+            started = time.process_time()
             parse({"messages": messages, "tools": TOOLS})
-            times.append(time.perf_counter() - started)
+            times.append(time.process_time() - started)
         return min(times)
 
     assert cost(size * 2) < 3.2 * cost(size) + 0.01

@@ -17,15 +17,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optillm_memory import Feedback, InvalidField, Scope, StoreUnavailable
-from optillm_memory.learn import fold
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.recall.retriever import Source
 from optillm_memory.records import Injected, Placement, Step, Trace
+from optillm_memory.store import fold
 from optillm_memory.store.base import Store
+from optillm_memory.store.maintenance import forget as deletion
+from optillm_memory.store.maintenance.selection import ForgettingReads
 from optillm_memory.store.opening import open_store
 from optillm_memory.store.sqlite.store import SqliteStore
-from optillm_memory.store.tables.rows import key_hash
-from optillm_memory.store.transaction import PENDING_S, Transaction
+from optillm_memory.store.tables.decisions import DecisionReads
+from optillm_memory.store.tables.episodes import EpisodeReads
+from optillm_memory.store.tables.exposures import ExposureReads
+from optillm_memory.store.tables.fixes import FixReads
+from optillm_memory.store.tables.memories import RecallReads
+from optillm_memory.store.tables.proposals import ProposalReads
+from optillm_memory.store.tables.traces import PENDING_S
+from optillm_memory.store.tables.vectors import VectorReads, key_hash
+from optillm_memory.store.transaction import Transaction
 
 Opener = Callable[..., Store]
 OTHERS = [Scope("b"), Scope("local", "other"), Scope("local", user_id="u"), Scope("local", agent_id="a")]
@@ -57,7 +66,7 @@ def add(store: Store, made: Trace, steps: Sequence[Step] = (), **parts: Any) -> 
 
     def arrive(tx: Transaction) -> None:
         assert tx.add_trace(made, **parts)
-        observed = tx.add_steps(tx.scope_id(made.scope), made.episode_id, made.trace_id, steps)
+        observed = tx.steps.add(tx.scopes.number(made.scope), made.episode_id, made.trace_id, steps)
         fold.trace_arrived(tx, made)
         fold.steps_arrived(tx, made, observed, received_at=made.created_at)
 
@@ -104,7 +113,7 @@ def test_a_trace_comes_back_as_it_was(
         store = SqliteStore(Path(folder) / "memory.db")
         try:
             store.write(lambda tx: tx.add_trace(made)).result(10)
-            assert store.write(lambda tx: tx.trace(made.trace_id)).result(10) == made
+            assert store.write(lambda tx: tx.traces.get(made.trace_id)).result(10) == made
             shown = store.trace(made.trace_id, "local")
         finally:
             store.close()
@@ -124,15 +133,15 @@ def test_steps_ledger_and_injections_come_back(store: Store) -> None:
     assert shown is not None
     assert [(s["arguments"], s["observation"]) for s in shown["steps"]] == [('{"x": "\x00é"}', "files")]
     assert [i["memory_id"] for i in shown["injected"]] == ["m"]
-    assert store.ledger(SCOPE, first.episode_id) == [placement]
-    assert [c.episode_id for c in store.episodes_of(SCOPE, "p")] == [first.episode_id]
+    assert store.episodes.ledger(SCOPE, first.episode_id) == [placement]
+    assert [c.episode_id for c in store.episodes.episodes_of(SCOPE, "p")] == [first.episode_id]
 
 
 def test_a_trace_is_appended_once(store: Store) -> None:
     """The log never changes a row: the same id again adds nothing."""
     made = add(store, trace())
     assert store.write(lambda tx: tx.add_trace(replace(made, answer="other"))).result(10) is False
-    assert store.write(lambda tx: tx.trace(made.trace_id)).result(10) == made
+    assert store.write(lambda tx: tx.traces.get(made.trace_id)).result(10) == made
 
 
 # -- feedback --------------------------------------------------------------------------------------
@@ -179,7 +188,7 @@ def test_a_tenant_cannot_speak_of_anothers_traces(store: Store) -> None:
     made = add(store, trace())
     item = feedback(trace_id=made.trace_id)
     assert say(store, item, tenant="b") == "pending"
-    store.write(lambda tx: fold.relearn(tx, tx.clear_derived())).result(10)
+    store.write(fold.rebuild).result(10)
     assert store.list_memories(None) == []
     assert say(store, item, tenant="") == "applied"
     assert [m.status for m in store.list_memories(None)] == ["verified"]
@@ -207,45 +216,49 @@ def test_no_read_crosses_a_scope(store: Store, other: Scope) -> None:
     say(store, feedback(trace_id=made.trace_id))
     verified(store, "something else", scope=other)
     vector = b"\0" * 4
-    store.write(lambda tx: tx.put_vectors([(key_hash(made.task), vector)], "f")).result(10)
-    ((number, _),) = store.lexical(SCOPE, ["files"], 5, alone=False)
-    (memory,) = store.memories(SCOPE, [number]).values()
-    assert store.lexical(other, ["files"], 5, alone=False) == []
-    assert store.memories(other, [number]) == {}
-    assert store.of_episode_alone(SCOPE, [memory.memory_id], made.episode_id) == {memory.memory_id}
-    assert store.of_episode_alone(other, [memory.memory_id], made.episode_id) == set()
-    assert [c.vector for c in store.changes(SCOPE, 0, "f", 10)] == [vector]
-    assert [c.vector for c in store.changes(other, 0, "f", 10)] == [None]
-    assert number not in {c.number for c in store.changes(other, 0, "f", 10)}
-    assert store.episodes_of(other, "p") == []
-    assert store.ledger(other, made.episode_id) == []
+    store.write(lambda tx: tx.vectors.put([(key_hash(made.task), vector)], "f")).result(10)
+    ((number, _),) = store.recall.lexical(SCOPE, ["files"], 5, alone=False)
+    (memory,) = store.recall.memories(SCOPE, [number]).values()
+    assert store.recall.lexical(other, ["files"], 5, alone=False) == []
+    assert store.recall.memories(other, [number]) == {}
+    assert store.recall.of_episode_alone(SCOPE, [memory.memory_id], made.episode_id) == {memory.memory_id}
+    assert store.recall.of_episode_alone(other, [memory.memory_id], made.episode_id) == set()
+    assert [c.vector for c in store.recall.changes(SCOPE, 0, "f", 10)] == [vector]
+    assert [c.vector for c in store.recall.changes(other, 0, "f", 10)] == [None]
+    assert number not in {c.number for c in store.recall.changes(other, 0, "f", 10)}
+    assert store.episodes.episodes_of(other, "p") == []
+    assert store.episodes.ledger(other, made.episode_id) == []
     if other.tenant != SCOPE.tenant:
         assert store.trace(made.trace_id, other.tenant) is None
         assert made.trace_id not in {t["trace_id"] for t in store.traces(other.tenant)}
         assert memory.memory_id not in {m.memory_id for m in store.list_memories(other.tenant)}
 
 
-def test_every_read_for_recall_takes_a_scope() -> None:
+def test_every_read_for_recall_takes_a_scope(store: Store) -> None:
     """By reflection: recall's reads all take a scope first, what looks at texts takes a tenant, the rest is pinned."""
     for name, method in inspect.getmembers(Source, inspect.isfunction):
         if not name.startswith("_") and name not in ("revision", "read_ahead"):
             assert list(inspect.signature(method).parameters)[1] == "scope", name
+    parts: list[type] = [Store]
+    parts += [RecallReads, EpisodeReads, FixReads, ProposalReads, DecisionReads, ExposureReads, VectorReads]
+    parts += [ForgettingReads]
+    assert {type(part) for part in vars(store).values()} >= set(parts[1:])
     first: dict[str, str] = {}
-    for name, method in inspect.getmembers(Store, inspect.isfunction):
+    by_tenant = set()
+    for name, method in (found for part in parts for found in inspect.getmembers(part, inspect.isfunction)):
+        parameters = inspect.signature(method).parameters
         if not name.startswith("_"):
-            first[name] = next(iter(list(inspect.signature(method).parameters)[1:]), "")
-    by_tenant = {
-        n for n, m in inspect.getmembers(Store, inspect.isfunction) if "tenant" in inspect.signature(m).parameters
-    }
+            first[name] = next(iter(list(parameters)[1:]), "")
+            by_tenant |= {name} if "tenant" in parameters else set()
     unscoped = {name for name, parameter in first.items() if parameter != "scope"} - by_tenant
     assert by_tenant == {"trace", "traces", "list_memories", "episodes"}
     assert unscoped == {
         "write", "post", "flush", "pause", "resume", "close",  # writing
         "salt", "stats", "tenants",  # numbers and names, no texts
-        "derived", "without_vectors", "coverage", "unused_vectors",  # upkeep: rebuild's comparison, and the encoder's
+        "derived", "missing", "coverage", "unused",  # upkeep: rebuild's comparison, and the encoder's
         "numbers_of", "last_number",
         "chosen", "chosen_counts", "chosen_scopes", "episodes_before", "held", "has_copies",  # forgetting: no texts
-        "forgets_unfinished", "forgotten", "unforgotten", "give_back", "set_aside",
+        "is_unfinished", "forgotten", "unforgotten", "give_back", "set_aside",
         "index_files", "size_bytes", "read_ahead",
     }  # fmt: skip
 
@@ -255,7 +268,7 @@ def test_reading_ahead_goes_through_everything_and_ends(store: Store, monkeypatc
     monkeypatch.setattr("optillm_memory.store.sqlite.store._PIECE", 2)
     for number in range(5):
         verified(store, f"task {number}")
-    pieces = len(list(store.read_ahead()))
+    pieces = len(list(store.recall.read_ahead()))
     assert pieces == 0 if not isinstance(store, SqliteStore) else pieces >= 3 + 3
 
 
@@ -265,32 +278,32 @@ def test_reading_ahead_goes_through_everything_and_ends(store: Store, monkeypatc
 def test_changes_are_seen_by_a_second_store(opener: Opener) -> None:
     """What one store learns, quarantines and rebuilds another on the same file finds by revision and generation."""
     one, two = opener(), opener()
-    before = two.revision()
+    before = two.recall.revision()
     made = verified(one)
-    after = two.revision()
+    after = two.recall.revision()
     assert after[0] == before[0]
     assert after[1] > before[1]
-    (change,) = two.changes(SCOPE, before[1], "f", 10)
+    (change,) = two.recall.changes(SCOPE, before[1], "f", 10)
     assert (change.vector, change.revision) == (None, after[1])
-    one.write(lambda tx: tx.put_vectors([(key_hash(made.task), b"1234")], "f")).result(10)
-    one.write(lambda tx: tx.touch([change.number])).result(10)
-    (again,) = two.changes(SCOPE, after[1], "f", 10)
+    one.write(lambda tx: tx.vectors.put([(key_hash(made.task), b"1234")], "f")).result(10)
+    one.write(lambda tx: tx.exemplars.touch([change.number])).result(10)
+    (again,) = two.recall.changes(SCOPE, after[1], "f", 10)
     assert again.vector == b"1234"
     say(one, replace(feedback(), trace_id=made.trace_id, feedback_id="no", source="human", value=False))
-    (gone,) = two.changes(SCOPE, again.revision, "f", 10)
+    (gone,) = two.recall.changes(SCOPE, again.revision, "f", 10)
     assert (gone.number, gone.vector) == (change.number, None)
-    assert two.memories(SCOPE, [gone.number]) == {}
-    one.write(lambda tx: fold.relearn(tx, tx.clear_derived())).result(10)
-    assert two.revision()[0] > after[0]
+    assert two.recall.memories(SCOPE, [gone.number]) == {}
+    one.write(fold.rebuild).result(10)
+    assert two.recall.revision()[0] > after[0]
 
 
 def test_changes_come_in_whole_revisions(store: Store) -> None:
     """A limit never splits a revision, so that nothing is skipped when reading goes on after it."""
     for number in range(5):
         verified(store, f"task {number}")
-    numbers = [c.number for c in store.changes(SCOPE, 0, "f", 100)]
-    store.write(lambda tx: tx.touch(numbers)).result(10)
-    assert len(store.changes(SCOPE, 0, "f", 2)) == 5
+    numbers = [c.number for c in store.recall.changes(SCOPE, 0, "f", 100)]
+    store.write(lambda tx: tx.exemplars.touch(numbers)).result(10)
+    assert len(store.recall.changes(SCOPE, 0, "f", 2)) == 5
 
 
 def test_own_episode_is_no_evidence(store: Store) -> None:
@@ -298,10 +311,10 @@ def test_own_episode_is_no_evidence(store: Store) -> None:
     verified(store)
     (memory,) = store.list_memories(None)
     own = "ep-list the files"
-    assert store.of_episode_alone(SCOPE, [memory.memory_id], own) == {memory.memory_id}
+    assert store.recall.of_episode_alone(SCOPE, [memory.memory_id], own) == {memory.memory_id}
     more = add(store, trace(episode_id="second"))
     say(store, feedback(trace_id=more.trace_id))
-    assert store.of_episode_alone(SCOPE, [memory.memory_id], own) == set()
+    assert store.recall.of_episode_alone(SCOPE, [memory.memory_id], own) == set()
 
 
 def test_an_answer_that_was_never_right_is_no_memory(store: Store) -> None:
@@ -310,14 +323,14 @@ def test_an_answer_that_was_never_right_is_no_memory(store: Store) -> None:
     say(store, feedback(value=False, trace_id=wrong.trace_id))
     assert store.list_memories(None) == []
     assert (store.stats()["memories"], store.stats()["memories_by_kind"]) == (0, {})
-    assert [c.vector for c in store.changes(SCOPE, 0, "f", 10)] in ([], [None])
-    assert store.lexical(SCOPE, ["list", "files"], 5, alone=True) == []
+    assert [c.vector for c in store.recall.changes(SCOPE, 0, "f", 10)] in ([], [None])
+    assert store.recall.lexical(SCOPE, ["list", "files"], 5, alone=True) == []
     for number, state in ((1, "quarantined"), (2, "verified")):
         right = add(store, trace(episode_id=f"right-{number}"))
         say(store, feedback(trace_id=right.trace_id, feedback_id=f"fb-right-{number}"))
         (memory,) = store.list_memories(None)
         assert (memory.status, memory.successes, memory.failures) == (state, number, 1)
-    assert store.lexical(SCOPE, ["list", "files"], 5, alone=True)
+    assert store.recall.lexical(SCOPE, ["list", "files"], 5, alone=True)
     before = store.derived()
     store.write(fold.rebuild).result(30)
     assert store.derived() == before
@@ -392,7 +405,7 @@ def test_one_bad_record_does_not_take_the_others(store: Store, caplog: pytest.Lo
 
     def clash(tx: Transaction) -> None:
         tx.add_trace(trace(trace_id="half"))
-        tx._db.execute("INSERT INTO meta(key, value) VALUES ('revision', 1)")
+        tx.db.execute("INSERT INTO meta(key, value) VALUES ('revision', 1)")
 
     def overflow(tx: Transaction) -> None:
         tx.add_trace(trace(trace_id="half", prompt_tokens=1 << 70))
@@ -416,8 +429,8 @@ def test_what_a_refused_record_read_is_not_used_by_others(store: Store) -> None:
     scope = Scope("fresh")
 
     def refused(tx: Transaction) -> None:
-        tx.scope_id(scope)
-        tx.touch([])
+        tx.scopes.number(scope)
+        tx.exemplars.touch([])
         raise InvalidField("feedback", "is refused")
 
     release = blocked(store)
@@ -428,9 +441,9 @@ def test_what_a_refused_record_read_is_not_used_by_others(store: Store) -> None:
         first.result(10)
     assert second.result(10) is True
     assert store.trace(made.trace_id, "fresh") is not None
-    before = store.revision()
-    store.write(lambda tx: tx.touch([])).result(10)
-    assert store.revision() == before._replace(revision=before.revision + 1)
+    before = store.recall.revision()
+    store.write(lambda tx: tx.exemplars.touch([])).result(10)
+    assert store.recall.revision() == before._replace(revision=before.revision + 1)
 
 
 def test_a_scope_dropped_in_a_commit_is_made_again_in_it(store: Store) -> None:
@@ -438,8 +451,8 @@ def test_a_scope_dropped_in_a_commit_is_made_again_in_it(store: Store) -> None:
     made = trace(scope=Scope("fresh"))
 
     def both(tx: Transaction) -> bool:
-        tx.scope_id(made.scope)
-        assert tx.drop_empty_scopes() == 1
+        tx.scopes.number(made.scope)
+        assert deletion.delete_empty_scopes(tx) == 1
         return tx.add_trace(made)
 
     assert store.write(both).result(10) is True
@@ -457,12 +470,12 @@ def test_changes_of_a_commit_share_revisions_up_to_a_bound(store: Store) -> None
             fold.feedback_arrived(tx, "local", None, said, received_at=NOW)
 
     store.write(many).result(60)
-    shares = Counter(change.revision for change in store.changes(SCOPE, 0, "", 10_000))
+    shares = Counter(change.revision for change in store.recall.changes(SCOPE, 0, "", 10_000))
     assert sum(shares.values()) == 600
     assert 1 < len(shares) < 10
     assert max(shares.values()) <= 256
     since, seen = 0, 0
-    while part := store.changes(SCOPE, since, "", 100):
+    while part := store.recall.changes(SCOPE, since, "", 100):
         assert len(part) < 100 + 256
         since, seen = part[-1].revision, seen + len(part)
     assert seen == 600

@@ -133,7 +133,7 @@ def test_a_new_file_that_another_process_is_writing_is_waited_for(path: Path) ->
     assert store.fault == ""
     assert add(store)
     store.close()
-    release.join()
+    release.join(30)
     other.close()
 
 
@@ -212,7 +212,7 @@ def test_a_file_that_breaks_while_in_use_is_mended(store: SqliteStore, path: Pat
     """Damage that comes while the store is open is found by a reader, the file is kept, and writing goes on."""
     for number in range(60):
         add(store, f"task {number} " * 50)
-    store.write(lambda tx: tx._db.execute("PRAGMA cache_size=1")).result(10)
+    store.write(lambda tx: tx.db.execute("PRAGMA cache_size=1")).result(10)
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     connection.close()
@@ -228,7 +228,7 @@ def test_a_file_that_breaks_while_in_use_is_mended(store: SqliteStore, path: Pat
     assert asides(path)
     assert add(store)
     assert store.fault == ""
-    assert store.lexical(SCOPE, ["files"], 5, alone=False) == []
+    assert store.recall.lexical(SCOPE, ["files"], 5, alone=False) == []
     assert ask_file(path, "PRAGMA integrity_check") == "ok"
 
 
@@ -268,7 +268,7 @@ def test_a_full_database_refuses_and_recovers(store: SqliteStore) -> None:
     """SQLITE_FULL acknowledges nothing and keeps what was there; with room again the same store goes on."""
 
     def limit(tx: Transaction, pages: int) -> int:
-        return int(tx._db.execute(f"PRAGMA max_page_count={pages}").fetchone()[0])
+        return int(tx.db.execute(f"PRAGMA max_page_count={pages}").fetchone()[0])
 
     store.write(lambda tx: limit(tx, 1)).result(10)  # SQLite keeps it at the pages in use
     with pytest.raises(StoreUnavailable, match="full"):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import body, hashing_memory, lexical_memory, response, teach
+from builders import SCOPE, body, hashing_memory, lexical_memory, response, teach
 from hosting import until
+from test_durability import passing, says_in
 
 from optillm_memory import Memory, StoreUnavailable
 from optillm_memory.background.encoder_service import EncoderService
@@ -21,14 +23,19 @@ from optillm_memory.background.worker import BackgroundWorker, Closed
 from optillm_memory.decide import gate_updater, policy_updater
 from optillm_memory.decide.gate import Gate, Label
 from optillm_memory.decide.gate_updater import Change, GateUpdater
-from optillm_memory.decide.policy import Chosen, Policy, Situation, Terms
+from optillm_memory.decide.policy import LoggedChoice, Policy, Situation, Terms
 from optillm_memory.decide.policy_updater import PolicyUpdater, Row
 from optillm_memory.errors import EncoderUnavailable
 from optillm_memory.host.failopen import FailOpen
 from optillm_memory.learn.suggest import Calibrator, Example
 from optillm_memory.learn.suggester import Suggester
 from optillm_memory.recall.encoder import HashingEncoder
+from optillm_memory.recall.vectors.scope_index import Limits, ScopeIndex
 from optillm_memory.records import Arm
+from optillm_memory.store.postgres.search import HnswSearch
+from optillm_memory.store.sqlite import connection
+from optillm_memory.store.sqlite.connection import Readers
+from optillm_memory.store.sqlite.turnstile import Turnstile
 
 ARMS = (Arm("none@large", "none", "large"), Arm("none@small", "none", "small"))
 
@@ -139,7 +146,6 @@ def test_a_worker_goes_on_whatever_happens(monkeypatch: pytest.MonkeyPatch, capl
     for error in (ValueError("no"), OSError("no"), Closed(), SystemExit()):
         worker.do(lambda error=error: raising(error))  # type: ignore[misc]
         assert worker.flush(10)
-        assert until(lambda: worker._thread is None or not isinstance(error, (Closed, SystemExit)))  # noqa: B023
     worker.do(done.set)
     assert done.wait(10)
     assert worker.flush(10)
@@ -268,13 +274,19 @@ def test_a_gate_that_could_not_be_folded_is_folded_later(monkeypatch: pytest.Mon
             updater.take(updater.since, 2, [replace(changes[7], label=found[7])])
     updater.take(updater.since, 3, [replace(changes[30], label=found[30])])
     starter.join()
-    assert {n: b.rows for n, b in updater.gate.books.items()} == {n: b.rows for n, b in Gate(found).books.items()}
+    assert {n: b.rows for n, b in updater.gate.logs.items()} == {n: b.rows for n, b in Gate(found).logs.items()}
 
 
 def rows(count: int, first: int = 0) -> list[Row]:
     """Return choices with their rewards."""
     return [
-        Row(f"t{n:05}", Chosen(ARMS[n % 2].name, {ARMS[n % 2].name: 1.0}, Situation(None, 0)), float(n % 2), 1000, 5.0)
+        Row(
+            f"t{n:05}",
+            LoggedChoice(ARMS[n % 2].name, {ARMS[n % 2].name: 1.0}, Situation(None, 0)),
+            float(n % 2),
+            1000,
+            5.0,
+        )
         for n in range(first, first + count)
     ]
 
@@ -385,3 +397,112 @@ def test_a_request_goes_on_where_no_thread_can_be_started(monkeypatch: pytest.Mo
     for thread in hangs:
         thread.join(10)
     assert fail_open.call(lambda: 8) == (8, "")
+
+
+# -- recall and the store -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("limits", "worker"), [(Limits(inline=1), "_loader"), (Limits(flat_rows=2), "_writer")])
+def test_an_index_that_no_thread_could_load_is_loaded_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits: Limits, worker: str
+) -> None:
+    """A request that finds no thread for it goes without; after the next change all is loaded, or the file written."""
+    monkeypatch.setattr("optillm_memory.recall.vectors.cache._PIECES", 1)
+    with hashing_memory(tmp_path) as memory:
+        for number in range(12):
+            teach(memory, f"restart server number {number}", "done")
+        assert until(lambda: memory.stats()["memories_without_vector"] == 0)
+    with hashing_memory(tmp_path) as memory:
+        indexes = memory._retriever._indexes
+        indexes._limits = limits
+        failing_once(monkeypatch, getattr(indexes, worker), "do", RuntimeError("can't start new thread"))
+        with pytest.raises(RuntimeError):
+            memory.recall("restart server number 3")
+        teach(memory, "restart server number 12", "done")
+        assert memory.recall("restart server number 3")
+        assert until(lambda: not memory.busy)
+        (cached,) = indexes._scopes.values()
+        assert isinstance(cached.index, ScopeIndex)
+        assert (len(cached.index), cached.loading, cached.writing) == (13, False, False)
+        assert (cached.index.ivf is not None) == (worker == "_writer")
+
+
+@pytest.mark.parametrize("part", ["_passing", "_tidy", "_written", "_failed"])
+def test_the_writer_goes_on_whatever_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """What waits for its turn, tidies up or takes note may fail: what comes after it is written."""
+    with lexical_memory(tmp_path) as memory:
+        writer = memory.store._writer
+        failing_once(monkeypatch, writer, part, RuntimeError("can't start new thread"))
+        if part == "_failed":
+            failing_once(monkeypatch, writer, "_commit", RuntimeError("no room"))
+        started = time.monotonic()
+        with contextlib.suppress(StoreUnavailable):
+            memory.probe(20)
+        memory.probe(20)
+        assert time.monotonic() - started < 15
+        turn = memory.begin(body("a task"))
+        memory.finish(turn, response("an answer"))
+        memory.store.flush()
+        assert memory.trace(turn.trace_id)["answer"] == "an answer"
+
+
+def test_a_turnstile_without_a_thread_lets_through(tmp_path: Path) -> None:
+    """Where no thread can be started to wait, there is no order this time; there is one again the next time."""
+    turnstile = Turnstile(tmp_path / "turnstile", Starter(failures=1))
+    other = passing(tmp_path / "turnstile")
+    assert says_in(other)
+    assert not turnstile._enter()
+    other.communicate("on\n")
+    assert turnstile._enter()
+    turnstile.close()
+
+
+def test_a_reader_that_cannot_be_opened_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever keeps a connection from being opened or closed, the writer can have the file to itself afterwards."""
+    with lexical_memory(tmp_path) as memory:
+        readers = memory.store._readers
+        assert isinstance(readers, Readers)
+        with readers.borrow():  # the idle one is lent: another has to be opened
+            failing_once(monkeypatch, connection, "connect", OSError("too many files"))
+            with pytest.raises(OSError, match="too many"), readers.borrow():
+                pass
+        with readers.away():
+            pass
+        assert memory.stats()["traces"] == 0
+
+
+class NoIndex:
+    """A server's connections, on which no index is found."""
+
+    @contextlib.contextmanager
+    def borrow(self) -> Iterator[Any]:
+        """Lend a connection."""
+        yield self
+
+    def execute(self, *_given: Any) -> Any:
+        """Find nothing."""
+        return self
+
+    def fetchone(self) -> None:
+        """Return no row."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def test_an_index_that_no_thread_could_build_is_built_later() -> None:
+    """On a server, too, the next request has the index of vectors built."""
+    started: list[str] = []
+
+    def start(name: str, work: Callable[[], None]) -> threading.Thread:
+        started.append(name)
+        return no_more_threads(name, work) if len(started) == 1 else threading.Thread()
+
+    readers: Any = NoIndex()
+    search = HnswSearch("postgresql://nowhere", readers, start)
+    vector = HashingEncoder().encode(["a text"])[0]
+    with pytest.raises(RuntimeError):
+        search.nearest(SCOPE, "encoder", vector, 3)
+    for _ in range(3):
+        assert search.nearest(SCOPE, "encoder", vector, 3) == []
+    assert started == ["agent-memory-hnsw"] * 2

@@ -16,11 +16,12 @@ from optillm_memory.conversation.parse import parse
 from optillm_memory.decide.agreement import Proposal
 from optillm_memory.decide.gate import Decision
 from optillm_memory.decide.policy import Choice
-from optillm_memory.learn import fold
 from optillm_memory.learn.exemplars import exemplar_id
 from optillm_memory.records import Arm, Feedback, Injected, Trace
+from optillm_memory.store import fold
 from optillm_memory.store.sqlite.store import SqliteStore
-from optillm_memory.store.transaction import PENDING_S, Transaction
+from optillm_memory.store.tables.traces import PENDING_S
+from optillm_memory.store.transaction import Transaction
 
 Event = Callable[[Transaction], Any]
 TABLES = ("memories", "contributions", "outcomes", "exposures", "fix_evidence", "labels", "rewards", "memories_fts")
@@ -54,7 +55,7 @@ def said(item: Feedback, *, by: str = "local", at: float = NOW) -> Event:
 
 def propose(tx: Transaction) -> None:
     """Write what memory would have answered to the plain trace."""
-    tx.add_proposal(PLAIN, tx.scope_id(SCOPE), PROPOSAL, Decision(serve=False, reason="audit"))
+    tx.proposals.add(PLAIN, tx.scopes.number(SCOPE), PROPOSAL, Decision(serve=False, reason="audit"))
 
 
 def proposed(tx: Transaction) -> None:
@@ -66,14 +67,14 @@ def proposed(tx: Transaction) -> None:
 def choose(tx: Transaction) -> None:
     """Write that an arm was chosen for the plain trace."""
     choice = Choice(Arm("quick", "none", "m", 1.0), 0.5, {"quick": 0.5}, 0, "better", 0.0)
-    tx.add_decision(PLAIN, tx.scope_id(SCOPE), choice, 20)
+    tx.decisions.add(PLAIN, tx.scopes.number(SCOPE), choice, 20)
 
 
 def act(tx: Transaction) -> Any:
     """Write that an agent tried something before its first request, and then what worked."""
     tried, meant = calling(call(WRONG, "call_1")), calling(call(RIGHT, "call_2"))
     shown = [{"role": "user", "content": PLAIN.task}, tried, *results(tried, ERROR), meant, *results(meant, DONE)]
-    return tx.add_steps(tx.scope_id(SCOPE), PLAIN.episode_id, PLAIN.trace_id, parse({"messages": shown}).steps)
+    return tx.steps.add(tx.scopes.number(SCOPE), PLAIN.episode_id, PLAIN.trace_id, parse({"messages": shown}).steps)
 
 
 GOOD, BAD = feedback(feedback_id="a"), feedback(value=False, feedback_id="b", occurred_at=NOW + 1)

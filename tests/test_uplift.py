@@ -17,10 +17,11 @@ from click.testing import CliRunner
 from hosting import KEY, served
 
 from optillm_memory.cli.commands import main
-from optillm_memory.learn import confidence, fold
+from optillm_memory.learn import confidence
 from optillm_memory.learn.confidence import Counts, difference
 from optillm_memory.learn.uplift import Episode, Tasks, flipped_tasks, report, standing, summary, tabulated, uplift
 from optillm_memory.records import Injected, Scope, Trace
+from optillm_memory.store import fold
 from optillm_memory.store.sqlite.store import SqliteStore
 from optillm_memory.store.tables.exposures import episodes_of
 from optillm_memory.store.transaction import Transaction
@@ -276,7 +277,7 @@ def test_the_standing_is_what_the_shown_interval_says() -> None:
 
 def execute(store: SqliteStore, sql: str, *values: Any) -> list[Any]:
     """Run one statement on the writing connection."""
-    return store.write(lambda tx: tx._db.execute(sql, values).fetchall()).result(10)
+    return store.write(lambda tx: tx.db.execute(sql, values).fetchall()).result(10)
 
 
 @pytest.fixture
@@ -307,7 +308,7 @@ def say(store: SqliteStore, made: Trace, value: bool | None, **fields: Any) -> N
 
 def episodes(store: SqliteStore) -> list[Episode]:
     """Return what the log says of its episodes."""
-    return store.episodes(None)
+    return store.exposures.episodes(None)
 
 
 def test_an_episode_is_one_unit(store: SqliteStore) -> None:
@@ -354,18 +355,18 @@ def test_the_reports_of_tenants_are_apart(store: SqliteStore) -> None:
     """A tenant sees its own episodes, the operator all."""
     add(store, "ep-1", scope=Scope("alice"))
     add(store, "ep-1", at=1, scope=Scope("bob"))
-    assert [e.scope.tenant for e in store.episodes("bob")] == ["bob"]
+    assert [e.scope.tenant for e in store.exposures.episodes("bob")] == ["bob"]
     assert [e.scope.tenant for e in episodes(store)] == ["alice", "bob"]
 
 
 def put(store: SqliteStore, episode_id: str) -> set[str]:
     """Fold one episode into the exposures; return the memories that it touches."""
-    return store.write(lambda tx: tx.put_exposures(tx.scope_id(SCOPE), episode_id)).result(10)
+    return store.write(lambda tx: tx.exposures.put(tx.scopes.number(SCOPE), episode_id)).result(10)
 
 
 def is_retired(store: SqliteStore, since: float = 0.0) -> bool:
     """Whether the exposures say that the one memory harms."""
-    return store.write(lambda tx: tx.is_retired("mem-1", since)).result(10)
+    return store.write(lambda tx: tx.exposures.is_retired("mem-1", since)).result(10)
 
 
 def exposures(store: SqliteStore) -> list[Any]:
@@ -490,7 +491,7 @@ def test_one_episode_is_read_by_its_condition(store: SqliteStore) -> None:
     add(store, "ep-2", at=2)
 
     def read(tx: Transaction) -> list[Episode]:
-        return episodes_of(tx._db, "traces.scope_id = ? AND episode_id = ?", (tx.scope_id(SCOPE), made.episode_id))
+        return episodes_of(tx.db, "traces.scope_id = ? AND episode_id = ?", (tx.scopes.number(SCOPE), made.episode_id))
 
     assert [(e.scope, e.episode_id) for e in store.write(read).result(10)] == [(SCOPE, "ep-1")]
 

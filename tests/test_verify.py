@@ -185,7 +185,7 @@ def index_of_vectors(url: str) -> str:
     """Build the index of vectors as the first search does; return its name."""
     with closing(open_store(url, queue_size=100, normal=normal_answer)) as store:
         query = np.ones(256, np.float32)
-        assert until(lambda: store.nearest(SCOPE, "hashing-trigram-256", query, 5) != [])
+        assert until(lambda: store.recall.nearest(SCOPE, "hashing-trigram-256", query, 5) != [])
     with closing(PostgresConnection(url)) as db:
         return str(db.execute("SELECT indexname FROM pg_indexes WHERE indexdef LIKE '%hnsw%'").fetchone()[0])
 
@@ -277,7 +277,7 @@ def test_a_copy_is_whole_while_others_write(memory: Memory, tmp_path: Path) -> N
     told: list[tuple[int, int]] = []
     copy = backup(tmp_path / "memory.db", tmp_path / "copy.db", progress=lambda *of: told.append(of))
     stop.set()
-    writer.join()
+    writer.join(30)
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
     assert told[-1][0] == told[-1][1] > 0
     assert counts_of(copy)["traces"] >= 6

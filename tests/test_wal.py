@@ -43,7 +43,7 @@ def test_the_wal_stays_within_its_bound(store: SqliteStore) -> None:
 
     def look() -> None:
         while not stop.is_set():
-            store.revision(SCOPE)
+            store.recall.revision(SCOPE)
 
     readers = [threading.Thread(target=look) for _ in range(3)]
     for reader in readers:

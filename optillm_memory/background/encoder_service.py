@@ -65,6 +65,7 @@ class EncoderService:
         self.state = "loading"
         self.reason = ""
         self.fingerprint = ""
+        self.former_fingerprints: tuple[str, ...] = ()  # under which earlier releases stored this encoder's vectors
         self.unrelated = UNRELATED  # (median, spread) of this encoder's cosines of unrelated texts
         self.settled = threading.Event()
         self._load, self._before = load, before
@@ -155,6 +156,7 @@ class EncoderService:
             self._before()
             if (encoder := self._load()) is not None:
                 self.unrelated = spread_of(encoder.encode(REFERENCE))  # the first call also warms it up
+                self.former_fingerprints = getattr(encoder, "former_fingerprints", ())
                 self.fingerprint, state = encoder.fingerprint, "ready"
                 logger.info("agent_memory: the encoder %s is ready", encoder.fingerprint)
         except Exception as error:  # noqa: BLE001 - whatever a model raises: recall is lexical then

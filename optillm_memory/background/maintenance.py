@@ -12,6 +12,7 @@ from optillm_memory.background.threads import start_thread
 from optillm_memory.errors import EncoderUnavailable
 from optillm_memory.settings import Settings
 from optillm_memory.store.base import Store
+from optillm_memory.store.maintenance import forget as deletion
 from optillm_memory.store.maintenance.erase import BATCH, WAIT_S
 from optillm_memory.store.maintenance.retention import Limits, retain
 from optillm_memory.store.transaction import Transaction
@@ -22,7 +23,7 @@ _ROWS = 64  # memories embedded in one commit
 _GATHER_S = 0.02  # what was learned meanwhile is looked at together, and does not slow down who learns it
 _REST = 9.0  # times as long as it looked at what is there already
 _LOOK_S = 60.0  # between two looks at what is to go, and at what other processes learned
-_ANEW_S = 3_600.0  # after which everything is looked through again: what was no memory yet may be one now
+_REPEAT_S = 3_600.0  # after which everything is looked through again: what was no memory yet may be one now
 _CLOSING_S = 10.0
 Missing = Sequence[tuple[int, str, str]]
 
@@ -31,7 +32,7 @@ class Maintenance:
     """Two threads: one fills in missing vectors, woken when something was learned; one deletes what is to go."""
 
     def __init__(self, store: Store, encoder: EncoderService, settings: Settings) -> None:
-        """Start the threads; the settings say how much is kept."""
+        """Join what `start` needs; the settings say how much is kept."""
         self._store = store
         self._encoder = encoder
         self._limits = Limits(settings.retention_days, settings.max_traces, settings.max_bytes)
@@ -40,10 +41,12 @@ class Maintenance:
         self._caught_up = False  # every memory has its vector, but for what was learned this moment
         self._arrived: set[str] = set()  # keys of vectors that came with requests before that
         self._lock = threading.Lock()
-        self._threads = [
-            start_thread("agent-memory-vectors", self._fill),
-            start_thread("agent-memory-retention", self._delete),
-        ]
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start the threads."""
+        self._threads.append(start_thread("agent-memory-vectors", self._fill))
+        self._threads.append(start_thread("agent-memory-retention", self._delete))
 
     def wake(self) -> None:
         """Look for memories without a vector."""
@@ -72,14 +75,16 @@ class Maintenance:
             pass
         generation = -1
         latest = looked = before = 0
-        anew_at = next_at = 0.0
+        repeat_at = next_at = 0.0
         while not self._closing.is_set() and self._encoder.state == "ready":
             try:
-                if (current := self._store.revision().generation) != generation:  # a rebuild numbers them anew
-                    generation, anew_at, self._caught_up = current, 0.0, False
-                    latest = self._store.last_number()
-                if time.monotonic() >= anew_at:
-                    looked, before, anew_at = 0, latest, time.monotonic() + _ANEW_S
+                if (
+                    current := self._store.recall.revision().generation
+                ) != generation:  # a rebuild numbers memories again
+                    generation, repeat_at, self._caught_up = current, 0.0, False
+                    latest = self._store.vectors.last_number()
+                if time.monotonic() >= repeat_at:
+                    looked, before, repeat_at = 0, latest, time.monotonic() + _REPEAT_S
                 upto, _ = self._look(latest)
                 if upto > latest:
                     latest = upto
@@ -103,13 +108,13 @@ class Maintenance:
 
     def _look(self, after: int) -> tuple[int, bool]:
         """Encode what has no vector in a stretch of the numbers; return how far it went, and whether there was any."""
-        rows, upto = self._store.without_vectors(self._encoder.fingerprint, after, _ROWS)
+        rows, upto = self._store.vectors.missing(self._encoder.fingerprint, after, _ROWS)
         if rows:
             _embed(self._store, self._encoder, rows)
         with self._lock:
             arrived = self._arrived.copy()
-        if found := self._store.numbers_of(arrived, after, upto):
-            self._store.write(lambda tx: tx.touch(found)).result(WAIT_S)
+        if found := self._store.vectors.numbers_of(arrived, after, upto):
+            self._store.write(lambda tx: tx.exemplars.touch(found)).result(WAIT_S)
         return upto, bool(rows)
 
     def _delete(self) -> None:
@@ -117,8 +122,8 @@ class Maintenance:
         while not self._closing.wait(_LOOK_S):
             try:
                 now = time.time()
-                if self._store.has_copies():
-                    self._store.write(lambda tx: tx.forget_copies(BATCH, time.time())).result(WAIT_S)
+                if self._store.forgetting.has_copies():
+                    self._store.write(lambda tx: deletion.withdraw_copies(tx, BATCH, time.time())).result(WAIT_S)
                 if self._limits and (gone := retain(self._store, self._limits, now, closing=self._closing.is_set)):
                     logger.info("agent_memory: deleted, for it was beyond the limits: %s", gone)
             except Exception:
@@ -131,10 +136,10 @@ def reembed(store: Store, encoder: EncoderService, *, progress: Callable[[str], 
     Interrupted, it goes on where it was. Raises EncoderUnavailable.
     """
     place = 0
-    total, embedded = store.coverage()
+    total, embedded = store.vectors.coverage()
     done = before = embedded.get(encoder.fingerprint, 0)
     while True:
-        rows, upto = store.without_vectors(encoder.fingerprint, place, _ROWS)
+        rows, upto = store.vectors.missing(encoder.fingerprint, place, _ROWS)
         if rows:
             _embed(store, encoder, rows)
             done += len(rows)
@@ -147,19 +152,33 @@ def reembed(store: Store, encoder: EncoderService, *, progress: Callable[[str], 
 def prune_vectors(store: Store, fingerprint: str) -> int:
     """Delete the vectors of all other encoders; return how many there were."""
     gone = 0
-    while count := store.write(lambda tx: tx.prune_vectors(fingerprint, BATCH)).result(WAIT_S):
+    while count := store.write(lambda tx: tx.vectors.prune(fingerprint, BATCH)).result(WAIT_S):
         gone += count
     return gone
 
 
 def _embed(store: Store, encoder: EncoderService, rows: Missing) -> None:
+    """Give memories their vectors: those of the same encoder under a former fingerprint, else new ones."""
+    if encoder.former_fingerprints:
+        rows = store.write(lambda tx: _renamed(tx, encoder, rows)).result(WAIT_S)
+    if not rows:
+        return
     vectors = encoder.encode([key for _, key, _ in rows])
     if vectors is None:
         raise EncoderUnavailable(f"the encoder is {encoder.state}: {encoder.reason}")
     pairs = [(hashed, vector.tobytes()) for (_, _, hashed), vector in zip(rows, vectors, strict=True)]
 
     def fill(tx: Transaction) -> None:
-        tx.put_vectors(pairs, encoder.fingerprint)
-        tx.touch([number for number, _, _ in rows])
+        tx.vectors.put(pairs, encoder.fingerprint)
+        tx.exemplars.touch([number for number, _, _ in rows])
 
     store.write(fill).result(WAIT_S)
+
+
+def _renamed(tx: Transaction, encoder: EncoderService, rows: Missing) -> Missing:
+    """Take over the vectors that have a former fingerprint of the encoder; return the memories without one."""
+    hashes = [hashed for _, _, hashed in rows]
+    renamed = tx.vectors.rename(hashes, encoder.former_fingerprints, encoder.fingerprint)
+    if renamed:
+        tx.exemplars.touch([number for number, _, hashed in rows if hashed in renamed])
+    return [row for row in rows if row[2] not in renamed]

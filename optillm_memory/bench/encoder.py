@@ -1,4 +1,4 @@
-"""`bench encoder`: how fast the encoder is beside sentence-transformers' own, and how near its vectors come."""
+"""`bench encoder`: the encoder compared with that of sentence-transformers: time, and similarity of the vectors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from optillm_memory.bench.report import quantile
 from optillm_memory.recall.encoder import Encoder, SentenceTransformerEncoder, encoder_source, load_encoder
 
-LENGTHS = (8, 16, 24, 32, 40, 48, 56, 63)  # tokens, with the two that stand around each text
+LENGTHS = (8, 16, 24, 32, 40, 48, 56, 63)  # tokens, including the special ones before and after each text
 SHORT = 64
 
 
@@ -20,7 +20,7 @@ def run(texts: Sequence[str], *, repeats: int, tick: Callable[[], None] = lambda
     """Return the times of both encoders in ms, one text at a time and in turn, by the texts' length in tokens.
 
     The texts' words are joined to `repeats` texts of each length. `ratio_under_64` is the sum of the encoder's medians
-    over the lengths by that of the reference's, `min_cosine` the least of all vectors to the reference's.
+    over the lengths divided by that of the reference, `min_cosine` the lowest cosine of a vector and the reference's.
     """
     reference = SentenceTransformerEncoder(encoder_source("auto"))
     ours = load_encoder("auto")
@@ -53,7 +53,7 @@ def _timed(encoder: Encoder, text: str, times: list[float]) -> Any:
 
 
 def _of_lengths(texts: Sequence[str], tokenizer: Any, count: int) -> dict[int, list[str]]:
-    """Return texts of each length, made of the words of others; what a word brings beyond the length is left off."""
+    """Return texts of each length, made of the words of others; a word that exceeds the length is cut."""
     words = itertools.cycle(word for text in texts for word in text.split())
     made: dict[int, list[str]] = {}
     for length in LENGTHS:

@@ -1,8 +1,7 @@
-"""`bench fixes`: how often memory names the action that mends a failing one, and how far its confidence holds."""
+"""`bench fixes`: how often memory suggests the right correction of a failing action, and how calibrated it is."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from optillm_memory.bench.report import quantile
+from optillm_memory.bench.rows import read_rows, text_field
 from optillm_memory.errors import InvalidField
 from optillm_memory.learn.suggest import Calibrator, Example, FixBook, normal
 
@@ -22,7 +22,7 @@ _BINS = 10
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A failing command with what it printed and the acceptable corrections, best first; `group` is for scoring."""
+    """A failing command with its output and the acceptable corrections, best first; `group` is for scoring."""
 
     command: str
     output: str
@@ -30,7 +30,7 @@ class Row:
     group: str | None = None
 
     def example(self) -> Example:
-        """Return the row as memory holds it: with its best correction."""
+        """Return the row as memory stores it: with its best correction."""
         return Example(self.command, self.output, self.fix[0])
 
     def accepts(self, action: str) -> bool:
@@ -40,28 +40,19 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What was suggested for a row: its confidence (0 for none) and whether it was right."""
+    """The suggestion for a row: its confidence (0 if there was none) and whether it was right."""
 
     confidence: float
     right: bool
 
 
 def load_rows(path: Path | None = None) -> list[Row]:
-    """Read rows from a JSONL file with the fields `command`, `output`, `fix` and perhaps `group`; else our own rows.
+    """Read rows from a JSONL file with `command`, `output`, `fix` and optionally `group`; the default is ours.
 
     `fix` is a text or a list of texts. Further fields and empty lines are ignored. Raises InvalidField, naming the
     field with its file and line, for a bad row and a file without rows, and OSError where the file cannot be read.
     """
-    file = path or FIX_CASES
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidField("file", f"{file} is not UTF-8 text: {error}") from error
-    lines = enumerate(text.split("\n"), start=1)
-    rows = [_row(line, f"{file}, line {number}") for number, line in lines if line.strip()]
-    if not rows:
-        raise InvalidField("file", f"{file} holds no rows")
-    return rows
+    return [_row(row, place) for row, place in read_rows(path or FIX_CASES)]
 
 
 def run(rows: Sequence[Row], *, tick: Callable[[int], None] = lambda _done: None) -> dict[str, Any]:
@@ -69,9 +60,9 @@ def run(rows: Sequence[Row], *, tick: Callable[[int], None] = lambda _done: None
 
     Leave-one-out: each row is predicted from all the others. Its calibrator is fitted to suggestions among the rows
     outside of its fold (one of ten, by its place in the file), so the row contributes neither to the ranking nor to the
-    labels of its calibrator. Stream: row i is predicted from the rows before it, with a calibrator fitted to what came
-    of those; its time holds what each new example undoes in the book's caches. `replay` repeats the nearest example's
-    correction as it is, the baseline. Ticks twice a row.
+    labels of its calibrator. Stream: row i is predicted from the rows before it, with a calibrator fitted to their
+    results; its time includes rebuilding the caches that each new example invalidates. `replay`, the baseline, repeats
+    the nearest example's correction unchanged. Ticks twice per row.
     """
     answers, replayed = _leave_one_out(rows, tick)
     streamed, stream_replayed, taken = _stream(rows, tick)
@@ -112,9 +103,9 @@ def _learnable(answers: Sequence[Answer], rows: Sequence[Row]) -> float | None:
 
 
 def coverage(answers: Sequence[Answer], wanted: float = WANTED) -> float:
-    """Return the largest share of rows, taken by falling confidence, of which at least `wanted` are right.
+    """Return the largest share of rows, in the order of decreasing confidence, of which at least `wanted` are right.
 
-    Equal confidences are taken together or not at all.
+    Equal confidences are included together or not at all.
     """
     ordered = sorted(answers, key=lambda a: -a.confidence)
     most = right = 0
@@ -127,7 +118,7 @@ def coverage(answers: Sequence[Answer], wanted: float = WANTED) -> float:
 
 
 def calibration_error(answers: Sequence[Answer]) -> float:
-    """Return the expected calibration error of what was answered, over ten bins of equal count (Naeini et al. 2015)."""
+    """Return the expected calibration error of the suggestions, over ten bins of equal count (Naeini et al. 2015)."""
     ordered = sorted((a for a in answers if a.confidence > 0), key=lambda a: a.confidence)
     total = 0.0
     for number in range(_BINS):
@@ -155,7 +146,7 @@ def _leave_one_out(rows: Sequence[Row], tick: Callable[[int], None]) -> tuple[li
 
 def _calibrator(examples: Sequence[Example], fold: int) -> Calibrator:
     outside = [example for index, example in enumerate(examples) if index % FOLDS != fold]
-    return Calibrator().fitted(*FixBook(outside).rehearse(len(outside)))
+    return Calibrator().fitted(*FixBook(outside).cross_validate(len(outside)))
 
 
 def _stream(rows: Sequence[Row], tick: Callable[[int], None]) -> tuple[list[Answer], list[bool], list[float]]:
@@ -171,7 +162,7 @@ def _stream(rows: Sequence[Row], tick: Callable[[int], None]) -> tuple[list[Answ
         taken.append(1000 * (time.perf_counter() - started))
         answer = Answer(0.0, right=False)
         if found is not None:
-            suggestion = book.judged(found, row.command, row.output)
+            suggestion = book.with_confidence(found, row.command, row.output)
             answer = Answer(suggestion.confidence, row.accepts(suggestion.action))
             shares.append(found[1])
             right.append(answer.right)
@@ -205,13 +196,7 @@ def _share(values: Iterable[bool]) -> float:
     return round(sum(kept) / len(kept), 4) if kept else 0.0
 
 
-def _row(line: str, place: str) -> Row:
-    try:
-        row: Any = json.loads(line)
-    except ValueError as error:
-        raise InvalidField("row", f"{place} is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise InvalidField("row", f"{place} is not a JSON object")
+def _row(row: dict[str, Any], place: str) -> Row:
     fix = row.get("fix")
     fixes = [fix] if isinstance(fix, str) else fix
     if not isinstance(fixes, list) or not fixes or not all(isinstance(f, str) and f.strip() for f in fixes):
@@ -219,15 +204,4 @@ def _row(line: str, place: str) -> Row:
     group = row.get("group")
     if group is not None and not isinstance(group, str):
         raise InvalidField("group", f"must be a text in {place}, but is {group!r:.80}")
-    command, output = _text(row, "command", place), _text(row, "output", place, empty=True)
-    return Row(command, output, tuple(fixes), group)
-
-
-def _text(row: dict[str, Any], name: str, place: str, *, empty: bool = False) -> str:
-    if name not in row:
-        raise InvalidField(name, f"missing in {place}")
-    value = row[name]
-    if not isinstance(value, str) or not (empty or value.strip()):
-        kind = "a text" if empty else "a text that is not empty"
-        raise InvalidField(name, f"must be {kind} in {place}, but is {value!r:.80}")
-    return value
+    return Row(text_field(row, "command", place), text_field(row, "output", place, empty=True), tuple(fixes), group)

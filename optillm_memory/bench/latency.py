@@ -1,4 +1,4 @@
-"""`bench latency`: what memory adds to a round trip, beside the encoder's own time on the same text."""
+"""`bench latency`: what memory adds to a round trip, and the time of the encoder alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(
     """Return for each number of traces the p50 and p95 in milliseconds of `none`, `memory` and `encoder`.
 
     One server per size, an instant upstream, requests one after another; the three are interleaved, each on a text
-    that nothing has seen before. Every trace in the store is a verified exemplar: the dearest case.
+    that is new to all. Every trace in the store is a verified exemplar: the most expensive case.
     """
     encoder = load_encoder("auto")
     assert encoder is not None
@@ -56,18 +56,18 @@ def run(
                 wait_for_encoder(server.base_url, KEY)
                 times: dict[str, list[float]] = {"none": [], "memory": [], "encoder": []}
                 with OpenAI(base_url=server.base_url, api_key=KEY, max_retries=0) as client:
-                    ways: dict[str, Callable[[str], Any]] = {
+                    kinds: dict[str, Callable[[str], Any]] = {
                         "none": lambda text: _ask(client, "none-model", text),
                         "memory": lambda text: _ask(client, "agent_memory-model", text),
                         "encoder": lambda text: encoder.encode([text]),
                     }
                     asked = iter(texts[size:])
                     for number in range(repeats + 10):
-                        for name in chance.sample(sorted(ways), len(ways)):
+                        for name in chance.sample(sorted(kinds), len(kinds)):
                             text = next(asked)
                             started = time.perf_counter()
-                            ways[name](text)
-                            if number >= 10:  # the first few warm everything up
+                            kinds[name](text)
+                            if number >= 10:  # the first few are a warm-up
                                 times[name].append((time.perf_counter() - started) * 1000)
                         tick()
         figures[str(size)] = {
@@ -79,7 +79,7 @@ def run(
 
 
 def fresh_texts(tasks: Sequence[Task], chance: random.Random, count: int) -> list[str]:
-    """Return so many texts, no two alike: tasks joined and numbered where there are not enough of them."""
+    """Return `count` different texts: tasks, with an order number where there are not enough of them."""
     texts: list[str] = []
     inputs = [task.input for task in tasks]
     seen: set[str] = set()
@@ -94,7 +94,7 @@ def fresh_texts(tasks: Sequence[Task], chance: random.Random, count: int) -> lis
 
 
 def fill(db: Path, texts: Sequence[str]) -> None:
-    """Put verified exemplars into a database, with vectors, through the ordinary ways of writing."""
+    """Fill a database with verified exemplars and their vectors, through the ordinary write path."""
     tenant = tenant_of_key(KEY)
     with Memory.open(db, holdout=0.0, queue_size=max(len(texts) * 2, 100)) as memory:
         memory.encoder.wait(120)

@@ -1,27 +1,27 @@
-"""`bench near-misses`: whether `b` gets `a`'s answer, where the two are alike and where they only look it."""
+"""`bench near-misses`: whether `b` gets the answer to `a`, if they mean the same and if they only look alike."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optillm_memory.bench.local import Upstream, Way, ask, empty_memory, remembering, run, tell
+from optillm_memory.bench.in_process import Upstream, Variant, ask, cached_encoder, empty_memory, run, send_feedback
+from optillm_memory.bench.rows import read_rows, text_field
 from optillm_memory.bench.stream import oracle
 from optillm_memory.bench.tasks import Task
 from optillm_memory.errors import InvalidField
 from optillm_memory.memory import Memory
 
 PAIRS = Path(__file__).with_name("near_misses.jsonl")
-SHADOW, SEED = Way("shadow", {}), Way("seed", {"mode": "write"})
+SHADOW, SEED = Variant("shadow", {}), Variant("seed", {"mode": "write"})
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two questions; `same_answer` where one's answer is the other's."""
+    """Two questions; `same_answer` if one is answered by the answer to the other."""
 
     a: str
     b: str
@@ -30,24 +30,18 @@ class Pair:
 
 
 def load_pairs(path: Path | None = None) -> list[Pair]:
-    """Read pairs from a JSONL file with `a`, `b`, `same_answer` and perhaps `category`; without a path, our own.
+    """Read pairs from a JSONL file with `a`, `b`, `same_answer` and optionally `category`; the default is ours.
 
-    Raises InvalidField, naming the line, for a row that is not of this shape.
+    Raises InvalidField, naming the line, for a row that is not of this shape, and OSError.
     """
-    file = path or PAIRS
-    pairs = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            a, b, same = row["a"], row["b"], row["same_answer"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise InvalidField("row", f"{file}, line {number}: needs a, b and same_answer ({error!r})") from error
-        pairs.append(Pair(str(a), str(b), bool(same), str(row.get("category", ""))))
-    if not pairs:
-        raise InvalidField("file", f"{file} holds no rows")
-    return pairs
+    return [_pair(row, place) for row, place in read_rows(path or PAIRS)]
+
+
+def _pair(row: Mapping[str, Any], place: str) -> Pair:
+    if not isinstance(same := row.get("same_answer"), bool):
+        raise InvalidField("same_answer", f"must be true or false in {place}, but is {same!r:.80}")
+    category = str(row.get("category", ""))
+    return Pair(text_field(row, "a", place), text_field(row, "b", place), same, category)
 
 
 def measure(
@@ -59,13 +53,13 @@ def measure(
     say: Callable[[str], None],
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Return the shares served among pairs that differ and that do not, after other traffic and without any.
+    """Return the shares served among pairs with the same answer and with different answers, with and without traffic.
 
-    The gate learns from the traffic in shadow; then each `a` is put into memory, verified with an answer of its own,
-    and each `b` is asked with `reuse`. The gate learns nothing from the pairs.
+    The gate learns from the traffic in shadow mode; then each `a` is stored with a verified answer of its own, and
+    each `b` is asked with `reuse`. The gate learns nothing from the pairs.
     """
     say("encoding the questions")
-    encoder = remembering([t.input for t in traffic] + [q for p in pairs for q in (p.a, p.b)])
+    encoder = cached_encoder([t.input for t in traffic] + [q for p in pairs for q in (p.a, p.b)])
     upstream = oracle(0.7, traffic, seed)
     figures: dict[str, Any] = {}
     for name, before in (("", traffic), ("uncalibrated_", ())):
@@ -80,14 +74,14 @@ def _served(memory: Memory, pairs: Sequence[Pair], max_error: float) -> dict[str
     for number, pair in enumerate(pairs):
         answer = f"answer {number}"
         turn, _, _ = ask(memory, pair.a, lambda _request, answer=answer: answer, SEED)  # type: ignore[misc]
-        tell(memory, turn, Task(pair.a, answer), right=True)
-    way = Way("gate", {"mode": "read", "reuse": {"max_error": max_error}})
+        send_feedback(memory, turn, Task(pair.a, answer), right=True)
+    variant = Variant("gate", {"mode": "read", "reuse": {"max_error": max_error}})
     refusing: Upstream = lambda _request: ""  # noqa: E731
     served: Counter[tuple[bool, str]] = Counter()
     reasons: Counter[str] = Counter()
     asked = Counter((pair.same_answer, pair.category) for pair in pairs)
     for number, pair in enumerate(pairs):
-        turn, answer, _ = ask(memory, pair.b, refusing, way)
+        turn, answer, _ = ask(memory, pair.b, refusing, variant)
         reasons[turn.decision.reason if turn.decision else "not_considered"] += 1
         # Where `b` is the `a` of another pair, it is rightly answered with that one's answer.
         served[pair.same_answer, pair.category] += answer == f"answer {number}"

@@ -1,16 +1,19 @@
-"""Records for benches of the store: as many as wanted, with texts and vectors that lie like real ones, by seed."""
+"""Synthetic records for benches of the store: any number, reproducible by seed, distributed like real ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from optillm_memory.learn import fold
+from optillm_memory.conversation.parse import key_of
+from optillm_memory.recall.encoder import REFERENCE
 from optillm_memory.records import Feedback, Scope, Trace
-from optillm_memory.store.tables.rows import key_hash
+from optillm_memory.store import fold
+from optillm_memory.store.tables.vectors import key_hash
 from optillm_memory.store.transaction import Transaction
 
 LARGE, SMALL = Scope("bench"), Scope("bench", "small")
@@ -23,6 +26,7 @@ _WORDS, _LENGTH, _ZIPF = 30_000, 12, 1.1
 _BLOCK = 4_096
 _SMALL_EVERY = 100
 
+Vector = NDArray[np.float32]
 Vectors = NDArray[np.float32]
 Operation = Callable[[Transaction], None]
 
@@ -34,14 +38,14 @@ class Record:
     number: int
     scope: Scope
     task: str
-    vector: Vectors
+    vector: Vector
 
 
 class Records:
-    """`size` records; every hundredth is in a small scope of its own. A part is made again in the same way."""
+    """`size` records; every hundredth is in a small scope of its own. Any part of them can be made again."""
 
     def __init__(self, size: int, seed: int = 0) -> None:
-        """Draw what all blocks share."""
+        """Draw the words, directions and subjects that all blocks share."""
         self.size, self._seed = size, seed
         rng = np.random.default_rng(seed)
         decay = np.exp(-np.arange(DIMENSION) / _DIRECTIONS)
@@ -74,7 +78,7 @@ class Records:
             yield start, self.block(start)
 
     def queries(self, count: int) -> list[tuple[str, Vectors]]:
-        """Return texts and vectors to ask with: half of them near a record, half on a subject of some of them."""
+        """Return texts and vectors of queries: half of them near a record, half on a subject of some records."""
         rng = np.random.default_rng([self._seed, 7])
         found = []
         for index in range(count):
@@ -96,13 +100,39 @@ class Records:
         return " ".join(self._words[i] for i in np.searchsorted(self._upto, rng.random(_LENGTH)).tolist())
 
 
+class KnownEncoder:
+    """An encoder that knows the vectors of all texts in advance, so that encoding costs nothing."""
+
+    def __init__(self, fingerprint: str = "bench-known-384") -> None:
+        """Know the texts that an encoder service asks for at its start."""
+        self.fingerprint = fingerprint
+        self._vectors: dict[str, Vector] = {}
+        for text, record in zip(REFERENCE, Records(len(REFERENCE), seed=1 << 20), strict=True):
+            self.learn(text, record.vector)
+
+    def learn(self, text: str, vector: Vector) -> None:
+        """Add a text with its vector."""
+        self._vectors[text] = self._vectors[key_of(text)] = vector
+
+    def vector(self, text: str) -> Vector:
+        """Return a text's vector; an unknown text gets a random one, which is far from all others."""
+        if (vector := self._vectors.get(text)) is None:
+            drawn = np.random.default_rng(zlib.crc32(text.encode())).standard_normal(DIMENSION)
+            vector = self._vectors[text] = (drawn / np.linalg.norm(drawn)).astype(np.float32)
+        return vector
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        """Return the vectors of several texts."""
+        return np.stack([self.vector(text) for text in texts])
+
+
 def scope_of(number: int) -> Scope:
     """Return the scope that a record is in."""
     return SMALL if number % _SMALL_EVERY == _SMALL_EVERY - 1 else LARGE
 
 
 def trace_of(record: Record, prefix: str = "bench") -> Trace:
-    """Return the trace of a record, as a request would leave it."""
+    """Return the trace of a record, as a request would write it."""
     return Trace(
         trace_id=f"chatcmpl-{prefix}-{record.number:024x}", scope=record.scope, episode_id=f"{prefix}-{record.number}",
         created_at=1e9 + record.number, model="model", approach="none", action="plain", held_out=False, propensity=0.05,
@@ -115,18 +145,20 @@ def trace_of(record: Record, prefix: str = "bench") -> Trace:
 def operations(
     record: Record, scope: Scope, *, prefix: str = "bench", fingerprint: str = FINGERPRINT
 ) -> tuple[Operation, Operation]:
-    """Return what a request, and the feedback on it that makes it an exemplar, write: its vector is ready-made."""
+    """Return the writes of a request and of the feedback that makes it an exemplar; its vector is known in advance."""
     made = replace(trace_of(record, prefix), scope=scope)
     vector = [(key_hash(made.task), record.vector.tobytes())]
-    said = Feedback(f"{prefix}-{record.number}", "success", True, "code", made.trace_id, None, None, made.created_at)
+    feedback = Feedback(
+        f"{prefix}-{record.number}", "success", True, "code", made.trace_id, None, None, made.created_at
+    )
 
     def arrives(tx: Transaction) -> None:
-        tx.put_vectors(vector, fingerprint)
+        tx.vectors.put(vector, fingerprint)
         tx.add_trace(made, prefixes=[f"{prefix}-{record.number}"])
         fold.trace_arrived(tx, made)
 
     def judged(tx: Transaction) -> None:
-        fold.feedback_arrived(tx, scope.tenant, None, said, received_at=made.created_at)
+        fold.feedback_arrived(tx, scope.tenant, None, feedback, received_at=made.created_at)
 
     return arrives, judged
 

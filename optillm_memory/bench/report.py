@@ -1,4 +1,4 @@
-"""What every bench hands out: its figures, and the settings, versions and machine they were got with."""
+"""A bench's report: its figures with the settings, versions and machine; printed, written to a file, or both."""
 
 from __future__ import annotations
 
@@ -7,16 +7,34 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import click
 
 from optillm_memory.store.sqlite.connection import sqlite_version
 
 _PACKAGES = ("optillm-memory", "optillm", "openai", "sentence-transformers", "torch", "transformers", "numpy")
 
 
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where a report goes: as JSON to the file of `--output`, as text or (`--json`) JSON to standard output."""
+
+    path: Path | None = None
+    as_json: bool = False
+
+    def write(self, figures: Mapping[str, Any], settings: Mapping[str, Any], text: str | None = None) -> None:
+        """Write and print the figures; `text` is how people read them (the default is `columns`)."""
+        whole = json.dumps(report(figures, settings), indent=2, sort_keys=True)
+        if self.path is not None:
+            self.path.write_text(f"{whole}\n", encoding="utf-8")
+        click.echo(whole if self.as_json else columns(figures) if text is None else text)
+
+
 def report(figures: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the figures as flat keys, with what they were got with beside them."""
+    """Return the figures as keys of one object, together with the settings, versions and machine."""
     versions = {"python": platform.python_version(), "sqlite": sqlite_version()}
     for package in _PACKAGES:
         try:
@@ -27,10 +45,18 @@ def report(figures: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
     return {**figures, "settings": dict(settings), "versions": versions, "machine": machine}
 
 
-def write(result: Mapping[str, Any], path: Path | None) -> None:
-    """Write a report to a file as JSON, where one was named."""
-    if path is not None:
-        path.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def columns(figures: Mapping[str, Any], indent: str = "") -> str:
+    """Return names and values in two columns; a group of figures is indented below its name."""
+    width = max((len(name) for name in figures), default=0)
+    lines = []
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            lines.append(f"{indent}{name}")
+            lines += [columns(value, f"{indent}  ")] if value else []
+        else:
+            shown = json.dumps(value, ensure_ascii=False) if isinstance(value, (list, tuple)) else value
+            lines.append(f"{indent}{name:{width}}  {shown}")
+    return "\n".join(lines)
 
 
 def quantile(values: Sequence[float], share: float) -> float:

@@ -1,11 +1,10 @@
-"""`bench route`: what the policy earns on requests whose every arm's reward and cost is known.
+"""`bench route`: what the policy earns on requests for which the reward and cost of every arm are known.
 
-The upstream is the rows themselves, so the policy alone is measured: the real one, with the real encoder's clusters.
+The rows take the place of the upstream, so only the policy is measured: the real one, on the real encoder's vectors.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,23 +13,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from optillm_memory.bench.local import remembering
+from optillm_memory.bench.in_process import cached_encoder
+from optillm_memory.bench.rows import read_rows, text_field
 from optillm_memory.bench.tasks import load_tasks
 from optillm_memory.conversation.parse import key_of
-from optillm_memory.decide.policy import Known, Policy, Situation, Terms
+from optillm_memory.decide.policy import Measurement, Policy, Situation, Terms
 from optillm_memory.errors import InvalidField
 from optillm_memory.records import Arm
 
 Array = NDArray[np.float64]
-COST_WEIGHT = 0.1  # utility is the reward less this share of the cost, in units of the dearest arm's mean cost
-WINDOW = 500  # requests over which the default may not be missed much
-_ADAPTED = 1500  # requests after an arm's change by which the policy has followed
-_SETTLED = 1000  # requests after which a bad default is overcome
+COST_WEIGHT = 0.1  # utility is the reward less this share of the cost, in units of the most expensive arm's mean cost
+WINDOW = 500  # requests over which the policy may not fall far below the default
+_ADAPTED = 1500  # requests after an arm's change within which the policy adapts
+_SETTLED = 1000  # requests after which the policy has left a bad default
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A request, with what each arm earns and costs there; `task` is for scoring alone."""
+    """A request with the reward and cost of each arm; `task` is for scoring only."""
 
     prompt: str
     arms: Mapping[str, Mapping[str, float]]
@@ -39,22 +39,22 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """What the policy meets: its default, and what is told of its answers.
+    """The conditions of a run: the default arm, and the feedback on the answers.
 
-    Of the answers a share is told of, `delay` requests later, of these a share `noise` wrongly. With `degrades` the
-    default's reward is halved from the middle on.
+    A share `feedback` of the answers gets feedback, `delay` requests later, a share `noise` of it wrong. `degrades`
+    means that the default's reward is halved from the middle on.
     """
 
     name: str
     good_default: bool = True
     warmup_share: float = 0.0
-    told: float = 1.0
+    feedback: float = 1.0
     noise: float = 0.0
     delay: int = 0
     degrades: bool = False
 
 
-_SPARSE: dict[str, Any] = {"told": 0.3, "noise": 0.1, "delay": 50}
+_SPARSE: dict[str, Any] = {"feedback": 0.3, "noise": 0.1, "delay": 50}
 SCENARIOS = (
     Scenario("good_default"),
     Scenario("good_default_sparse", **_SPARSE),
@@ -68,23 +68,23 @@ SCENARIOS = (
 
 
 def load_rows(path: Path) -> list[Row]:
-    """Read rows of `prompt`, `arms` (by name: `reward`, `cost`) and perhaps `task`. Raises InvalidField."""
-    rows = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-        try:
-            given = json.loads(line)
-            arms = {str(n): {k: float(a[k]) for k in ("reward", "cost")} for n, a in given["arms"].items()}
-            rows.append(Row(str(given["prompt"]), arms, str(given.get("task", ""))))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            wanted = "an object with `prompt` and `arms`: {name: {reward, cost}}"
-            raise InvalidField(f"{path.name}:{number}", f"must be {wanted}") from None
-    if not rows or any(row.arms.keys() != rows[0].arms.keys() for row in rows):
-        raise InvalidField(path.name, "must hold rows, all with the same arms")
+    """Read rows of `prompt`, `arms` (by name: `reward`, `cost`) and optionally `task`. Raises InvalidField."""
+    rows = [_row(row, place) for row, place in read_rows(path)]
+    if any(row.arms.keys() != rows[0].arms.keys() for row in rows):
+        raise InvalidField("arms", f"all rows of {path} must have the same arms")
     return rows
 
 
-def made_up(seed: int = 0, count: int = 2000) -> list[Row]:
-    """Return rows on the support tasks: a small, cheap arm that is good at half of the kinds, and a large, dear one."""
+def _row(row: Mapping[str, Any], place: str) -> Row:
+    try:
+        arms = {str(n): {k: float(a[k]) for k in ("reward", "cost")} for n, a in row["arms"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InvalidField("arms", f"must be {{name: {{reward, cost}}}} with numbers in {place}") from None
+    return Row(text_field(row, "prompt", place), arms, str(row.get("task", "")))
+
+
+def synthetic_rows(seed: int = 0, count: int = 2000) -> list[Row]:
+    """Return rows on the support tasks: a small, cheap arm good at half of the kinds, and a large, expensive one."""
     tasks = load_tasks(None)
     kinds = sorted({task.output for task in tasks})
     chance = np.random.default_rng(seed)
@@ -99,8 +99,8 @@ def made_up(seed: int = 0, count: int = 2000) -> list[Row]:
 
 
 def vectors_of(rows: Sequence[Row]) -> NDArray[np.float32]:
-    """Return the vectors of the prompts, as the server's encoder has them. Raises EncoderUnavailable."""
-    encoder = remembering([row.prompt for row in rows])
+    """Return the vectors of the prompts from the configured encoder. Raises EncoderUnavailable."""
+    encoder = cached_encoder([row.prompt for row in rows])
     return encoder.encode([key_of(row.prompt) for row in rows])
 
 
@@ -118,13 +118,13 @@ class Table:
 
     @classmethod
     def of(cls, rows: Sequence[Row], vectors: NDArray[np.float32], weight: float) -> Table:
-        """Arrange the rows; a unit of cost is worth `weight` / (the dearest arm's mean cost) of reward."""
+        """Arrange the rows; a unit of cost is worth `weight` / (the most expensive arm's mean cost) of reward."""
         names = tuple(sorted(rows[0].arms))
         rewards, costs = (np.array([[row.arms[n][k] for n in names] for row in rows]) for k in ("reward", "cost"))
         tasks = np.unique([row.task for row in rows], return_inverse=True)[1]
-        dearest = float(costs.mean(axis=0).max())
+        most_expensive = float(costs.mean(axis=0).max())
         lengths = np.array([len(row.prompt) for row in rows])
-        return cls(names, vectors, rewards, costs, lengths, tasks, weight / dearest if dearest else 0.0)
+        return cls(names, vectors, rewards, costs, lengths, tasks, weight / most_expensive if most_expensive else 0.0)
 
     @property
     def utility(self) -> Array:
@@ -148,14 +148,14 @@ class Table:
 
 @dataclass
 class Played:
-    """One run: the table it met, the default, and the arms it chose."""
+    """One run: its table, the default arm, and the arms that were chosen."""
 
     table: Table
     default: int
     chosen: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def figures(self, scenario: Scenario) -> dict[str, Any]:
-        """Return what was earned, beside what each single arm, the best per task and the oracle would have earned."""
+        """Return what was earned, and what each single arm, the best per task and the oracle would have earned."""
         utility, chosen = self.table.utility, self.chosen
         rows = np.arange(len(chosen))
         earned, means = utility[rows, chosen], utility.mean(axis=0)
@@ -188,15 +188,15 @@ class Played:
 
 
 def play(table: Table, scenario: Scenario, seed: int, exploration_budget: float) -> Played:
-    """Have the policy choose for the whole table, in an order and with chances of this seed."""
+    """Let the policy choose for the whole table, in an order and with random draws of this seed."""
     table = table.shuffled(seed)
     means = table.utility.mean(axis=0)
     default = int(means.argmax() if scenario.good_default else means.argmin())
     table = table.degraded(default) if scenario.degrades else table
     chance = np.random.default_rng([seed, 1])
     count = len(table.rewards)
-    told, wrong, draws = (
-        chance.random(count) < scenario.told,
+    judged, wrong, draws = (
+        chance.random(count) < scenario.feedback,
         chance.random(count) < scenario.noise,
         chance.random(count),
     )
@@ -208,11 +208,11 @@ def play(table: Table, scenario: Scenario, seed: int, exploration_budget: float)
         situation = Situation(table.vectors[row], int(table.lengths[row]))
         choice = policy.choose(situation, float(draws[row]))
         arm = played.chosen[row] = table.names.index(choice.arm.name)
-        policy.add(choice.logged(situation), Known(cost=float(table.costs[row, arm])))
-        if (late := row - scenario.delay) >= 0 and told[late]:
+        policy.add(choice.logged(situation), Measurement(cost=float(table.costs[row, arm])))
+        if (late := row - scenario.delay) >= 0 and judged[late]:
             arm = played.chosen[late]
             reward = float(table.rewards[late, arm])
-            known = Known(1 - reward if wrong[late] else reward, float(table.costs[late, arm]))
+            known = Measurement(1 - reward if wrong[late] else reward, float(table.costs[late, arm]))
             policy.observe(late, known)
     return played
 
@@ -227,7 +227,7 @@ def run(
     scenarios: Sequence[Scenario] = SCENARIOS,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Return each scenario's figures: the mean over the seeds, and what the worst seed had."""
+    """Return each scenario's figures: the mean over the seeds, and the worst seed's."""
     table = Table.of(rows, vectors, weight)
     figures: dict[str, Any] = {}
     for scenario in scenarios:
@@ -240,12 +240,12 @@ def run(
 
 
 def scenarios() -> list[dict[str, Any]]:
-    """Return what the scenarios are, for a report."""
+    """Return the scenarios for a report."""
     return [asdict(scenario) for scenario in SCENARIOS]
 
 
 def lines(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return the figures in lines for people, by scenario."""
+    """Return a readable line of figures for each scenario."""
     shown = {}
     for name, found in figures.items():
         extra = {k: found[k] for k in ("way_to_best_arm", "loss_made_good") if k in found}

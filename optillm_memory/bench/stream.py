@@ -1,4 +1,4 @@
-"""`bench stream`: a stream of tasks with feedback after each, through a real server."""
+"""`bench stream`: a stream of tasks through a real server, with feedback after each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Progress = Callable[[int], None]
 
 @dataclass
 class Server:
-    """Where the stream goes: an OpenAI-compatible URL, the model's name there, and the caller's key."""
+    """The server of the stream: an OpenAI-compatible URL, the model's name there, and the caller's key."""
 
     url: str
     model: str
@@ -39,7 +39,7 @@ class Server:
 
 @dataclass
 class Result:
-    """What came of each task, in order."""
+    """The results of the tasks, in order."""
 
     right: list[bool] = field(default_factory=list)
     served: list[bool] = field(default_factory=list)
@@ -54,9 +54,9 @@ class Result:
         self.actions[action] += 1
 
     def figures(self) -> dict[str, Any]:
-        """Return the flat figures; `accuracy_last_N` is over the last N tasks, or all where there are fewer.
+        """Return the flat figures; `accuracy_last_N` is over the last N tasks, or all if there are fewer.
 
-        `served` were answered without an LLM call, and `error_per_hit` is the share of these that was wrong.
+        `served` were answered without an LLM call, and `error_per_hit` is the share of wrong answers among them.
         """
         figures: dict[str, Any] = {
             "accuracy": _share(self.right),
@@ -89,12 +89,12 @@ def run(
     episodes: str = "",
     tick: Progress = lambda _done: None,
 ) -> Result:
-    """Ask for each task in turn, tell how it went, and ask for the next.
+    """Ask for each task in turn, and send feedback before the next.
 
-    With `demonstration` the right answer follows a failure; with `binary` only success or failure is told. `vote`
-    also asks recall alone, before the answer: the similarity-weighted vote of the nearest exemplars. `max_error` lets
-    verified answers be reused; one that was is told nothing about, as nobody has looked at it. `episodes` names the
-    tasks' episodes, so that another run with the same name has the same ones held out.
+    With `demonstration` the right answer follows a failure; with `binary` the feedback is only success or failure.
+    `vote` also measures recall alone, before the answer: the similarity-weighted vote of the nearest exemplars.
+    `max_error` lets verified answers be reused; these get no feedback, as nobody has checked them. `episodes` names
+    the tasks' episodes, so that another run with the same name holds out the same ones.
     """
     result = Result()
     started = time.perf_counter()
@@ -115,7 +115,7 @@ def run(
             right = answer.strip() == task.output
             result.add(right=right, action=action)
             if feedback != "none" and action != "reuse":
-                tell(routes, trace_id, task, right=right, demonstrate=feedback == "demonstration")
+                send_feedback(routes, trace_id, task, right=right, demonstrate=feedback == "demonstration")
             tick(done)
     result.seconds = time.perf_counter() - started
     return result
@@ -136,12 +136,11 @@ def ask(client: OpenAI, model: str, text: str, memory: Mapping[str, Any]) -> tup
     return trace_id, completion.choices[0].message.content or "", action
 
 
-def tell(routes: httpx.Client, trace_id: str, task: Task, *, right: bool, demonstrate: bool) -> None:
-    """Post feedback as code that knows the answer: success or failure, and what would have been right."""
+def send_feedback(routes: httpx.Client, trace_id: str, task: Task, *, right: bool, demonstrate: bool) -> None:
+    """Post feedback with source `code`: success or failure, and after a failure the right answer."""
     items: list[dict[str, Any]] = [{"trace_id": trace_id, "metric": "success", "value": right, "source": "code"}]
     if demonstrate and not right:
-        shown = {"trace_id": trace_id, "metric": "demonstration", "value": task.output, "source": "code"}
-        items.append(shown)
+        items.append({"trace_id": trace_id, "metric": "demonstration", "value": task.output, "source": "code"})
     routes.post("/feedback", json=items).raise_for_status()
 
 
@@ -158,17 +157,17 @@ def _share(values: Sequence[bool]) -> float:
     return round(sum(values) / len(values), 4) if values else 0.0
 
 
-# -- servers of the bench's own making -------------------------------------------------------------
+# -- the bench's own servers -----------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def own_server(
+def started_server(
     upstream: str, tasks: Sequence[Task], *, seed: int, env: Mapping[str, str], say: Callable[[str], None]
 ) -> Iterator[Server]:
-    """Start a real server on an empty database, with an upstream of its own.
+    """Run a real server on an empty database, with its own upstream.
 
     `upstream` is `smollm2` (SmolLM2-135M through optillm's own inference) or `random:P` (an upstream that knows
-    the answers and gives the right one with probability P, else another label). Raises InvalidField.
+    the answers and returns the right one with probability P, else another label). Raises InvalidField.
     """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="optillm-memory-bench-")))
@@ -190,7 +189,7 @@ def own_server(
 
 
 def wait_for_encoder(base_url: str, key: str, timeout_s: float = 120) -> str:
-    """Wait until the server's encoder is there, or is known to be absent; return its state."""
+    """Wait until the server's encoder is loaded, or cannot be; return its state."""
     deadline = time.monotonic() + timeout_s
     state = "loading"
     while state == "loading" and time.monotonic() < deadline:
@@ -213,7 +212,7 @@ def probability(upstream: str) -> float:
 
 
 def oracle(share: float, tasks: Sequence[Task], seed: int) -> Callable[[Mapping[str, Any]], str]:
-    """Return an upstream that gives the right answer with a probability, else another label."""
+    """Return an upstream that returns the right answer with this probability, else another label."""
     answers = {task.input: task.output for task in tasks}
     labels = sorted(set(answers.values()))
     chance = random.Random(seed)

@@ -13,8 +13,10 @@ import click
 from optillm_memory.cli.common import database, limited, opened, printed, printing, reading, scope_named, scoped
 from optillm_memory.cli.render import finding_line, mapping, memory_lines, trace_lines
 from optillm_memory.errors import AgentMemoryError
+from optillm_memory.learn.uplift import summary as uplift_summary
 from optillm_memory.memory import Memory
-from optillm_memory.records import METRICS, Hit
+from optillm_memory.records import METRICS
+from optillm_memory.request.route import summary as policy_summary
 from optillm_memory.settings import table
 
 _OF_THE_ENCODER = ("encoder", "encoder_reason", "memories_without_vector")  # commands that only count load none
@@ -116,31 +118,19 @@ def why(memory: Memory, trace_id: str) -> Any:
 @limited(20)
 def memories(memory: Memory, limit: int) -> Any:
     """List memories of every status, newest first."""
-    return [{**asdict(m), "value": round(m.value, 4)} for m in memory.memories(limit=limit)]
-
-
-def _uplift(found: Any) -> str:
-    from optillm_memory.learn.uplift import summary
-
-    return mapping(summary(found))
+    return [record.as_dict() for record in memory.memories(limit=limit)]
 
 
 @main.command()
-@reading(_uplift)
+@reading(lambda found: mapping(uplift_summary(found)))
 @limited(20, "Largest number of memories of one scope.")
 def uplift(memory: Memory, limit: int) -> Any:
     """Show how memory changed the outcome of episodes, measured by the holdout."""
     return memory.uplift(limit=limit)
 
 
-def _policy(found: Any) -> str:
-    from optillm_memory.request.route import summary
-
-    return mapping(summary(found))
-
-
 @main.command()
-@reading(_policy, encoder=None)
+@reading(lambda found: mapping(policy_summary(found)), encoder=None)
 @scoped
 def policy(memory: Memory, **scope: Any) -> Any:
     """Show the arms of approach `auto`, what is estimated of each, and why."""
@@ -154,11 +144,7 @@ def policy(memory: Memory, **scope: Any) -> Any:
 @scoped
 def recall(memory: Memory, query: str, limit: int, **scope: Any) -> Any:
     """Show what a request with the task QUERY would recall."""
-    return [_hit(hit) for hit in memory.recall(query, scope=scope_named(memory, **scope), limit=limit)]
-
-
-def _hit(hit: Hit) -> dict[str, Any]:
-    return {**asdict(hit.memory), "score": hit.score, "cosine": hit.cosine, "lexical": hit.lexical}
+    return [hit.as_dict() for hit in memory.recall(query, scope=scope_named(memory, **scope), limit=limit)]
 
 
 @main.command()
@@ -217,13 +203,11 @@ def settings(*, as_json: bool) -> None:
 
 
 def _add_later_commands() -> None:
-    from optillm_memory.bench import store_commands as bench_store
     from optillm_memory.bench.commands import bench
     from optillm_memory.cli.copy import copy
     from optillm_memory.cli.maintain import COMMANDS
     from optillm_memory.demo.command import demo
 
-    bench_store.add_to(bench)
     for command in (demo, bench, copy, *COMMANDS):
         main.add_command(command)
 

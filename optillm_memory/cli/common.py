@@ -53,21 +53,17 @@ def printed(value: Any, *, as_json: bool, text: Callable[[], str] | None) -> Non
         click.echo(text())
 
 
-def database(command: Command) -> Command:
+def database(command: Command, kinds: str = "a file or a postgresql:// URL") -> Command:
     """Add the options of a command on a database: `--db`, `--json` and `--output`."""
-    return _with_database(command, "a file or a postgresql:// URL")
-
-
-def database_file(command: Command) -> Command:
-    """Add the same options to a command that works on files only."""
-    return _with_database(command, "a file; for a server use pg_dump, or optillm-memory copy")
-
-
-def _with_database(command: Command, kinds: str) -> Command:
     return click.option(
         "--db", type=click.Path(dir_okay=False), default=None,
         help=f"The database: {kinds} [default: OPTILLM_AGENT_MEMORY_DB or ~/.optillm/agent_memory.db].",
     )(printing(command))  # fmt: skip
+
+
+def database_file(command: Command) -> Command:
+    """Add the same options to a command that works on files only."""
+    return database(command, "a file; for a server use pg_dump, or optillm-memory copy")
 
 
 def reading(
@@ -82,7 +78,7 @@ def reading(
         @database
         @functools.wraps(function)
         def command(*, db: str | None, as_json: bool, **options: Any) -> None:
-            with opened(db, encoder=encoder) as memory:
+            with opened(db, encoder=encoder, read_only=True) as memory:
                 if encoder is None:
                     memory.encoder.wait(ENCODER_S)
                 found = function(memory, **options)
@@ -107,15 +103,15 @@ def scoped(command: Command) -> Command:
     )(command)
 
 
-def opened(db: str | None, *, encoder: str | None = "none", make: bool = False) -> Memory:
+def opened(db: str | None, *, encoder: str | None = "none", make: bool = False, read_only: bool = False) -> Memory:
     """Open the memory that a command works on; `encoder` None uses the one from the settings.
 
-    Raises NotFound if there is no such database, unless the command may create it: a mistyped name makes no file.
+    Raises NotFound if there is no such database, unless the command may `make` one: a mistyped name makes no file.
     """
     settings = settings_for(db, encoder=encoder)
     if not make:
         refuse_missing(settings)
-    return Memory(settings)
+    return Memory(settings, read_only=read_only)
 
 
 def refuse_missing(settings: Settings) -> None:

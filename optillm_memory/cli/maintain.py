@@ -106,7 +106,7 @@ def forget(
     from optillm_memory.store.maintenance.selection import Selection
 
     selection = Selection(**named, before=None if days is None else time.time() - days * _DAY_S)
-    with opened(db) as memory:
+    with opened(db, read_only=dry_run) as memory:
         counts = memory.counts(selection)
         if dry_run:
             printed(counts, as_json=as_json, text=lambda: mapping(counts))

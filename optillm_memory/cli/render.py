@@ -44,16 +44,6 @@ def memory_lines(found: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) or "no memories"
 
 
-def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return named rows as a table, with the names of the columns."""
-    columns = list(next(iter(rows.values())))
-    lines = [" " * 16 + "".join(f"{name:>11}" for name in columns)]
-    for name, row in rows.items():
-        cells = [f"{row[c]:.1%}" if c == "accuracy" else str(row[c]) for c in columns]
-        lines.append(f"{name:16}" + "".join(f"{cell:>11}" for cell in cells))
-    return "\n".join(lines)
-
-
 def short(text: str, limit: int = 60) -> str:
     """Return a text as one line of at most `limit` characters."""
     line = " ".join(text.split())

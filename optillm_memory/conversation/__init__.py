@@ -1,1 +1,1 @@
-"""What came in: messages become a task, steps, prefixes and a frame; options and feedback are checked."""
+"""The request: messages become a task, steps, prefixes and a frame; options and feedback are validated."""

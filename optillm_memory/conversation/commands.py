@@ -1,4 +1,4 @@
-"""What a tool call was for: whether its output speaks of itself, or shows what is written elsewhere."""
+"""Kinds of tool calls: whether the output is the program's own, or shows content that is stored elsewhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _EXECUTING_TOOL = re.compile(
     re.IGNORECASE,
 )
 _PIECES = re.compile(
-    # A quote that is not closed goes to the end, so that no text is scanned twice.
+    # An unclosed quote extends to the end, so that no text is scanned twice.
     r"""'[^']*'?|"(?:[^"\\]|\\.)*"?|\|\||&&|\|&?|;|\n|[^\s'"|;&]+|&|\\""",
     re.DOTALL,
 )
@@ -54,12 +54,12 @@ _TRIVIAL = frozenset(("true", ":", "echo", "exit", "printf"))
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What is known of a call: the programs it ran, and what its output may be taken for.
+    """The programs that a call ran, and how to interpret its output.
 
-    `views`: the output shows what is written elsewhere; `compares`: exit code 1 is an answer, no error; `single`: one
-    program's end is the end of all (no `;`, no `||`, no pipe); `masks`: the exit code may be another program's than
-    that which did the work; `dedicated`: a tool of its own, no command line; `names`: the texts that the caller gave,
-    in which a complaint's own words can be found again.
+    `views`: the output shows content that is stored elsewhere; `compares`: exit code 1 is an answer and no error;
+    `single`: there is one program (no `;`, no `||`, no pipe); `masks`: the exit code may come from another program than
+    the one that did the work; `dedicated`: a tool of its own, no command line; `names`: the caller's texts, in which
+    names from an error message can be looked up.
     """
 
     programs: tuple[str, ...] = ()
@@ -72,43 +72,43 @@ class Command:
 
     @property
     def ends_idle(self) -> bool:
-        """Whether the last program does nothing that could fail: `true`, `echo done`."""
+        """Whether the last program cannot fail: `true`, `echo done`."""
         return len(self.programs) > 1 and self.programs[-1] in _TRIVIAL
 
     def ran(self, *programs: str) -> bool:
-        """Whether one of these was run, or nothing is known of what was run."""
+        """Whether one of these programs was run, or the programs are unknown."""
         return not self.programs or any(p in programs for p in self.programs)
 
 
 def command_of(tool: str, arguments: str) -> Command:
-    """Read a call's tool name and arguments (JSON, or a plain command text)."""
+    """Classify a call by its tool name and arguments (JSON, or a plain command text)."""
     name = tool[:200]
     text, names = _command_text(arguments[:LIMIT])
     viewing = bool(_VIEWING_TOOL.search(name))
     if text is None or viewing:
-        # What neither shows nor runs anything by its name (an expert asked, a plan) answers in prose.
+        # A tool whose name neither shows nor runs anything (an expert, a plan) answers in prose.
         views = viewing or bool(name and not _EXECUTING_TOOL.search(name))
         return Command(views=views, dedicated=bool(name), names=names)
     return _shell(text) if text.strip() else Command()
 
 
 def _command_text(arguments: str) -> tuple[str | None, str]:
-    """Return the command line, or None where the arguments are no command; and all given texts together."""
+    """Return (command line or None, all texts of the arguments joined)."""
     if not arguments.lstrip().startswith(("{", "[")):
         return arguments, arguments
     try:
-        given = json.loads(arguments)
+        parsed = json.loads(arguments)
     except (ValueError, RecursionError):
         return (None, arguments) if arguments.lstrip().startswith('{"') else (arguments, arguments)
-    if isinstance(given, list):
-        return " ".join(item for item in given if isinstance(item, str)), arguments
+    if isinstance(parsed, list):
+        return " ".join(item for item in parsed if isinstance(item, str)), arguments
     for key in _COMMAND_KEYS:
-        value = given.get(key)
+        value = parsed.get(key)
         if isinstance(value, list):
             value = " ".join(item for item in value if isinstance(item, str))
         if isinstance(value, str):
             return value, value
-    return None, "\n".join(value for value in given.values() if isinstance(value, str))
+    return None, "\n".join(value for value in parsed.values() if isinstance(value, str))
 
 
 def _segments(text: str) -> Iterator[tuple[str, list[str]]]:
@@ -127,7 +127,7 @@ def _segments(text: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _program(words: list[str]) -> tuple[str, list[str]]:
-    """Return the program of a simple command and its arguments, past `sudo`, `env A=b`, `timeout 5` and their like."""
+    """Return the program of a simple command and its arguments, after `sudo`, `env A=b`, `timeout 5` and the like."""
     rest = list(words)
     while rest:
         name = rest[0].rpartition("/")[2]
@@ -145,7 +145,7 @@ def _program(words: list[str]) -> tuple[str, list[str]]:
 
 
 def _writes(name: str, words: list[str]) -> bool:
-    """Whether a program that shows things is used to make or remove some."""
+    """Whether a viewing program is used to create or remove files."""
     if name == "find":
         return any(w in ("-delete", "-exec", "-execdir", "-ok") for w in words)
     if name == "sort" and any(w.startswith(("-o", "--output")) for w in words):
@@ -169,7 +169,7 @@ def _is_viewer(name: str, words: list[str]) -> bool:
             if skip or word.startswith("-"):
                 skip = word in ("-C", "-c") and not skip
                 continue
-            # `git stash pop` and `git branch x` do something; `git stash list` and `git branch` show.
+            # `git stash pop` and `git branch x` change something; `git stash list` and `git branch` only show.
             bare = word not in ("stash", "branch", "tag") or all(
                 w.startswith("-") or w in (word, "list") for w in words
             )
@@ -179,7 +179,7 @@ def _is_viewer(name: str, words: list[str]) -> bool:
 
 
 def _shell(text: str) -> Command:
-    """Read a command line: what its last pipeline starts with decides what its output is."""
+    """Classify a command line: the first program of the last pipeline decides the kind of the output."""
     programs: list[str] = []
     single, piped, views, compares, tail_is_trivial, fallback = True, False, False, False, False, False
     for operator, words in _segments(text[:LIMIT]):

@@ -1,4 +1,4 @@
-"""Episodes: which one a conversation goes on with, where many begin alike."""
+"""Episodes: which one a request continues, where several begin with the same messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from optillm_memory.records import uuid7_hex
 
-IDLE_S = 3600.0  # after so long without a request a conversation that goes on is a new episode
+IDLE_S = 3600.0  # seconds without a request after which a continued conversation is a new episode
 _FORK = "~fork-"
 _FORKED = re.compile(rf"(?:{_FORK}[0-9a-f]{{12}})+\Z")
 _OWN_NAME = re.compile(r"ep-[0-9a-f]{32}")
@@ -18,10 +18,9 @@ _OWN_NAME = re.compile(r"ep-[0-9a-f]{32}")
 class Candidate:
     """An episode that a conversation prefix belongs to.
 
-    `latest` is the time of its latest request in Unix seconds; `closed` says that it has an outcome; `continuations`
-    are the prefixes, one message longer, with which it has gone on from there. `inherits` is the episode whose
-    conversation goes on in it, as long as none of its own requests is answered; `here` says that this process has
-    seen it.
+    `latest` is the time of its latest request in Unix seconds; `closed` means that it has an outcome; `continuations`
+    are the prefixes, one message longer, by which it continued. `inherits` is the episode that it was forked from,
+    while none of its own requests is answered; `here` means that this process has seen it.
     """
 
     episode_id: str
@@ -34,9 +33,9 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """The episode that a request belongs to, and the prefix and continuation by which that was found.
+    """The episode that a request belongs to, and the prefix and continuation that identified it.
 
-    `inherits` is the episode whose conversation goes on in this one: what stands in its prompts stays.
+    `inherits` is the episode that it was forked from: insertions in its prompts stay.
     """
 
     episode_id: str
@@ -46,12 +45,12 @@ class Located:
 
 
 def locate(candidates: Iterable[Candidate], continued: str, continuation: str, now: float) -> Located | None:
-    """Return the episode that goes on with this continuation of a prefix; None where no episode has the prefix.
+    """Return the episode that this continuation of a prefix belongs to; None where no episode has the prefix.
 
-    Many conversations begin alike ("hi", the same greeting). One that has not gone on from the prefix yet is taken
-    before one that went on in the same way (the same request again). Of several, those that no caller has named come
-    first, then those that this process has seen (other processes may be going on with the others), then the latest. A
-    second, different continuation is an episode of its own, and so is what follows an outcome or an hour of silence.
+    Many conversations begin with the same messages ("hi", the same greeting). An episode without a continuation comes
+    before one with the same continuation (a repeated request). Of several, those without a caller's name come first,
+    then those seen by this process (other processes may continue the others), then the latest. A second, different
+    continuation is a new episode (a fork), and so is a request after an outcome or an hour of silence.
     """
     known = sorted(candidates, key=lambda c: (_is_own_name(c.episode_id), c.here, c.latest), reverse=True)
     if not known:
@@ -65,7 +64,7 @@ def locate(candidates: Iterable[Candidate], continued: str, continuation: str, n
 
 
 def merged(one: Iterable[Candidate], other: Iterable[Candidate]) -> list[Candidate]:
-    """Return what two sources know of the same prefix, as one list."""
+    """Merge the candidates of two sources for the same prefix."""
     found: dict[str, Candidate] = {}
     for item in (*one, *other):
         known = found.get(item.episode_id, item)
@@ -81,18 +80,18 @@ def merged(one: Iterable[Candidate], other: Iterable[Candidate]) -> list[Candida
 
 
 def root_of(episode_id: str) -> str:
-    """Return the episode whose conversation an episode began with: the holdout is drawn once for all of them."""
+    """Return the episode that an episode was forked from: the holdout is drawn once for all forks."""
     return _FORKED.sub("", episode_id)
 
 
 def forks_of(episode_id: str) -> tuple[str, str]:
-    """Return the range of ids, with its start and without its end, of the episodes that began with this one's."""
+    """Return the half-open range of ids (start, end) of the forks of an episode."""
     start = root_of(episode_id) + _FORK
     return start, start[:-1] + chr(ord(start[-1]) + 1)
 
 
 def new_episode_id() -> str:
-    """Return the id of an episode that no caller has named."""
+    """Return a new id for an episode without a caller's name."""
     return f"ep-{uuid7_hex()}"
 
 
@@ -101,5 +100,5 @@ def _is_own_name(episode_id: str) -> bool:
 
 
 def fork_of(episode_id: str) -> str:
-    """Return a new episode's id that tells with which episode's conversation it began."""
+    """Return a new id for a fork of an episode."""
     return f"{root_of(episode_id)}{_FORK}{uuid7_hex()[-12:]}"

@@ -1,4 +1,4 @@
-"""Feedback as it is submitted, checked field by field."""
+"""Validation of submitted feedback, field by field."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _NAME_LIMIT = 200
 
 
 def parse_feedback(payload: Any, *, now: float, param: str = "feedback") -> list[Feedback]:
-    """Check one feedback object or a list of them.
+    """Validate one feedback object or a list of them; `now` is in Unix seconds.
 
-    Raises InvalidField that names the field (with its index in a list); nothing of a bad list is accepted.
+    Raises InvalidField with the name of the field (and its index in a list); an invalid list is rejected whole.
     """
     if isinstance(payload, Mapping):
         return [_one(payload, now, param)]
@@ -93,12 +93,13 @@ def _optional_name(item: Mapping[str, Any], key: str, param: str) -> str | None:
     value = item.get(key)
     if value is None:
         return None
-    if not isinstance(value, str) or not value.strip() or len(value) > _NAME_LIMIT or not _encodable(value):
+    if not isinstance(value, str) or not value.strip() or len(value) > _NAME_LIMIT or not is_unicode(value):
         raise InvalidField(f"{param}.{key}", f"must be a text of 1 to {_NAME_LIMIT} characters")
     return value
 
 
-def _encodable(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a text is valid Unicode, without lone surrogates."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

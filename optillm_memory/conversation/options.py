@@ -8,19 +8,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from optillm_memory.conversation.feedback import parse_feedback
+from optillm_memory.conversation.feedback import is_unicode, parse_feedback
 from optillm_memory.errors import InvalidField
 from optillm_memory.records import Feedback, Mode
 
 FIELD = "agent_memory"
 HEADER_PREFIX = "X-Agent-Memory-"
 NAME_LIMIT = 200
-AUTO = "auto"  # the approach that has the policy choose
+AUTO = "auto"  # the approach that lets the policy choose
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a caller may say of memory for one request; see the README's table."""
+    """A caller's options for one request; see the table in the documentation."""
 
     namespace: str = "default"
     user_id: str = ""
@@ -33,7 +33,7 @@ class Options:
     token_budget: int | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     feedback: tuple[Feedback, ...] = ()
-    end_user: str = ""  # who asks, by the body's or a gateway's own field; not a key of ours
+    end_user: str = ""  # from fields of the body or of a gateway; not one of our keys
 
     @property
     def reads(self) -> bool:
@@ -46,7 +46,7 @@ class Options:
         return self.mode in ("readwrite", "write")
 
     def limits(self, max_items: int, token_budget: int) -> dict[str, int]:
-        """Return how much may be injected at one place: what the caller says, else this."""
+        """Return the limits of injection at one place: the caller's, else these."""
         return {
             "max_items": max_items if self.max_items is None else self.max_items,
             "token_budget": token_budget if self.token_budget is None else self.token_budget,
@@ -54,21 +54,21 @@ class Options:
 
 
 KEYS = tuple(name for name in Options.__dataclass_fields__ if name != "end_user")
-# Where clients and gateways say on whose behalf they ask, the most telling first.
+# Where clients and gateways name the end user, the most specific first.
 _USER_HEADERS = ("x-openwebui-user-id", "x-litellm-end-user-id", "x-litellm-customer-id", "x-librechat-user-id")
 _USER_FIELDS = ("safety_identifier", "user")
 
 
 def parse_options(value: Any, headers: Mapping[str, str] | None = None, *, now: float) -> Options:
-    """Check the field and the headers; the field wins over a header of the same key.
+    """Validate the field and the headers; the field has precedence over a header of the same key.
 
     Raises InvalidField for an unknown key and for a value of the wrong type or range.
     """
     if value is not None and not isinstance(value, Mapping):
         raise InvalidField(FIELD, f"must be an object, not {type(value).__name__}")
-    given = {**_from_headers({name: as_utf8(text) for name, text in (headers or {}).items()}), **(value or {})}
+    values = {**_from_headers({name: as_utf8(text) for name, text in (headers or {}).items()}), **(value or {})}
     checked: dict[str, Any] = {}
-    for key, item in given.items():
+    for key, item in values.items():
         if key not in KEYS:
             raise InvalidField(f"{FIELD}.{key}", f"unknown key; known are {', '.join(KEYS)}")
         if item is not None:
@@ -77,17 +77,17 @@ def parse_options(value: Any, headers: Mapping[str, str] | None = None, *, now: 
 
 
 def identified(options: Options, body: Mapping[str, Any], headers: Mapping[str, str], *, maps: bool) -> Options:
-    """Return the options with who asks, where the request says so in a field or header of others.
+    """Return the options with the end user from fields and headers of clients and gateways.
 
-    With `maps` that is the `user_id` where none is given. Without, it still keeps one user's answers from another.
+    With `maps` it becomes the `user_id`, if the caller set none. Without, it still separates the answers of users.
     """
     named = {name.lower(): as_utf8(text) for name, text in headers.items()}
-    said = [named.get(name) for name in _USER_HEADERS] + [body.get(name) for name in _USER_FIELDS]
-    names = [str(n).strip() for n in said if isinstance(n, (str, int, float)) and not isinstance(n, bool)]
+    identifiers = [named.get(name) for name in _USER_HEADERS] + [body.get(name) for name in _USER_FIELDS]
+    names = [str(n).strip() for n in identifiers if isinstance(n, (str, int, float)) and not isinstance(n, bool)]
     names = [_short(name) for name in names if name]
     if not names:
         return options
-    # All of them tell people apart: a gateway may give its own name in one and theirs in another.
+    # All of them together: a gateway may send its own name in one and the user's in another.
     everyone = _short("\n".join(dict.fromkeys(names)))
     return replace(options, end_user=everyone, user_id=options.user_id or (names[0] if maps else ""))
 
@@ -101,39 +101,31 @@ def as_utf8(header: str) -> str:
 
 
 def _short(name: str) -> str:
-    if len(name) <= NAME_LIMIT and _is_unicode(name):
+    if len(name) <= NAME_LIMIT and is_unicode(name):
         return name
     return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _from_headers(headers: Mapping[str, str]) -> dict[str, Any]:
-    given: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, text in headers.items():
         if not name.lower().startswith(HEADER_PREFIX.lower()):
             continue
         key = name[len(HEADER_PREFIX) :].lower().replace("-", "_")
         if key in ("max_items", "token_budget", "tags", "feedback", "reuse"):
             try:
-                given[key] = json.loads(text)
+                values[key] = json.loads(text)
             except ValueError:
                 raise InvalidField(name, "must be JSON") from None
         else:
-            given[key] = text
-    return given
+            values[key] = text
+    return values
 
 
 def _name(param: str, value: Any, _now: float) -> str:
     if not isinstance(value, str) or not value.strip() or len(value) > NAME_LIMIT:
         raise InvalidField(param, f"must be a text of 1 to {NAME_LIMIT} characters")
-    if not _is_unicode(value):
+    if not is_unicode(value):
         raise InvalidField(param, "holds a lone surrogate; send valid Unicode")
     return value
 

@@ -1,4 +1,4 @@
-"""Messages in OpenAI's form become a Conversation: its task, steps, prefixes and frame."""
+"""Parsing of OpenAI messages into a Conversation: its task, steps, prefixes and frame."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _UNIQUE = 16  # characters from which on a call's id is taken for random
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What a request's messages say.
+    """The parsed messages of a request.
 
     `task` is the last user text that is no observation, as it was sent; `prefixes[i]` hashes messages 0…i; `frame`
-    hashes what else shapes the answer (system prompt, tools, response format); `plain` is True for one plain turn:
-    optional system messages and a single user text, no tools. `one_shot` is True where no assistant has spoken and
-    there are no tools: the answer is the answer to the task, and not a step towards one.
+    hashes the system prompt, tools and response format; `plain` is True for one plain turn: optional system messages
+    and a single user text, no tools. `one_shot` is True without assistant messages and tools: the answer is that to the
+    task, and no step towards it.
     """
 
     messages: Sequence[Message]
@@ -55,26 +55,26 @@ class Conversation:
         return tuple(s for s in self.steps if s.made == made and s.observation is not None)
 
     def telling_steps(self, limit: int = 16) -> list[str]:
-        """Return the latest steps whose calls have ids that no other conversation has: they tell the episode.
+        """Return the ids of the latest steps with globally unique call ids, which identify the episode.
 
-        An agent that shortens its conversation leaves no prefix as it was.
+        An agent that shortens its conversation preserves no prefix.
         """
         return [s.step_id for s in reversed(self.steps) if len(s.call_id) >= _UNIQUE][:limit]
 
     def answered_prefixes(self, limit: int = 64) -> list[tuple[str, str]]:
-        """Return (prefix that ends with an answer, prefix with one message more), longest first.
+        """Return (prefix that ends with an answer, prefix with one more message), longest first.
 
-        The first is where an earlier request left off, the second how this conversation goes on from there.
+        The first is the end of an earlier request with its answer, the second how this conversation continues it.
         """
         ends = [i for i, m in enumerate(self.messages) if m.get("role") == "assistant"]
-        after = [*self.prefixes[1:], ""]  # nothing comes after an answer that the model is to go on with
+        after = [*self.prefixes[1:], ""]  # the model is to continue a last answer
         return [(self.prefixes[i], after[i]) for i in reversed(ends[-limit:])]
 
 
 def parse(body: Mapping[str, Any], insertions: Sequence[str] = ()) -> Conversation:
-    """Read a request's body; what is malformed reads as absent, since the upstream is the judge of it.
+    """Parse a request's body; malformed parts count as absent, since the upstream validates them.
 
-    `insertions` are blocks that memory is known to have put into this conversation.
+    `insertions` are blocks that memory inserted into this conversation earlier.
     """
     raw = body.get("messages")
     messages = [m for m in raw if isinstance(m, Mapping)] if isinstance(raw, list) else []
@@ -104,13 +104,13 @@ def parse(body: Mapping[str, Any], insertions: Sequence[str] = ()) -> Conversati
 
 
 def key_of(task: str) -> str:
-    """Return the short key that stands for a task in recall: its ends, in one line of valid Unicode."""
+    """Return the key of a task in recall: its ends, in one line of valid Unicode."""
     head, tail = task[:1000], task[1000:][-400:]
     return " ".join(f"{head} {tail}".encode("utf-8", "replace").decode("utf-8").split())
 
 
 def answer_prefixes(conversation: Conversation, response: Mapping[str, Any] | None) -> list[str]:
-    """Return the prefixes with which a conversation goes on, one for each different choice of a response."""
+    """Return the prefixes by which a conversation continues, one for each different choice of a response."""
     last = conversation.prefixes[-1] if conversation.prefixes else ""
     messages = [{**(c.get("message") or {}), "role": "assistant"} for c in (response or {}).get("choices") or []]
     return list(dict.fromkeys(extend_prefix(last, message) for message in messages))

@@ -1,4 +1,4 @@
-"""Partition: what else must be equal, exactly, for the answer to one request to be the answer to another."""
+"""Partitions: the parts of a request, beside the task, that must be equal for an answer to be reusable."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from optillm_memory.conversation.language import ENGLISH, language_of
 from optillm_memory.conversation.parse import Conversation
 from optillm_memory.conversation.steps import calls_of
 
-# What does not shape the answer: our own field, the transport, bookkeeping; the messages are looked at one by one.
-_NO_MATTER = {
+# Fields without influence on the answer: our own, transport, bookkeeping; the messages are handled separately.
+_IGNORED_FIELDS = {
     *("messages", "agent_memory", "optillm_approach", "stream", "stream_options", "user", "metadata", "store"),
     *("safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"),
 }
-# What asks for more than an answer in words.
-_MORE = ("logprobs", "top_logprobs", "modalities", "audio", "prediction", "web_search_options")
+# Fields that request more than a text.
+_UNSUPPORTED_FIELDS = ("logprobs", "top_logprobs", "modalities", "audio", "prediction", "web_search_options")
 
 
 def partition_of(body: Mapping[str, Any], conversation: Conversation, end_user: str = "") -> tuple[str, str]:
     """Return the hash of model, system prompt, history, tools, response format, sampling settings and end user.
 
-    With it comes the reason why reuse is out of the question: `tools`, `not_words`, `several_choices`,
-    `unsupported_option`; then the hash is empty. Answers in another language than English are a partition of their
-    own: what is proven for one language says nothing of another.
+    The second value is the reason why reuse is impossible: `tools`, `not_words`, `several_choices`,
+    `unsupported_option`; then the hash is empty. Each language is a partition of its own: an error rate proven for one
+    does not hold for another.
     """
     if body.get("tools") or body.get("functions") or conversation.steps:
         return "", "tools"
@@ -35,9 +35,9 @@ def partition_of(body: Mapping[str, Any], conversation: Conversation, end_user: 
         return "", "not_words"
     if body.get("n", 1) not in (None, 1):
         return "", "several_choices"
-    if any(body.get(name) for name in _MORE):
+    if any(body.get(name) for name in _UNSUPPORTED_FIELDS):
         return "", "unsupported_option"
-    settings = {key: value for key, value in body.items() if key not in _NO_MATTER and value is not None}
+    settings = {key: value for key, value in body.items() if key not in _IGNORED_FIELDS and value is not None}
     parts = [settings, _as_sent(messages[:-1]), *([end_user] if end_user else [])]
     digest = hashlib.blake2b(as_json(parts).encode("utf-8", "replace"), digest_size=12).hexdigest()
     language = language_of(conversation.task)
@@ -45,7 +45,7 @@ def partition_of(body: Mapping[str, Any], conversation: Conversation, end_user: 
 
 
 def _as_sent(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Return the hash of the history, to the letter: what a client only writes in another way is another one."""
+    """Return the hash of the exact history: another serialisation of the same messages has another hash."""
     hashed = ""
     for message in messages:
         content = message.get("content")

@@ -1,4 +1,4 @@
-"""What this process has just seen: the records behind a response may not be on disk when the next request comes."""
+"""Recent episodes of this process: the record of a response may not be on disk when the next request arrives."""
 
 from __future__ import annotations
 
@@ -11,115 +11,114 @@ from typing import Any, TypeAlias
 from optillm_memory.conversation.episodes import Candidate, Located
 from optillm_memory.records import Placement, Scope
 
-_Place: TypeAlias = tuple[str, str]  # anchor and form
+_Slot: TypeAlias = tuple[str, str]  # anchor and form
 _KEPT = 20_000
-_BEGIN_ALIKE = 64  # episodes kept of one prefix
-# After so long it is on disk, or will never be. The store knows for longer what was forgotten: none of it comes back.
+_EPISODES_PER_PREFIX = 64  # episodes kept of one prefix
+# Seconds; later it is on disk, or will never be. The store remembers longer what was forgotten, so that none returns.
 _KEPT_S = 6 * 3600.0
 
 
 @dataclass(slots=True)
-class _Known:
-    """What is known of an episode that has a prefix: requests by how they go on from there, less those that failed."""
+class _EpisodeState:
+    """The state of an episode with a prefix: its requests by continuation, without those that failed."""
 
     latest: float
     inherits: str = ""
-    taken: Counter[str] = field(default_factory=Counter)
+    continuations: Counter[str] = field(default_factory=Counter)
 
 
-class Recent:
-    """Episodes by conversation prefix, and what is under way by episode; the oldest are forgotten (the store has them).
+class RecentEpisodes:
+    """Episodes by conversation prefix, and pending advice and placements by episode; the oldest are dropped.
 
-    A request takes the place where a conversation goes on when it begins, long before its record is on disk.
-
-    Thread-safe. The time is given with each call.
+    A request claims its continuation of a prefix when it begins, long before its record is on disk. Thread-safe; each
+    call takes the time.
     """
 
     def __init__(self) -> None:
         """Start empty."""
         self._lock = threading.Lock()
-        self._episodes: OrderedDict[tuple[Scope, str], dict[str, _Known]] = OrderedDict()
+        self._episodes: OrderedDict[tuple[Scope, str], dict[str, _EpisodeState]] = OrderedDict()
         self._advice: OrderedDict[tuple[Scope, str], tuple[float, tuple[Any, ...]]] = OrderedDict()
-        self._placements: OrderedDict[tuple[Scope, str], dict[_Place, tuple[float, Placement]]] = OrderedDict()
+        self._placements: OrderedDict[tuple[Scope, str], dict[_Slot, tuple[float, Placement]]] = OrderedDict()
 
     def remember(
         self, scope: Scope, episode_id: str, prefixes: Iterable[str], fresh: Sequence[Placement], now: float
     ) -> None:
-        """Note that these prefixes belong to an episode, and what has just been put in its prompts."""
+        """Remember that these prefixes belong to an episode, and its new placements."""
         with self._lock:
             for prefix in prefixes:
                 self._episodes.setdefault((scope, prefix), {}).pop(episode_id, None)
-                self._known(scope, prefix, episode_id, now)
+                self._state(scope, prefix, episode_id, now)
             if fresh:
-                noted: dict[_Place, tuple[float, Placement]] = {(p.anchor, p.form): (now, p) for p in fresh}
-                self._placements.setdefault((scope, episode_id), {}).update(noted)
+                pending: dict[_Slot, tuple[float, Placement]] = {(p.anchor, p.form): (now, p) for p in fresh}
+                self._placements.setdefault((scope, episode_id), {}).update(pending)
             for kept in (self._episodes, self._placements):
                 while len(kept) > _KEPT:
                     kept.popitem(last=False)
 
     def advise(self, scope: Scope, episode_id: str, advice: Sequence[Any], now: float) -> None:
-        """Note what the next request of an episode is to be told."""
+        """Keep advice for the next request of an episode."""
         with self._lock:
             self._advice[scope, episode_id] = now, tuple(advice)
             while len(self._advice) > _KEPT:
                 self._advice.popitem(last=False)
 
     def pending_advice(self, scope: Scope, episode_id: str, now: float) -> tuple[Any, ...]:
-        """Return, once, what an episode's next request is to be told."""
+        """Remove and return the advice for an episode's next request."""
         with self._lock:
             at, advice = self._advice.pop((scope, episode_id), (now, ()))
         return advice if now - at < _KEPT_S else ()
 
     def episodes_of(self, scope: Scope, prefix: str) -> list[Candidate]:
-        """Return the episodes that have a prefix, as far as they are known here."""
+        """Return the episodes with a prefix that this process has seen."""
         with self._lock:
             return [
-                Candidate(name, k.latest, continuations=frozenset(+k.taken), inherits=k.inherits, here=True)
+                Candidate(name, k.latest, continuations=frozenset(+k.continuations), inherits=k.inherits, here=True)
                 for name, k in self._episodes.get((scope, prefix), {}).items()
             ]
 
     def take(self, scope: Scope, located: Located, now: float) -> None:
-        """Note that a request goes on from a prefix in this way."""
+        """Claim a continuation of a prefix for a request."""
         with self._lock:
-            known = self._known(scope, located.continued, located.episode_id, now)
-            known.inherits = located.inherits
-            known.taken[located.continuation] += 1
+            state = self._state(scope, located.continued, located.episode_id, now)
+            state.inherits = located.inherits
+            state.continuations[located.continuation] += 1
 
-    def _known(self, scope: Scope, prefix: str, episode_id: str, now: float) -> _Known:
+    def _state(self, scope: Scope, prefix: str, episode_id: str, now: float) -> _EpisodeState:
         episodes = self._episodes.setdefault((scope, prefix), {})
-        known = episodes.setdefault(episode_id, _Known(now))
-        known.latest = now
-        while len(episodes) > _BEGIN_ALIKE:
+        state = episodes.setdefault(episode_id, _EpisodeState(now))
+        state.latest = now
+        while len(episodes) > _EPISODES_PER_PREFIX:
             del episodes[next(iter(episodes))]
-        return known
+        return state
 
     def settle(self, scope: Scope, located: Located, *, answered: bool) -> None:
-        """Note what became of a request that took its place: where it was not answered, it has not gone on."""
+        """Confirm the claim of a request that was answered, or withdraw it."""
         with self._lock:
-            known = self._episodes.get((scope, located.continued), {}).get(located.episode_id)
-            if known is not None and answered:
-                known.inherits = ""
-            elif known is not None:
-                known.taken[located.continuation] -= 1
+            state = self._episodes.get((scope, located.continued), {}).get(located.episode_id)
+            if state is not None and answered:
+                state.inherits = ""
+            elif state is not None:
+                state.continuations[located.continuation] -= 1
 
     def ledger(
-        self, scope: Scope, episode_id: str, written: Callable[[], Sequence[Placement]], now: float
+        self, scope: Scope, episode_id: str, stored: Callable[[], Sequence[Placement]], now: float
     ) -> list[Placement]:
-        """Return what stands in an episode's prompts, in order: what is `written`, and what is on its way there.
+        """Return the placements in an episode's prompts, by position: those in the store, and those not yet written.
 
-        Any process may have put it there, so what is written comes first; it is not kept here any longer: where it is
-        deleted there, it is gone.
+        Stored placements have precedence, since any process may have written them. They are dropped here, so that
+        deleting them in the store is final.
         """
         key = (scope, episode_id)
-        with self._lock:  # before it is read what is written: what gets there in between must not be missed
-            noted = dict(self._placements.get(key, {}))
-        found = {(p.anchor, p.form): p for p in written()}
-        under_way = {place: p for place, (at, p) in noted.items() if now - at < _KEPT_S and place not in found}
+        with self._lock:  # read before the store: what is written in between must not be missed
+            pending = dict(self._placements.get(key, {}))
+        found = {(p.anchor, p.form): p for p in stored()}
+        unwritten = {place: p for place, (at, p) in pending.items() if now - at < _KEPT_S and place not in found}
         with self._lock:
-            known = self._placements.get(key, {})
-            for place in noted.keys() - under_way.keys():
-                if known.get(place) is noted[place]:
-                    del known[place]
-            if not known:
+            state = self._placements.get(key, {})
+            for place in pending.keys() - unwritten.keys():
+                if state.get(place) is pending[place]:
+                    del state[place]
+            if not state:
                 self._placements.pop(key, None)
-        return sorted([*found.values(), *under_way.values()], key=lambda p: p.position)
+        return sorted([*found.values(), *unwritten.values()], key=lambda p: p.position)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-# Anchored on a literal prefix and a bounded or single character class, so that none can run away. With each pattern
-# come the marks of which it holds one: a text without them, as nearly all are, is not searched for it at all.
+# (kind, marks, pattern). Each pattern has a literal prefix and bounded or single character classes, so that matching is
+# linear. Each match contains one of the marks: a text without them, as nearly all are, is not searched.
 _SECRETS: tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...] = (
     (
         "private-key",
@@ -50,17 +50,17 @@ def redact(text: str) -> str:
 
 
 def is_whole(stored: str) -> bool:
-    """Whether a stored text is what was said: nothing in it was redacted, shortened or replaced."""
+    """Whether a stored text is the original one: nothing was redacted, shortened or replaced."""
     return _ALTERED.search(stored) is None and "\ufffd" not in stored
 
 
 def storable(text: str, limit: int, *, secrets: bool = True) -> str:
-    """Return the text as it may be stored: valid Unicode, secrets out, then shortened to `limit` characters.
+    """Return the text for storing: valid Unicode, without secrets, shortened to `limit` characters.
 
-    The middle is left out of a longer text, since what is asked stands at its ends. Lone surrogates, which
+    The middle of a longer text is removed, since the question is at its ends. Lone surrogates, which
     SQLite and JSON cannot carry, become U+FFFD.
     """
-    margin = limit + _LONGEST  # enough of both ends that no secret is cut in two before it is seen
+    margin = limit + _LONGEST  # enough of both ends that no secret is cut before it is found
     left_out = max(len(text) - 2 * margin, 0)
     if left_out:
         text = text[:margin] + text[-margin:]

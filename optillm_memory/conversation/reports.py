@@ -1,4 +1,4 @@
-"""What test runners, builds and linters report at their end, in their own fixed shapes."""
+"""The closing reports of test runners, builds and linters, in their fixed formats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _JEST = re.compile(r"^\s{0,12}(?:Tests|Test Suites|Test Files):?\s+(?P<counts>\d
 _GO_OK = re.compile(r"^ok\s{1,4}\S{1,200}\s(?:\d[\d.]*s|\(cached\))")
 _GO_BAD = re.compile(r"^(?:FAIL|FAIL\s\S{1,200}(?:\s\d[\d.]*s|\s\[[a-z ]+\])|--- FAIL: \S{1,200} \([\d.]+s\))$")
 
-# Each is one closing line and what it says; the groups `bad` count failures: any above zero is a failure.
+# (basis, pattern of a closing line, verdict); the groups `bad` count failures: any above zero is a failure.
 _CLOSING: tuple[tuple[str, str, str], ...] = (
     ("test_summary", r"^test result: (?:(?P<good>ok)|FAILED)\. \d+ passed; \d+ failed", ""),
     ("test_summary", r"^(?:# |\u2139 )fail (?P<bad>\d+)$", ""),
@@ -46,35 +46,39 @@ _CLOSING: tuple[tuple[str, str, str], ...] = (
     ("shell", r"^(?:added|up to date|changed|removed) (?:\d+ packages?|in \d).{0,200}$", "success"),
     ("shell", r"^Successfully installed \S", "success"),
 )  # fmt: skip
-_LINES = tuple((basis, re.compile(pattern), said) for basis, pattern, said in _CLOSING)
+_LINES = tuple((basis, re.compile(pattern), verdict) for basis, pattern, verdict in _CLOSING)
 
 
 def report_of(lines: Sequence[str]) -> tuple[Verdict, str, int] | None:
-    """Return what a runner, build or linter says at its end, the basis, and the line's index; None where none does.
+    """Return (verdict, basis, index of the line) of a runner's, build's or linter's closing report, or None.
 
-    `lines` are the output's non-empty lines. One failure among several reports makes the whole a failure.
+    `lines` are the output's non-empty lines. One failure among several reports makes the verdict a failure.
     """
     found: list[tuple[Verdict, str, int]] = []
     start = max(0, len(lines) - _LAST)
     last = [line.rstrip()[:400] for line in lines[-_LAST:]]
     for index, line in enumerate(last):
-        said = _pytest(line) or _jest(line) or _go(line)
-        if said is None and (match := _UNITTEST.match(line)) and any(_RAN.match(earlier) for earlier in last[:index]):
-            said = "success" if match["good"] else "failure"
-        if said is not None:
-            found.append((said, "test_summary", start + index))
+        verdict = _pytest(line) or _jest(line) or _go(line)
+        if (
+            verdict is None
+            and (match := _UNITTEST.match(line))
+            and any(_RAN.match(earlier) for earlier in last[:index])
+        ):
+            verdict = "success" if match["good"] else "failure"
+        if verdict is not None:
+            found.append((verdict, "test_summary", start + index))
             continue
-        for basis, pattern, fixed in _LINES:
+        for basis, pattern, constant in _LINES:
             if match := pattern.match(line):
-                found.append((_closing(match, fixed), basis, start + index))
+                found.append((_closing(match, constant), basis, start + index))
                 break
     failures = [item for item in found if item[0] == "failure"]
     return failures[0] if failures else found[-1] if found else None
 
 
-def _closing(match: re.Match[str], fixed: str) -> Verdict:
-    if fixed:
-        return "success" if fixed == "success" else "failure"
+def _closing(match: re.Match[str], constant: str) -> Verdict:
+    if constant:
+        return "success" if constant == "success" else "failure"
     groups = match.groupdict()
     if "good" in groups:
         return "success" if groups["good"] else "failure"
@@ -88,7 +92,7 @@ def _pytest(line: str) -> Verdict | None:
     counts = {word.rstrip("s"): int(number) for number, word in _COUNT.findall(match["counts"])}
     if counts.get("failed") or counts.get("error"):
         return "failure"
-    # Nothing run is exit code 5; a mere collection says nothing of the tests.
+    # No tests run is exit code 5; a mere collection gives no verdict.
     if "collected" in match["counts"] or "test" in counts:
         return None
     return "success" if counts.keys() & {"passed", "skipped", "xfailed", "xpassed", "subtest"} else "failure"

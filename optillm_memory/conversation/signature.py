@@ -1,15 +1,14 @@
-"""What an error is, whoever had it: its language, class and message with all that varies put in slots."""
+"""Error signatures: language, class and message of an error, with variable parts replaced by slots."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-from optillm_memory.conversation.complaints import Found, find_errors, generic_error, lines_of
+from optillm_memory.conversation.error_search import FoundError, find_errors, generic_error, lines_of
 from optillm_memory.conversation.wrapping import unwrap
 
 _LIMIT = 300
-_WORD = re.compile(r"<\w+>|\w+")
 _SLOT = re.compile(
     r"(?P<slot><(?:path|num|addr|hash|quoted|uuid|time|url|name)>)"
     r"|(?P<url>\b[a-z]{2,12}://[^\s'\"<>)]{1,300})"
@@ -34,7 +33,7 @@ _SLOT = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """An error without what differs from run to run; `slots` holds what stood in the message's slots, in order."""
+    """An error with the parts that differ from run to run as slots; `slots` are their contents, in order."""
 
     language: str
     error: str
@@ -43,21 +42,21 @@ class Signature:
 
     @property
     def key(self) -> str:
-        """The text by which errors are the same: equal on every machine, for every user and in every run."""
+        """Equal for equal errors, on every machine, for every user and in every run."""
         return f"{self.language}|{self.error}|{self.message}"
 
 
 def signature_of(text: str) -> Signature | None:
-    """Return the signature of the error that a failed action printed, or None where it printed nothing.
+    """Return the signature of the error in a failed action's output, or None without output.
 
-    The text may still be in the wrapping that an agent's tool put around it.
+    The text may still be in the wrapping of an agent's tool.
     """
-    shown = unwrap(text)
-    return signature_in(lines_of(shown.text), structured=shown.error if shown.failed else "")
+    result = unwrap(text)
+    return signature_in(lines_of(result.text), structured=result.error if result.failed else "")
 
 
-def signature_in(lines: list[str], *, structured: str = "", found: list[Found] | None = None) -> Signature | None:
-    """Return the signature of an output's lines; `structured` is the kind of error that a tool's JSON named."""
+def signature_in(lines: list[str], *, structured: str = "", found: list[FoundError] | None = None) -> Signature | None:
+    """Return the signature of an output's lines; `structured` is the kind of error in a tool's JSON."""
     errors = [f for f in (find_errors(lines) if found is None else found) if f.message or f.error]
     best = errors[0] if errors else generic_error(lines)
     if best is None:
@@ -73,39 +72,29 @@ def _signature(language: str, error: str, message: str) -> Signature:
 
 
 def normalised(message: str) -> tuple[str, tuple[str, ...]]:
-    """Return a message with paths, numbers, addresses, hashes, times and quoted names as slots, and what they held."""
+    """Return (message with paths, numbers, hashes, times, quoted names and the like as slots, contents of slots)."""
     slots: list[str] = []
 
     def put(match: re.Match[str]) -> str:
         kind = match.lastgroup or "slot"
         if kind == "slot":
             return match[0]
-        held = match[0]
-        slots.append(held[1:-1] if kind == "quoted" else held)
+        content = match[0]
+        slots.append(content[1:-1] if kind == "quoted" else content)
         return f"<{kind}>"
 
     cut = " ".join(_valid(message[:600]).split())
     text = _SLOT.sub(put, cut)
     if len(text) > _LIMIT:
         text = text[:_LIMIT].rpartition(" ")[0] or text[:_LIMIT]
-    # What was put together can read as a slot anew (what a quote ran up to, a cut end): until nothing changes.
+    # A replacement can form a new slot with its surroundings (a quote, a cut end): until nothing changes.
     for _ in range(4):
-        again = _SLOT.sub(put, text)
-        if again == text:
+        repeated = _SLOT.sub(put, text)
+        if repeated == text:
             break
-        text = again
+        text = repeated
     return text, tuple(slots)
 
 
 def _valid(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8").replace("\0", "")
-
-
-def similarity(a: Signature, b: Signature) -> float:
-    """Return how like two errors are, in [0, 1]: 0 for another language or class, else the overlap of their words."""
-    if (a.language, a.error) != (b.language, b.error):
-        return 0.0
-    if a.message == b.message:
-        return 1.0
-    left, right = set(_WORD.findall(a.message.lower())), set(_WORD.findall(b.message.lower()))
-    return len(left & right) / len(left | right) if left | right else 1.0

@@ -1,7 +1,7 @@
-"""Steps: the actions of a conversation with their observations, each under an id that later requests give it too.
+"""Steps: the actions of a conversation with their observations, under ids that are stable over its requests.
 
-An agent repeats its whole conversation with every request, edits it, shortens it and goes back in it. A step keeps its
-id through all of that, so that it is stored once; `parent_id` tells what came before it on its own branch.
+An agent repeats its whole conversation with every request, edits it, shortens it and goes back in it. The id of a step
+survives that, so that the step is stored once; `parent_id` is the step before it on its own branch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FENCE = re.compile(
 )
 _TAGS = ("<execute>", "<command>", "<bash>", "<run>")
 _TAGGED = re.compile(r"<(execute|command|bash|run)>(.{1,20000}?)</\1>", re.DOTALL)
-_TAGGED_MOST = 8  # more are no commands: each one that is not closed is searched to its end
+_TAGGED_MOST = 8  # with more they are no commands: each unclosed one is searched to the end
 _MARKED = re.compile(
     r"\s{0,20}(?:<(?:output|observation|result|returncode|execution|stdout)\b|"
     r"(?:observation|output|result|stdout|execution result|command output|tool output|exit code)"
@@ -33,8 +33,8 @@ _MARKED = re.compile(
     r"(?:output|result)s? (?:of|from) [^\n]{0,120}:[ \t]{0,4}\n|\[(?:output|exit code)|exit:)",
     re.IGNORECASE,
 )
-# The names of calls that have none: made up from their place.
-_MADE_UP = re.compile(r"call-\d+-(\d+)|function-\d+")
+# Generated ids of calls without one, from their position.
+_GENERATED_ID = re.compile(r"call-\d+-(\d+)|function-\d+")
 _LEGACY = "function"
 TEXT_TOOL = "shell"
 
@@ -53,8 +53,8 @@ def steps_of(messages: Sequence[Mapping[str, Any]], prefixes: Sequence[str]) -> 
         calls = calls_of(message, index)
         for number, (call_id, tool, arguments) in enumerate(calls):
             observation = results.get((index, number))
-            # A client's own id stays with its call wherever that goes; ids that are used again are counted.
-            own = prefixes[index] if _MADE_UP.fullmatch(call_id) else call_id
+            # A client's own id stays with its call; repeated ids are counted.
+            own = prefixes[index] if _GENERATED_ID.fullmatch(call_id) else call_id
             seen[own, tool, arguments] += 1
             step_id = _digest(own, tool, arguments, str(seen[own, tool, arguments]))
             steps.append(_step(step_id, steps, call_id, tool, arguments, observation, prefixes[index]))
@@ -62,25 +62,25 @@ def steps_of(messages: Sequence[Mapping[str, Any]], prefixes: Sequence[str]) -> 
             after = messages[index + 1] if index + 1 < len(messages) else {}
             if is_observation(messages, index + 1):
                 step_id = _digest(prefixes[index], TEXT_TOOL, command, "1")
-                shown = text_of(after)
-                steps.append(_step(step_id, steps, f"text-{index}", TEXT_TOOL, command, shown, prefixes[index]))
+                observation = text_of(after)
+                steps.append(_step(step_id, steps, f"text-{index}", TEXT_TOOL, command, observation, prefixes[index]))
     return tuple(steps)
 
 
 def under_known_ids(steps: Sequence[Step], known: Iterable[tuple[str, str]]) -> Sequence[Step]:
-    """Return the steps under the ids by which they are known: clients make call ids anew and write arguments anew.
+    """Return the steps under their stored ids: clients replace call ids and serialise arguments again.
 
-    `known` holds the (step id, `made`) of each step, in order. Where `made` is the same, so are the calls.
+    `known` are the stored (step id, `made`) in order. Equal `made` means equal calls.
     """
     stored: dict[str, list[str]] = {}
     for step_id, made in known:
         stored.setdefault(made, []).append(step_id)
-    asked: dict[str, list[str]] = {}
+    unanswered: dict[str, list[str]] = {}
     for step in steps:
-        asked.setdefault(step.made, []).append(step.step_id)
+        unanswered.setdefault(step.made, []).append(step.step_id)
     own = {
         new: old
-        for made, ids in asked.items()
+        for made, ids in unanswered.items()
         if len(stored.get(made, ())) == len(ids)
         for new, old in zip(ids, stored[made], strict=True)
         if new not in stored[made]
@@ -93,7 +93,7 @@ def under_known_ids(steps: Sequence[Step], known: Iterable[tuple[str, str]]) -> 
 
 
 def command_in(text: str) -> str | None:
-    """Return the one command that an answer asks to have run, None for none or several."""
+    """Return the command that an answer asks to run; None without one or with several."""
     found = [m.group(1) for m in _FENCE.finditer(text)]
     if not found and 0 < sum(text.count(tag) for tag in _TAGS) <= _TAGGED_MOST:
         found = [m.group(2) for m in _TAGGED.finditer(text)]
@@ -101,7 +101,7 @@ def command_in(text: str) -> str | None:
 
 
 def is_observation(messages: Sequence[Mapping[str, Any]], index: int) -> bool:
-    """Whether the message at an index is the result of an action rather than somebody's words."""
+    """Whether the message at an index is the result of an action and not a person's text."""
     if not 0 <= index < len(messages):
         return False
     role = messages[index].get("role")
@@ -126,8 +126,8 @@ def calls_of(message: Mapping[str, Any], index: int) -> list[tuple[str, str, str
         made = (call.get("function") or call.get("custom")) if isinstance(call, Mapping) else None
         if isinstance(made, Mapping):
             call_id = str(call.get("id") or f"call-{index}-{number}")
-            said = made.get("arguments", made.get("input"))
-            found.append((call_id, str(made.get("name") or ""), _as_text(said)))
+            arguments = made.get("arguments", made.get("input"))
+            found.append((call_id, str(made.get("name") or ""), _as_text(arguments)))
     legacy = message.get("function_call")
     if isinstance(legacy, Mapping):
         found.append((f"function-{index}", str(legacy.get("name") or ""), _as_text(legacy.get("arguments"))))
@@ -135,25 +135,25 @@ def calls_of(message: Mapping[str, Any], index: int) -> list[tuple[str, str, str
 
 
 def _results(messages: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], str]:
-    """Return the results by the index of the message that asked and the number of the call in it."""
+    """Return the results by (index of the calling message, number of the call in it)."""
     results: dict[tuple[int, int], str] = {}
-    # The calls that wait, by id. Where ids are used again, a result belongs to the latest call of its id, and in one
-    # answer to the first that has none; a legacy result has no id and belongs to the answer before it.
-    waiting: dict[str, list[tuple[int, int]]] = {}
+    # Unanswered calls by id. Of repeated ids a result belongs to the latest call, and within one answer to the first
+    # unanswered one; a legacy result has no id and belongs to the answer before it.
+    open_calls: dict[str, list[tuple[int, int]]] = {}
     for index, message in enumerate(messages):
         role = message.get("role")
         if role == "assistant":
-            waiting.pop(_LEGACY, None)
-            asked: dict[str, list[tuple[int, int]]] = {}
+            open_calls.pop(_LEGACY, None)
+            unanswered: dict[str, list[tuple[int, int]]] = {}
             for number, (call_id, _, _) in enumerate(calls_of(message, index)):
-                made_up = _MADE_UP.fullmatch(call_id)
-                nameless = () if made_up is None else (_LEGACY,) if made_up[1] is None else ("",)
+                generated = _GENERATED_ID.fullmatch(call_id)
+                nameless = () if generated is None else (_LEGACY,) if generated[1] is None else ("",)
                 for name in (call_id, *nameless):
-                    asked.setdefault(name, []).append((index, number))
-            waiting.update(asked)
+                    unanswered.setdefault(name, []).append((index, number))
+            open_calls.update(unanswered)
         elif role in ("tool", "function"):
             call_id = _LEGACY if role == "function" else str(message.get("tool_call_id") or "")
-            if queue := waiting.get(call_id):
+            if queue := open_calls.get(call_id):
                 results.setdefault(queue.pop(0), text_of(message))
     return results
 

@@ -1,4 +1,4 @@
-"""The text of messages, and what of it is no part of an answer: thoughts, and what memory itself put there."""
+"""The text of messages, and the parts that do not belong to an answer: thoughts, and blocks that memory inserted."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 BLOCK_OPEN, BLOCK_CLOSE = "<agent_memory>", "</agent_memory>"
 SEPARATOR = "\n\n"  # between a message's own text and a block
-# How reasoning models mark their thoughts where they stand in the text: at the start of a line, so that an answer
-# that speaks of such marks is left alone.
+# Marks of thoughts in the text of reasoning models: at the start of a line, so that an answer about such marks stays as
+# it is.
 _NAMES = "think|thinking|thought|thoughts|reasoning|seed:think"
 _OPENERS = ("<think", "<thought", "<reasoning>", "<seed:think>", "\u25c1think", "[think]", "<|channel|>")
 _THOUGHTS = re.compile(
@@ -19,7 +19,7 @@ _THOUGHTS = re.compile(
     re.DOTALL | re.MULTILINE | re.IGNORECASE,
 )
 _HARMONY_FINAL = re.compile(r"(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>|<\|(?:end|return)\|>\Z")
-# Some templates open the thoughts in the prompt: the answer holds their end alone.
+# Some templates open the thoughts in the prompt: the answer contains only their end.
 _CLOSERS = ("</think>", "</thinking>", "\u25c1/think\u25b7", "[/THINK]")
 _THOUGHT_PARTS = frozenset(("thinking", "redacted_thinking", "reasoning", "reasoning_content", "reasoning.text"))
 
@@ -55,7 +55,7 @@ def text_of(message: Mapping[str, Any]) -> str:
 
 
 def without_thoughts(text: str) -> str:
-    """Return an answer without the thoughts that a reasoning model put into it; as it is where there are none."""
+    """Return an answer without the thoughts of a reasoning model; unchanged without any."""
     lowered = text.lower()
     if any(opener in lowered for opener in _OPENERS):
         text = _THOUGHTS.sub(_OutsideFences(), text)
@@ -68,7 +68,7 @@ def without_thoughts(text: str) -> str:
 
 
 class _OutsideFences:
-    """Takes out what was found, unless it lies in a code fence: there the marks are what the answer is about."""
+    """Removes a match, unless it is in a code fence: there the marks are the subject of the answer."""
 
     def __init__(self) -> None:
         self._fences = self._seen = 0
@@ -80,7 +80,7 @@ class _OutsideFences:
 
 
 def without_insertions(text: str, insertions: Iterable[str]) -> str:
-    """Return a text without the blocks that memory put at its end; what only looks like one is somebody's own."""
+    """Return a text without the blocks that memory appended; only exact blocks are removed."""
     for block in insertions:
         if text.endswith(block):
             text = text[: -len(block)].removesuffix(SEPARATOR)

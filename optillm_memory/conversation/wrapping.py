@@ -1,4 +1,4 @@
-"""How an agent's tool shows a result: JSON, tags or lines around the printed text, which may tell the exit code."""
+"""Unwrapping of tool results: JSON, tags or lines around the output, which may contain the exit code."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _CODE_KEYS = (
 )
 _TEXT_KEYS = ("stdout", "output", "content", "text", "body", "result", "stderr", "message", "error", "logs")
 _WRAPS = frozenset(("stdout", "stderr", "output", "isError", "is_error", "metadata"))
-_PRINTED = frozenset(("content", "text", "body", "result", "logs", "data"))
-_TOLD = frozenset(("message", "error", "output", "stdout", "stderr", "content", "result"))
+_OUTPUT_KEYS = frozenset(("content", "text", "body", "result", "logs", "data"))
+_PAYLOAD_KEYS = frozenset(("message", "error", "output", "stdout", "stderr", "content", "result"))
 _HTTP_CODES, _HTTP_BAD = range(100, 600), 400
 _FAILED_WORDS = frozenset(("error", "failed", "failure", "timeout", "timed_out"))
 _HTTP_KEYS = frozenset(("body", "headers", "url", "text", "data", "content", "response", "statusText"))
@@ -53,12 +53,12 @@ _LABEL = re.compile(r"^(?:output|stdout|stderr|wall time)\b.{0,40}$", re.IGNOREC
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """What was shown, less its wrapping.
+class ToolResult:
+    """The output of a tool without its wrapping.
 
-    `firm` is False where the exit code is only a line of text, which a file may hold as well; `wraps` is True where
-    the wrapping is known to be one. `failed` is the tool
-    protocol's own word (True, or None when it said nothing); `error` names the kind of a structured error.
+    `firm` is False where the exit code is only a line of text, which a file may contain too; `wraps` is True where the
+    wrapping is certain. `failed` is True where the tool protocol reports a failure, else None; `error` is the kind of a
+    structured error.
     """
 
     text: str
@@ -72,15 +72,15 @@ class Shown:
 
 
 def ends_of(text: str) -> str:
-    """Return a text's head and tail without colours: what is between them is never looked at."""
+    """Return a text's head and tail without colours; the middle is never read."""
     if len(text) > HEAD + TAIL:
         text = f"{text[:HEAD]}\n{text[-TAIL:]}"
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return _ANSI.sub("", text) if "\x1b" in text else text
 
 
-def unwrap(observation: str) -> Shown:
-    """Read the wrapping off an observation."""
+def unwrap(observation: str) -> ToolResult:
+    """Remove the wrapping of an observation."""
     start = observation[:200].lstrip()
     if start.startswith(("{", "[{")):
         if len(observation) <= _JSON_LIMIT:
@@ -88,49 +88,49 @@ def unwrap(observation: str) -> Shown:
                 return _from_json(json.loads(observation))
             except (ValueError, RecursionError):
                 pass
-        # Cut off on its way, or too long to parse: real keys are still told from quoted ones by their quotes.
+        # Truncated, or too long to parse: real keys differ from quoted ones by their quotation marks.
         near = f"{observation[:2000]}\n{observation[-2000:]}"
         if found := _CUT_JSON.search(near):
-            return Shown(
+            return ToolResult(
                 ends_of(observation).replace("\\n", "\n"), int(found[1]), firm=True, structured=True, wraps=True
             )
     elif start.startswith("CompletedProcess(") and (found := _COMPLETED.match(start + observation[200:4000])):
         printed = _STREAM.sub("\n", ends_of(observation)).replace("\\n", "\n").partition("\n")[2]
-        return Shown(printed, int(found[1]), firm=True, wraps=True)
+        return ToolResult(printed, int(found[1]), firm=True, wraps=True)
     return _from_text(ends_of(observation))
 
 
-def _from_text(text: str, *, firm: bool = False) -> Shown:
+def _from_text(text: str, *, firm: bool = False) -> ToolResult:
     for near in (text[:400], text[-400:]):
         if found := _TAG.search(near):
-            return Shown(_TAG.sub("<", text), int(found[1]), firm=True, wraps=True)
+            return ToolResult(_TAG.sub("<", text), int(found[1]), firm=True, wraps=True)
     lines = [line for line in text.split("\n") if line.strip()]
     for line in [*lines[:2], *reversed(lines[-4:])]:
         bare = line.strip()[:300]
         if _TIMED_OUT.match(bare):
-            return Shown(text, failed=True, error="timeout", wraps=True)
+            return ToolResult(text, failed=True, error="timeout", wraps=True)
         found = _LINE.match(bare) or _SENTENCE.match(bare) or _RECIPE.match(bare)
         if found:
             own = found.re is not _RECIPE and (bare[0] in "[(*" or bool(_LABEL.search(text[:400])))
-            return Shown(_without(text, line), int(found["code"]), firm=firm or own, wraps=found.re is not _RECIPE)
-    return Shown(text)
+            return ToolResult(_without(text, line), int(found["code"]), firm=firm or own, wraps=found.re is not _RECIPE)
+    return ToolResult(text)
 
 
 def _without(text: str, line: str) -> str:
-    """Return the text without the wrapping's own line, so that only what the program printed is left."""
+    """Return the program's output: the text without the line of the wrapping."""
     if _RECIPE.match(line.strip()):
         return text
     before, _, after = text.partition(line)
     return f"{before}{after}".strip("\n")
 
 
-def _from_json(value: Any) -> Shown:
+def _from_json(value: Any) -> ToolResult:
     """Read a JSON result, its objects one level down, and the parts of a content list."""
     if isinstance(value, list):
         return (
             _from_text(ends_of("\n".join(_texts(value))), firm=True)
             if _are_parts(value)
-            else Shown(ends_of(str(value)))
+            else ToolResult(ends_of(str(value)))
         )
     code, failed, status, error = None, None, None, ""
     texts: list[str] = []
@@ -139,9 +139,9 @@ def _from_json(value: Any) -> Shown:
             found = level.get(key)
             if code is None and isinstance(found, int) and not isinstance(found, bool):
                 code = found
-        bad, said = _protocol(level)
+        bad, name = _reported_failure(level)
         failed = failed or bad
-        error = error or said
+        error = error or name
         number = level.get("status", level.get("status_code", level.get("statusCode")))
         if status is None and type(number) is int and number in _HTTP_CODES:
             status = number if failed or number >= _HTTP_BAD or _HTTP_KEYS & level.keys() else None
@@ -153,8 +153,8 @@ def _from_json(value: Any) -> Shown:
         text, code = inner.text, inner.exit_code
         failed = failed or inner.failed
     wraps = bool(_WRAPS & value.keys()) or _are_parts(value.get("content"))
-    wraps = wraps or (code is not None and bool(_PRINTED & value.keys()))
-    return Shown(text, code, code is not None, failed, status, error, structured=True, wraps=wraps)
+    wraps = wraps or (code is not None and bool(_OUTPUT_KEYS & value.keys()))
+    return ToolResult(text, code, code is not None, failed, status, error, structured=True, wraps=wraps)
 
 
 def _levels(value: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -164,13 +164,13 @@ def _levels(value: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             yield inner
 
 
-def _protocol(level: Mapping[str, Any]) -> tuple[bool | None, str]:
-    """Return whether a result says of itself that the call failed, and the kind of error that it names."""
+def _reported_failure(level: Mapping[str, Any]) -> tuple[bool | None, str]:
+    """Return whether a result reports that the call failed (True or None), and the kind of the error."""
     error = level.get("error")
     name = ""
     if isinstance(error, Mapping):
         name = str(error.get("type") or error.get("code") or error.get("name") or "")[:80]
-    stated = level.get("status")
+    status = level.get("status")
     failed = (
         level.get("isError") is True
         or level.get("is_error") is True
@@ -178,9 +178,9 @@ def _protocol(level: Mapping[str, Any]) -> tuple[bool | None, str]:
         or level.get("ok") is False
         or level.get("timed_out") is True
         or (
-            isinstance(stated, str)
-            and stated.lower() in _FAILED_WORDS
-            and (len(level) == 1 or bool(_TOLD & level.keys()))
+            isinstance(status, str)
+            and status.lower() in _FAILED_WORDS
+            and (len(level) == 1 or bool(_PAYLOAD_KEYS & level.keys()))
         )
         or (isinstance(error, (str, Mapping)) and bool(error))
     )

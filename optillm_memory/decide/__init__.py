@@ -1,1 +1,1 @@
-"""What to do with a request: the holdout."""
+"""Decisions: proposals and the gate, the policy over arms, the guard, the holdout."""

@@ -43,19 +43,19 @@ CONFIDENCE = 0.95
 # Thresholds, strictest first; the places in the grid where tests start, and their shares of the confidence.
 GRID = tuple(round(0.54 - 0.02 * step, 2) for step in range(23))
 _SHARES = {GRID.index(0.44): 0.2, GRID.index(0.36): 0.8}
-_DISCOUNT, _GROWN = 0.25, 300  # what is taken off a score at first, and the proposals after which half of it is
-_FIRST_LOOK, _GROWTH, _MOST = 10, 1.05, 20_000
-# What is spent of a share once so many errors are expected at the limit: 1 - 7 / expected, at first nothing.
+_DISCOUNT, _HALVED_AFTER = 0.25, 300  # subtracted from a score at first, and the proposals after which half is
+_FIRST_LOOK, _GROWTH, _LAST_LOOK = 10, 1.05, 20_000
+# The spending function: 1 - 7 / (errors expected at the limit) of a share, at first nothing.
 _UNSPENT = 7.0
 _STRATUM = 20  # labels that a stratum has at least, but for the laxest
-_RECENT, _DOUBT = 100, 0.01  # labels of would-be hits that can cause a retreat, and the odds that they do by chance
+_RECENT, _DOUBT = 100, 0.01  # labels of would-be hits that can cause a retreat, and its probability by chance
 
 WRONG, RIGHT, UNKNOWN = 0, 1, 2
 
 
 def _look_sizes() -> tuple[int, ...]:
     sizes = [_FIRST_LOOK]
-    while sizes[-1] < _MOST:
+    while sizes[-1] < _LAST_LOOK:
         sizes.append(math.ceil(sizes[-1] * _GROWTH))
     return tuple(sizes)
 
@@ -65,8 +65,8 @@ LOOKS = _look_sizes()
 
 
 def discount(proposals: int) -> float:
-    """Return what is taken off a score when so many proposals came before it."""
-    return _DISCOUNT * _GROWN / (_GROWN + proposals)
+    """Return what is subtracted from a score after this number of earlier proposals."""
+    return _DISCOUNT * _HALVED_AFTER / (_HALVED_AFTER + proposals)
 
 
 def cell_of(score: float) -> int:
@@ -92,7 +92,7 @@ class Calibration:
             self._look(node)
         if verdict != UNKNOWN and cell < len(GRID):
             self.recent.append((cell, verdict))
-            if verdict == WRONG and cell <= self._laxest and doubtful(self.recent, self._laxest, self.limit):
+            if verdict == WRONG and cell <= self._laxest and exceeds_limit(self.recent, self._laxest, self.limit):
                 self._retreat()
 
     @property
@@ -105,7 +105,7 @@ class Calibration:
         return self._sample.labels[GRID.index(threshold)]
 
     def _look(self, node: int) -> None:
-        """Test a threshold where it is its turn, and those after it by the looks that they already had."""
+        """Test a threshold once those before it are proven, and then those after it by their past looks."""
         share = self._share(node)
         while node < len(GRID) and (share := share + _SHARES.get(node, 0.0)) > 0 and self._passes(node, share):
             self._proven[node] = True
@@ -114,7 +114,7 @@ class Calibration:
             node += 1
 
     def _share(self, node: int) -> float:
-        """Return the share of the confidence that those before a threshold, all proven back to a start, hand on."""
+        """Return the share of the confidence handed on by the thresholds before, all proven back to a start."""
         share = 0.0
         while node and self._proven[node - 1]:
             node -= 1
@@ -129,19 +129,19 @@ class Calibration:
 
     def _retreat(self) -> None:
         """Go back to the laxest threshold that recent labels do not speak against; the rest begins anew."""
-        left = [node for node in range(self._laxest) if self._proven[node]]
-        while left and doubtful(self.recent, left[-1], self.limit):
-            left.pop()
-        self._laxest = left[-1] if left else -1
-        self.closed = not left
-        self._proven = [node in left for node in range(len(GRID))]
+        kept = [node for node in range(self._laxest) if self._proven[node]]
+        while kept and exceeds_limit(self.recent, kept[-1], self.limit):
+            kept.pop()
+        self._laxest = kept[-1] if kept else -1
+        self.closed = not kept
+        self._proven = [node in kept for node in range(len(GRID))]
         self._sample = Sample()
-        # What spoke against the laxer ones has had its effect.
+        # The labels that speak against the laxer thresholds have had their effect.
         self.recent = deque((r for r in self.recent if r[0] <= self._laxest), maxlen=self.recent.maxlen)
 
 
 class Sample:
-    """The labels so far: for each threshold, how many are wrong, and were at each look."""
+    """The labels so far: for each threshold the number of errors, now and at each look."""
 
     def __init__(self) -> None:
         """Start empty."""
@@ -169,18 +169,18 @@ class Sample:
 
     def _look(self, node: int) -> bool:
         """Note the errors at the looks that are due; return whether there were any."""
-        wrong, worth = self._worth(node)
+        wrong, worth = self._effective_counts(node)
         done, labels = self.errors[node], self.labels[node]
         before = len(done)
         while len(done) < len(LOOKS) and LOOKS[len(done)] <= worth:
             done.append(wrong * LOOKS[len(done)] / worth)
         following = LOOKS[len(done)] if len(done) < len(LOOKS) else math.inf
-        # Where labels are worth less than their number, it is not known when the next look is due.
+        # Where the effective number of labels is smaller than their number, the next look cannot be foreseen.
         self._due[node] = following if worth == labels else max(following, labels * _GROWTH)
         return len(done) > before
 
-    def _worth(self, node: int) -> tuple[float, float]:
-        """Return (errors, labels) as they would be were labels spread as proposals are."""
+    def _effective_counts(self, node: int) -> tuple[float, float]:
+        """Return (errors, labels) as if labels were distributed over the scores as proposals are."""
         cells = self._cells[: node + 1]
         if sum(proposals for proposals, _, _ in cells) == self.labels[node]:
             return self._wrong[node], self.labels[node]
@@ -202,7 +202,7 @@ class Sample:
         return rate * worth, worth
 
 
-def doubtful(recent: Sequence[tuple[int, int]], node: int, limit: float) -> bool:
+def exceeds_limit(recent: Sequence[tuple[int, int]], node: int, limit: float) -> bool:
     """Whether the latest labels at or above a threshold have more errors than the limit explains."""
     hits = [verdict for cell, verdict in recent if cell <= node][-_RECENT:]
     wrong = hits.count(WRONG)
@@ -210,7 +210,7 @@ def doubtful(recent: Sequence[tuple[int, int]], node: int, limit: float) -> bool
 
 
 class Boundary:
-    """How many errors pass at each look, so that a rate at the limit ever passes with at most a given probability."""
+    """The errors allowed at each look, such that a rate at the limit ever passes with at most the given probability."""
 
     def __init__(self, limit: float, probability: float) -> None:
         """Start before the first look."""
@@ -244,7 +244,7 @@ class Boundary:
 
 @lru_cache(maxsize=512)
 def boundary(limit: float, probability: float) -> Boundary:
-    """Return the boundary of a limit and a share of the confidence."""
+    """Return the boundary for a limit of the error and a probability of passing at it."""
     return Boundary(limit, probability)
 
 

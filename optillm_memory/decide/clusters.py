@@ -1,4 +1,4 @@
-"""Task clusters, found online: requests that lie near each other, for what an arm earns depends on the task."""
+"""Online clustering of tasks: the reward of an arm depends on the kind of task."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from numpy.typing import NDArray
 
 NOWHERE = -1  # the cluster of a request without a vector
 LIMIT = 64  # clusters at most
-_GROWTH = 2.0  # clusters for the root of the number of requests
-_WIDTH = 0.06  # cosine by which a cluster lies farther than the nearest when it counts 1/e of it
-_SAME = 0.999  # a repeat of a cluster's only request founds none
+_GROWTH = 2.0  # clusters at most, divided by the root of the number of requests
+_WIDTH = 0.06  # the cosine by which a cluster is farther than the nearest when it has 1/e of its weight
+_SAME = 0.999  # the cosine from which a request repeats another and starts no cluster
 
 
 class Clusters:
-    """Centroids that follow the requests: sequential k-means, where an unusual request founds a cluster.
+    """Sequential k-means (MacQueen 1967) on unit vectors, where an unusual request starts a cluster.
 
-    A fold over the requests' vectors in their order; rewards have no say.
+    A fold over the requests' vectors in their order; rewards have no influence.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Clusters:
         return np.asarray(self._units[: self.count] @ vector, dtype=np.float64)
 
     def assign(self, nearness: NDArray[np.float64]) -> int:
-        """Return the cluster of a request that lies so; it is `count` where it founds one."""
+        """Return the cluster for these cosines; it is `count` where the request starts a new one."""
         if self.count == 0:
             return 0
         nearest = int(nearness.argmax())
@@ -42,7 +42,7 @@ class Clusters:
         return self.count if room and unusual else nearest
 
     def add(self, vector: NDArray[np.float32]) -> int:
-        """Take in the next request; return its cluster."""
+        """Add the next request; return its cluster."""
         if self._sums is None or self._units is None:
             self._sums = np.zeros((LIMIT, len(vector)))
             self._units = np.zeros((LIMIT, len(vector)))

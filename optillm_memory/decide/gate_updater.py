@@ -22,6 +22,7 @@ class Change:
     trace_id: str
     label: Label
     served: bool
+    encoder: str = ""  # the fingerprint of the encoder that the score is of; empty in logs of earlier releases
 
 
 class GateUpdater:

@@ -1,4 +1,4 @@
-"""The guard at the action's site: whether an action is about to be repeated that is known to fail."""
+"""The guard: whether the model is about to repeat an action that is known to fail."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from optillm_memory.records import PastAttempt, Step
 
-# A test or a build that failed may well pass now, a server may be back: only the action itself is to blame here.
-_NOT_THE_ACTION = frozenset(("test_summary", "compiler", "http"))
+# A failed test or build may pass now, and a server may be back: the action itself is not the cause.
+_OTHER_CAUSES = frozenset(("test_summary", "compiler", "http"))
 _CHANGEABLE = ("http|", "curl|", "tool|timeout")
-# What was so at another place or time: a file, a directory, a port, a permission, a peer. In this conversation too it
-# may change, but then something was done about it.
+# Errors by the state of the environment: a file, a directory, a port, a permission, a peer. It differs elsewhere;
+# in the same conversation it changes only by an action.
 _STATE = re.compile(
     r"no such (?:file|dir|process|container|image|host|device|table|column|branch|remote)|cannot find the (?:file|path)"
     r"|filenotfound|enoent|eacces|eexist|eaddrinuse|econn|does not exist|doesn't exist|already exists|file exists"
@@ -22,7 +22,7 @@ _STATE = re.compile(
     r"|not something we can merge|couldn't find remote|cannot (?:stat|open|access)|can't open|unable to locate"
     r"|unable to access|no matches found|not found in|could not find|cannot find|no rule to make|no targets specified"
     r"|missing script"
-    # The same (no such file, permission denied, file exists) as the C library says it elsewhere.
+    # The same (no such file, permission denied, file exists) in the C library's translations.
     r"|datei oder verzeichnis nicht gefunden|keine berechtigung|datei existiert bereits|ist nicht leer"
     r"|aucun fichier ou dossier|permission non accordée|le fichier existe|n'est pas vide"
     r"|no existe el (?:archivo|fichero)|permiso denegado|(?:archivo|fichero) ya existe"
@@ -42,18 +42,18 @@ _WORDS_MOST = 40
 def known_to_fail(
     past: Sequence[PastAttempt], here: Sequence[Step], *, episode_id: str, now: float, expiry_s: float
 ) -> list[PastAttempt]:
-    """Return the failures of an action that speak against doing it again, latest first; none where it may work.
+    """Return the failures of an action that are reasons not to repeat it, latest first; none where it may work.
 
-    It may where it worked since, where its failures are older than `expiry_s` seconds (what is not supported today may
-    be tomorrow), where this very conversation did something else since (its state is another), and where it failed in
-    another conversation by the state of the world there: "No such file" says nothing of other folders.
+    It may work where it succeeded since, where its failures are older than `expiry_s` seconds, where this conversation
+    has done something else since (the state has changed), and where it failed in another conversation because of the
+    state there: "No such file" says nothing about other folders.
     """
     decided = sorted((p for p in past if p.verdict != "unknown"), key=lambda p: p.at, reverse=True)
     failures: list[PastAttempt] = []
     for attempt in decided:
         if attempt.verdict == "success":
             break
-        if now - attempt.at <= expiry_s and not _about_something_else(attempt, episode_id):
+        if now - attempt.at <= expiry_s and not _has_another_cause(attempt, episode_id):
             failures.append(attempt)
     own = {p.step_id for p in failures if p.episode_id == episode_id}
     if own and here and here[-1].step_id not in own and any(s.step_id in own for s in here):
@@ -61,16 +61,16 @@ def known_to_fail(
     return failures
 
 
-def _about_something_else(attempt: PastAttempt, episode_id: str) -> bool:
-    if attempt.basis in _NOT_THE_ACTION or attempt.signature.lower().startswith(_CHANGEABLE):
+def _has_another_cause(attempt: PastAttempt, episode_id: str) -> bool:
+    if attempt.basis in _OTHER_CAUSES or attempt.signature.lower().startswith(_CHANGEABLE):
         return True
     return attempt.episode_id != episode_id and _STATE.search(attempt.message) is not None
 
 
 def same_but_for_names(action: str, known: str) -> list[int] | None:
-    """Return the places of the words in which an action differs from a known one, where nothing but names differs.
+    """Return the indices of the words in which an action differs from a known one, if only names differ; else None.
 
-    None otherwise: the program, the flags and the number of words are the same, and at most half of the words others.
+    The program, the flags and the number of words are equal, and at most half of the words differ.
     """
     one, other = action.split(), known.split()
     if len(one) != len(other) or not one or len(one) > _WORDS_MOST or one[0] != other[0]:

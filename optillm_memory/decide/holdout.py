@@ -1,4 +1,4 @@
-"""The holdout: a small random share of episodes goes without memory, so that the uplift can be measured."""
+"""The holdout: a small random share of episodes runs without memory, so that the uplift can be measured."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Assignment:
 
 
 def assign(episode_id: str, salt: bytes, share: float) -> Assignment:
-    """Assign an episode by a keyed hash: the same for all its requests, in every process, and not to be guessed.
+    """Assign an episode by a keyed hash: the same for all its requests and in every process, and unpredictable.
 
-    `salt` is the database's own secret, so that a caller who picks episode ids cannot pick its arm.
+    `salt` is the database's own secret, so that a caller who chooses episode ids cannot choose the assignment.
     """
     digest = hashlib.blake2b(episode_id.encode("utf-8", "replace"), key=salt, digest_size=8).digest()
     held_out = int.from_bytes(digest, "big") < share * 2**64

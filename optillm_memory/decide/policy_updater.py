@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optillm_memory.decide.policy import Choice, Chosen, Known, Policy, Situation, Terms
+from optillm_memory.decide.policy import Choice, LoggedChoice, Measurement, Policy, Situation, Terms
 from optillm_memory.records import Arm, ThreadStarter
 
 _INLINE = 2_000  # rows that are folded within a request; more take a thread of their own
@@ -22,7 +22,7 @@ class Row:
     """A choice in the log, and what is known of its episode: the reward once there is an outcome, tokens, time."""
 
     trace_id: str
-    chosen: Chosen
+    chosen: LoggedChoice
     reward: float | None
     tokens: int
     latency_ms: float
@@ -91,20 +91,20 @@ class PolicyUpdater:
             thread.join(timeout_s)
 
     def report(self) -> tuple[dict[str, Any], dict[int, str]]:
-        """Return the state of the policy for people, and the trace id of the latest request of each task cluster."""
+        """Return the policy's figures for people, and the trace id of the latest request of each task cluster."""
         with self._lock:
             policy, examples = self.policy, dict(self._examples)
-            shown = {
+            figures = {
                 "choices": policy.count,
-                "budget_left": round(policy.purse, 4),
-                "all": _rounded(policy.beliefs()),
+                "budget_left": round(policy.budget, 4),
+                "all": _rounded(policy.estimates()),
                 "clusters": [
-                    {"cluster": c, "requests": policy.requests_of(c), "arms": _rounded(policy.beliefs(c))}
+                    {"cluster": c, "requests": policy.requests_of(c), "arms": _rounded(policy.estimates(c))}
                     for c in sorted(examples)
                     if c >= 0
                 ],
             }
-        return shown, examples
+        return figures, examples
 
     def _fold_many(self, rows: Iterable[Row], since: int) -> None:
         # The policy is not read while it grows: a copy grows, and the present one answers meanwhile.
@@ -125,7 +125,9 @@ class PolicyUpdater:
     def _fold(self, rows: Iterable[Row]) -> None:
         for row in rows:
             self._reserved.pop(row.trace_id, None)
-            known = Known(row.reward, row.tokens / 1000 * self._prices.get(row.chosen.arm, 1.0), row.latency_ms / 1000)
+            known = Measurement(
+                row.reward, row.tokens / 1000 * self._prices.get(row.chosen.arm, 1.0), row.latency_ms / 1000
+            )
             if (index := self._index.get(row.trace_id)) is not None:
                 self.policy.observe(index, known)
                 continue

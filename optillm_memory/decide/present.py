@@ -1,9 +1,8 @@
-"""The present: whether the right answer to a text may be another one tomorrow, by its words.
+"""Time dependence: whether the right answer to a text may change with time, by the words of the text.
 
-Two degrees. `clock`: the text speaks of now, of the date, of the weather, of what is the latest. `state`: it asks
-something that no word of it tells to be lasting: how something stands (is it open, who holds the office, how much is
-it, where is my order), or what may as well be a rule. Lists and forms in the languages of `lexicon`: where they err on
-one side the model is asked, so they are made to err there.
+Two degrees. `clock`: the text mentions now, the date, the weather, the latest of something. `state`: it asks about a
+state (is it open, who holds the office, how much is it, where is my order), and no word shows that the answer lasts.
+The word lists of `lexicon` are made to err on the side of time dependence: then the model answers.
 """
 
 from __future__ import annotations
@@ -16,22 +15,22 @@ from optillm_memory.conversation.language import ENGLISH, plausible_languages
 from optillm_memory.conversation.lexicon import LANGUAGES, compiled, fold
 
 Degree = Literal["", "state", "clock"]
-ENDS = 200  # characters of a text that are looked at from either end: what is asked stands there
-# What pins a question to its date: then it is history. And a sum never changes.
+ENDS = 200  # characters read at each end of a text: the question is there
 _QUESTION_MARKS = ("?", "\u061f", "\u037e")
+# A past year makes the question one of history; the result of a sum never changes.
 _YEAR = re.compile(r"(?<![\d.,])(?:1\d{3}|20[01]\d)(?![\d.,]\d|\d)")
 _SUM = re.compile(r"\d\s?(?:[-+*/\u00d7\u00f7^=%]|[^\W\d_]{1,8}(?:\s[^\W\d_]{1,8})?)\s?\d")
 
 
 def present_in_any(text: str) -> Degree:
-    """Return in which degree a text asks about the present in any of the languages that it may be in."""
+    """Return the highest degree of time dependence over the languages that a text may be in."""
     found = {present(text, language) for language in plausible_languages(text)}
     return "clock" if "clock" in found else "state" if "state" in found else ""
 
 
 @lru_cache(maxsize=4096)
 def present(text: str, language: str) -> Degree:
-    """Return in which degree a text asks about the present; a language without lists is read as English."""
+    """Return the degree of time dependence of a text; a language without lists is read as English."""
     folded = fold(text if len(text) <= 2 * ENDS else f"{text[:ENDS]} {text[-ENDS:]}")
     language = language if language in LANGUAGES else ENGLISH
 

@@ -1,7 +1,7 @@
-"""What of a text's words can change its answer: numbers, names, negations, scope words, order, time.
+"""The parts of a text's wording that can change its answer: numbers, names, negations, scope words, order, time.
 
-Fillers, tenses and persons are English alone: in another language fewer words count as fillers, so that two texts are
-less often the same. Negations and scope words of other languages stand in `lexicon`.
+Fillers, tenses and persons are English only: in another language fewer words count as fillers, so that two texts are
+less often equal. Negations and scope words of other languages are in `lexicon`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from functools import lru_cache
 
 from optillm_memory.conversation.language import ENGLISH, language_of
 from optillm_memory.conversation.lexicon import LANGUAGES, compiled, fold
-from optillm_memory.decide.present import present_in_any
 from optillm_memory.recall.ranking import STOP_WORDS
 
 LONGEST = 8_000
@@ -37,7 +36,7 @@ _SCOPES = _words(
     "since within unless if both either or first last next other another always off out down up than how when where "
     "who whose why"
 )
-# Of these, what turns a question round even where many tasks have the same answer.
+# Those that reverse a question even where many tasks have the same answer.
 STRONG = _words(
     "only all except before after under over above below more less most least maximum minimum until unless off out"
 )
@@ -57,13 +56,13 @@ _NUMBER_WORDS = {
     **{w: str(n) for n, w in enumerate(_list("two three four five six seven eight nine ten eleven twelve"), 2)},
     **{w: str(10 * n) for n, w in enumerate(_list("twenty thirty forty fifty sixty seventy eighty ninety"), 2)},
 }
-# Often told by the way ("I paid last week"), so that verified tasks can show that it does not matter.
-_PASSING = re.compile(
+# Often incidental ("I paid last week"): verified tasks can show that it does not matter.
+_RELATIVE_TIME = re.compile(
     r"\b(?:yesterday|ago|recently|(?:this|last|next|past) "
     r"(?:second|minute|hour|morning|afternoon|evening|night|week|weekend|month|quarter|year))\b"
 )
 _TOKEN = re.compile(
-    r"\d[\d.,:/]*(?:\s?[ap]\.?m\b\.?|[^\W\d_]+)?"  # a number with what hangs on it: 2,700  9:15  7 am  23kg
+    r"\d[\d.,:/]*(?:\s?[ap]\.?m\b\.?|[^\W\d_]+)?"  # a number with its unit: 2,700  9:15  7 am  23kg
     r"|[^\W\d_]+(?:'[^\W\d_]+)*[+#]*"  # a word: don't  C++
     r"|(?<![^\W\d_])-(?=\s?\d)|[+*=<>^%$€£¥@~|\\]"  # signs that change a meaning
 )
@@ -74,14 +73,14 @@ _GREETING = re.compile(
 )
 _DOUBLED = re.compile(r"([^\W\d_])\1")
 _VOWELS = frozenset("aeiou")
-# A word that is shorter may well be another word, and not the same one misspelt.
-_SPELT, _SPELT_LONG, _LIKE_HEAD = 6, 8, 3
+# Shorter words may be other words rather than misspellings.
+_MISSPELT_FROM, _SWAPPED_FROM, _EQUAL_START = 6, 8, 3
 _SENTENCE_END = re.compile(r"[.?!:;\n]\s*[\"'(]*$")
 
 
 @dataclass(frozen=True, slots=True)
 class Wording:
-    """What of a text's words can change its answer."""
+    """The parts of a text's wording that can change its answer."""
 
     numbers: frozenset[str]
     names: frozenset[str]
@@ -92,22 +91,17 @@ class Wording:
     directions: frozenset[tuple[str, str]]
     times: frozenset[str]
     persons: tuple[str, ...]
-    layout: tuple[str, ...] = ()  # the indentation of each line, where any line is indented: code hangs on it
-
-
-def is_time_dependent(text: str) -> bool:
-    """Whether the right answer may be another one tomorrow, by the words of the text."""
-    return present_in_any(text) == "clock"
+    layout: tuple[str, ...] = ()  # the indentation of each line, if any is indented: code depends on it
 
 
 def asks_the_same(one: str, other: str) -> bool:
-    """Whether two texts are one question but for fillers, plurals and the place of a phrase."""
+    """Whether two texts are the same question except for fillers, plurals and the place of a phrase."""
     return max(len(one), len(other)) <= LONGEST and difference(wording(one), wording(other)) == ""
 
 
 @lru_cache(maxsize=4096)
 def wording(text: str) -> Wording:
-    """Return what of a text's words can change its answer."""
+    """Return the parts of a text's wording that can change its answer."""
     language = language_of(text)
     layout = _layout(text)
     text = unicodedata.normalize("NFKC", text).replace("\u2019", "'")
@@ -148,7 +142,7 @@ def wording(text: str) -> Wording:
         tokens=frozenset(order),
         order=tuple(order),
         directions=frozenset(directions),
-        times=frozenset(["time"] if _PASSING.search(_folded(text)) else ()),
+        times=frozenset(["time"] if _RELATIVE_TIME.search(_folded(text)) else ()),
         persons=tuple(persons),
         layout=layout,
     )
@@ -162,7 +156,7 @@ def _layout(text: str) -> tuple[str, ...]:
 
 
 def _found(language: str, kind: str, text: str) -> set[str]:
-    """Return the words of a language's list that a text has."""
+    """Return the words of a language's list that occur in a text."""
     return {m.group().strip() for m in compiled(language, kind).finditer(fold(text[:LONGEST]))}
 
 
@@ -171,7 +165,7 @@ def _folded(text: str) -> str:
 
 
 def difference(one: Wording, other: Wording) -> str:
-    """Return why two texts are not one question word for word, or an empty text where they are."""
+    """Return the veto by which two texts are not the same question word for word; empty where they are."""
     other = _respelt(other, one)
     named = (one.tokens ^ other.tokens) & (one.names | other.names)
     addressed = set(one.persons) == set(other.persons) == {"i", "you"} and one.persons != other.persons
@@ -189,7 +183,7 @@ def difference(one: Wording, other: Wording) -> str:
 
 
 def _respelt(text: Wording, other: Wording) -> Wording:
-    """Return a text with the words spelt as in the other that are the same but for a slip."""
+    """Return a wording with misspelt words spelt as in the other one."""
     mine, others = text.tokens - other.tokens, other.tokens - text.tokens
     if not mine or len(mine) != len(others) or (mine | others) & (text.numbers | other.numbers):
         return text
@@ -206,29 +200,29 @@ def _respelt(text: Wording, other: Wording) -> Wording:
 
 
 def is_misspelt(one: str, other: str) -> bool:
-    """Whether two words are likely one, spelt in two ways, and unlikely two that differ by a letter.
+    """Whether two words are likely two spellings of one word.
 
     A letter is doubled or not (adress); in longer words two letters are swapped, or an inner vowel is missing or
-    another (statment, emergancy). Consonants tell words apart (contact, contract), and so do beginnings and endings.
+    replaced (statment, emergancy). Other consonants (contact, contract), beginnings and endings make another word.
     """
     one, other = (_DOUBLED.sub(r"\1", word) for word in (one, other))
     if one == other:
         return True
     short, long = sorted((one, other), key=len)
     at = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
-    if len(short) < _SPELT or short[-1] != long[-1]:
+    if len(short) < _MISSPELT_FROM or short[-1] != long[-1]:
         return False
     if len(short) < len(long):
-        return at >= _LIKE_HEAD and long[at] in _VOWELS and short[at:] == long[at + 1 :]
-    if len(short) < _SPELT_LONG or at == 0:
+        return at >= _EQUAL_START and long[at] in _VOWELS and short[at:] == long[at + 1 :]
+    if len(short) < _SWAPPED_FROM or at == 0:
         return False
     swapped = short[at] == long[at + 1] and short[at + 1] == long[at] and short[at + 2 :] == long[at + 2 :]
-    vowels = {short[at], long[at]} <= _VOWELS and at >= _LIKE_HEAD and short[at + 1 :] == long[at + 1 :]
+    vowels = {short[at], long[at]} <= _VOWELS and at >= _EQUAL_START and short[at + 1 :] == long[at + 1 :]
     return swapped or vowels
 
 
 def _rotated(one: Sequence[str], other: Sequence[str]) -> bool:
-    """Whether a phrase was only put in front or at the end."""
+    """Whether a phrase was only moved to the front or to the end."""
     if len(one) != len(other) or not one:
         return False
     starts = [i for i, token in enumerate(other) if token == one[0]]
@@ -237,7 +231,7 @@ def _rotated(one: Sequence[str], other: Sequence[str]) -> bool:
 
 
 def _names(text: str, found: Sequence[tuple[str, str, int]]) -> frozenset[str]:
-    """Tokens with a capital that their place in the sentence does not explain."""
+    """Return the tokens with a capital that is not explained by their place in the sentence."""
     words = [(folded, raw, start) for folded, raw, start in found if raw[0].isalpha()]
     capital = [w for w in words if w[1][0].isupper()]
     if len(words) > 2 and 2 * len(capital) > len(words):  # noqa: PLR2004 - a title, or someone who shouts
@@ -251,7 +245,7 @@ def _names(text: str, found: Sequence[tuple[str, str, int]]) -> frozenset[str]:
 
 
 def _parts(token: str) -> list[str]:
-    """Take a contraction apart: isn't is `is not`, child's is `child`."""
+    """Split a contraction: isn't gives `not`, child's gives `child`."""
     if "'" not in token:
         return ["not"] if token in ("cannot", "cant", "dont", "doesnt", "didnt", "isnt", "wont") else [token]
     if token.endswith("n't"):
@@ -261,7 +255,7 @@ def _parts(token: str) -> list[str]:
 
 
 def _number(token: str) -> str:
-    """Return the one form of a number, or an empty text."""
+    """Return the normal form of a number; empty for another token."""
     if token in _NUMBER_WORDS:
         return _NUMBER_WORDS[token]
     if not token[0].isdigit():

@@ -1,1 +1,1 @@
-"""The demo: a small model behind a real optillm, taught and asked again."""
+"""The demo: a small model with a real optillm, taught by feedback and asked again after a restart."""

@@ -18,7 +18,7 @@ from optillm_memory.testing.host import HostProcess
 from optillm_memory.testing.weights import smollm2_directory
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
-KEY = "optillm"  # what optillm's own inference asks for
+KEY = "optillm"  # the key of optillm's own inference
 BLOCK = 12
 HOLDOUT = 0.2
 MAX_ERROR = 0.1
@@ -27,7 +27,7 @@ REPEATED = 2 / 3  # of the tasks that are asked again at the end; the others are
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part of the demo: its name and what came of its tasks."""
+    """One part of the demo: its name and the results of its tasks."""
 
     name: str
     result: Result
@@ -35,8 +35,8 @@ class Part:
     def figures(self) -> dict[str, Any]:
         """Return the row of the demo's table."""
         figures = self.result.figures()
-        shown = ("accuracy", "requests", "llm_calls", "injected", "served", "held_out", "seconds")
-        return {key: figures[key] for key in shown}
+        columns = ("accuracy", "requests", "llm_calls", "injected", "served", "held_out", "seconds")
+        return {key: figures[key] for key in columns}
 
 
 def play(
@@ -48,12 +48,12 @@ def play(
     say: Callable[[str], None],
     bar: Bar,
 ) -> tuple[list[Part], dict[str, Any]]:
-    """Ask without memory, then in session 1, restart the server, ask on in session 2, and climb the ladder.
+    """Ask without memory, then in session 1, restart the server, continue in session 2, and compare reuse.
 
-    After each answer the demo, which knows what is right, posts feedback with the right answer after a failure. A
-    fifth of the episodes is held out. At the end some tasks come again, with some new ones among them: once through
-    memory as before, once with reuse allowed. Returns the parts and the uplift that the server reports. `bar` is a
-    progress bar that gives what moves it on by one.
+    After each answer the demo, which knows the right one, posts feedback, with the right answer after a failure. A
+    fifth of the episodes is held out. At the end some tasks are asked again, together with new ones: once with memory
+    as before, once with reuse allowed. Returns the parts and the uplift that the server reports. `bar` makes a progress
+    bar; it yields the function that advances it by one.
     """
     tasks = shuffled(load_tasks(), seed)
     model = smollm2_directory(progress=say)
@@ -67,7 +67,7 @@ def play(
             server = _ready(process, model)
             parts.append(_part("without memory", server, second[:baseline], {"mode": "off", "feedback": "none"}, bar))
             parts.append(_part("session 1", server, first, {}, bar))
-        say("restarting optillm: what it knows now, it knows from the file")
+        say("restarting optillm: from now on all it remembers comes from the database")
         with process:
             server = _ready(process, model)
             parts.append(_part("session 2", server, second, {}, bar))
@@ -75,14 +75,14 @@ def play(
             chance, known = random.Random(seed), [*first, *second]
             repeated = chance.sample(known, min(round(again * REPEATED), len(known)))
             last = shuffled([*repeated, *tasks[2 * session :][: again - len(repeated)]], seed)
-            quiet = {"mode": "read", "feedback": "none", "episodes": "again"}
-            parts.append(_part("again", server, last, quiet, bar))
-            parts.append(_part("again, reuse", server, last, {**quiet, "max_error": MAX_ERROR}, bar))
+            read_only = {"mode": "read", "feedback": "none", "episodes": "again"}
+            parts.append(_part("again", server, last, read_only, bar))
+            parts.append(_part("again, reuse", server, last, {**read_only, "max_error": MAX_ERROR}, bar))
     return parts, uplift
 
 
 def curve(results: Sequence[Result], block: int = BLOCK) -> list[tuple[int, float]]:
-    """Return (tasks so far, accuracy over the last `block` of them) along the given results."""
+    """Return (tasks so far, accuracy over the last `block` of them) along these results."""
     right = [answer for result in results for answer in result.right]
     ends = range(block, len(right) + 1, block)
     return [(end, sum(right[end - block : end]) / block) for end in ends]

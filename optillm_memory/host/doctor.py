@@ -29,7 +29,7 @@ from optillm_memory.store.opening import open_store
 from optillm_memory.store.sqlite.connection import sqlite_version, wal_is_safe
 
 Level = Literal["ok", "warn", "fail"]
-OPTILLM_ALONE_S = 120.0  # at most, to import optillm with the plugin in a process of its own
+IMPORT_S = 120.0  # at most, to import optillm with the plugin in a process of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def _database(settings: Settings) -> Iterator[Finding]:
         with contextlib.closing(
             open_store(settings.db, queue_size=1, normal=normal_answer, read_only=True)
         ) as store:  # fmt: skip
-            total, embedded = store.coverage()
+            total, embedded = store.vectors.coverage()
     except NotFound:
         yield _place_for_new(settings)
         return
@@ -92,7 +92,9 @@ def _database(settings: Settings) -> Iterator[Finding]:
         yield Finding("database", "warn", f"{settings.place} is from an earlier release; the next start migrates it")
         return
     except StoreError as error:
-        advice = "check URL, server, pgvector and rights" if is_url(settings.db) else "use another file or a backup"
+        advice = (
+            "check URL, server, pgvector and rights" if is_url(settings.db) else "restore a backup or use another file"
+        )
         yield Finding("database", "fail", f"{error}; {advice}")
         return
     yield Finding("database", "ok", f"{settings.place} can be read") if is_url(settings.db) else _file(settings.path)
@@ -105,6 +107,8 @@ def _database(settings: Settings) -> Iterator[Finding]:
 def _place_for_new(settings: Settings) -> Finding:
     if is_url(settings.db):
         return Finding("database", "ok", f"there is no memory on {settings.place} yet; the first start creates it")
+    if settings.path.exists():
+        return Finding("database", "fail", f"{settings.path} is not a file; set another path")
     folder = next(parent for parent in settings.path.parents if parent.exists())
     if fault := _write_fault(folder):
         return Finding("database", "fail", f"{settings.path} does not exist and {fault}; set another path")
@@ -253,13 +257,17 @@ def _plugin_file(directory: Path) -> Finding:
     )
     with tempfile.TemporaryDirectory(prefix="optillm-memory-") as folder:
         unused = {env_name("db"): str(Path(folder) / "unused.db"), env_name("encoder"): "none"}
-        done = subprocess.run(  # noqa: S603 - our own interpreter on a file the user installed
-            [sys.executable, "-B", "-c", code, str(path)], capture_output=True, text=True,
-            env={**os.environ, **unused}, timeout=OPTILLM_ALONE_S, check=False,
-        )  # fmt: skip
-    if "slug agent_memory True" in done.stdout:
-        return Finding("plugin file", "ok", f"{path} can be imported")
-    reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        try:
+            done = subprocess.run(  # noqa: S603 - our own interpreter on a file the user installed
+                [sys.executable, "-B", "-c", code, str(path)], capture_output=True, text=True,
+                env={**os.environ, **unused}, timeout=IMPORT_S, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            reason = f"it took longer than {IMPORT_S:g} seconds"
+        else:
+            if "slug agent_memory True" in done.stdout:
+                return Finding("plugin file", "ok", f"{path} can be imported")
+            reason = (done.stderr.strip().splitlines() or ["unknown reason"])[-1]
     return Finding(
         "plugin file", "fail",
         f"{path} cannot be imported, so optillm would start without memory: {reason}; run: optillm-memory install",

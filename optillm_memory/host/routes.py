@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import Any
 
 import flask
@@ -87,10 +87,10 @@ def memories() -> Answer:
     """Return the latest memories; with `?query=`, what a request with that task would recall in the scope."""
     query = flask.request.args.get("query")
     if query is None:
-        data = [described(record) for record in _memory().memories(tenant=_visible(), limit=_limit())]
+        found: Sequence[MemoryRecord | Hit] = _memory().memories(tenant=_visible(), limit=_limit())
     else:
-        data = [described_hit(hit) for hit in _memory().recall(query, scope=_scope(), limit=_limit())]
-    return flask.jsonify({"object": "list", "data": data}), 200
+        found = _memory().recall(query, scope=_scope(), limit=_limit())
+    return flask.jsonify({"object": "list", "data": [each.as_dict() for each in found]}), 200
 
 
 @blueprint.get("/memories/<memory_id>")
@@ -149,16 +149,6 @@ def ready() -> Answer:
     """Return whether the database can be written, by writing to it; 503 if not."""
     _memory().probe()
     return flask.jsonify({"status": "ready", "encoder": _memory().encoder.state}), 200
-
-
-def described(memory: MemoryRecord) -> dict[str, Any]:
-    """Return a memory as a JSON object."""
-    return {**asdict(memory), "value": round(memory.value, 4)}
-
-
-def described_hit(hit: Hit) -> dict[str, Any]:
-    """Return a hit as a JSON object: the memory with its score components."""
-    return {**described(hit.memory), "score": hit.score, "cosine": hit.cosine, "lexical": hit.lexical}
 
 
 def _forgotten(**named: Any) -> Answer:

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 
-from optillm_memory.conversation.language import DETECTING
+from optillm_memory.conversation.language import DETECTOR_LOCK
 from optillm_memory.errors import AgentMemoryError, InvalidField
 from optillm_memory.host.failopen import FailOpen
 from optillm_memory.learn.forms import form_named
@@ -108,4 +108,6 @@ atexit.register(_close)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_leave_to_parent)
     # A child must not inherit the lock in a held state: the thread that would release it is not in the child.
-    os.register_at_fork(before=DETECTING.acquire, after_in_parent=DETECTING.release, after_in_child=DETECTING.release)
+    os.register_at_fork(
+        before=DETECTOR_LOCK.acquire, after_in_parent=DETECTOR_LOCK.release, after_in_child=DETECTOR_LOCK.release
+    )

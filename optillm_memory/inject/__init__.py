@@ -1,1 +1,1 @@
-"""How to say it: hits rendered as turns or as a block, and placed so that a prompt's prefix stays as it was."""
+"""Injection: hits rendered as turns or as a block, and placed so that the prompt's prefix is unchanged."""

@@ -1,4 +1,4 @@
-"""Advice: a failing action with what worked instead, said as data in one delimited, datamarked block."""
+"""Advice: failing actions with what worked instead, rendered as data in one delimited, datamarked block."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _OVERHEAD, _LONGEST = 60, 1_500
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """One item: an action that failed `count` times with an error, and, where `fix` is known, what worked.
+    """One item: an action that failed `count` times with an error, and the `fix` that worked, if known.
 
-    `memory_id` names the fix, or, where there is none, the failure.
+    `memory_id` is that of the fix, or, without one, of the failure.
     """
 
     memory_id: str
@@ -41,26 +41,26 @@ class Advice:
 
 
 def as_advice(items: Sequence[Advice], *, max_items: int, token_budget: int) -> Rendering:
-    """Render items, best first, as one block; what does not fit in the budget is left out whole."""
+    """Render items, best first, as one block; an item over the budget is left out as a whole."""
     chosen: list[tuple[str, Injected]] = []
-    left_out: list[str] = []
+    over_budget: list[str] = []
     spent = _OVERHEAD
     for item in items:
         if len(chosen) == max_items:
             break
         text = _lines(item, len(chosen) + 1)
         tokens = estimate_tokens(text)
-        # Half a fix is a wrong one; of the action that failed its beginning is enough.
+        # Half a fix is a wrong one; of the failing action the beginning is enough.
         if spent + tokens > token_budget or len(item.fix or "") > _LONGEST:
-            left_out.append(item.memory_id)
+            over_budget.append(item.memory_id)
             continue
         spent += tokens
         kind = "fix" if item.fix is not None else "failure"
         chosen.append((text, Injected(item.memory_id, kind, item.confidence, tokens, item.fix)))
     if not chosen:
-        return Rendering("", (), tuple(left_out))
+        return Rendering("", (), tuple(over_budget))
     text = "\n".join([BLOCK_OPEN, _HEADER, *(t for t, _ in chosen), BLOCK_CLOSE])
-    return Rendering(text, tuple(i for _, i in chosen), tuple(left_out))
+    return Rendering(text, tuple(i for _, i in chosen), tuple(over_budget))
 
 
 def _lines(item: Advice, number: int) -> str:
@@ -80,5 +80,5 @@ def _lines(item: Advice, number: int) -> str:
 
 
 def _name(text: str) -> str:
-    # A tool's name is the client's, but it stands outside the marked lines.
+    # A tool's name comes from the client, but is outside of the marked lines.
     return "".join(c for c in text[:64] if c.isalnum() or c in "._-")

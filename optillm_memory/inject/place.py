@@ -1,4 +1,4 @@
-"""Placement: insertions are put into a conversation, found again in its later requests, and taken out."""
+"""Placement: insertions into a conversation, the same ones in its later requests, and their removal."""
 
 from __future__ import annotations
 
@@ -10,19 +10,13 @@ from optillm_memory.records import Message, Placement
 
 
 def still_anchored(placements: Sequence[Placement], prefixes: Sequence[str]) -> list[Placement]:
-    """Return the placements whose surroundings are unchanged in this request: they go in at the same place again."""
+    """Return the placements whose prefix is unchanged in this request: they are inserted again."""
     return [p for p in placements if p.position < len(prefixes) and prefixes[p.position] == p.anchor]
 
 
 def place(messages: Sequence[Message], placements: Sequence[Placement]) -> list[Message]:
-    """Return the client's messages with every insertion; the messages themselves are never changed in place."""
-    turns: dict[int, list[Message]] = {}
-    blocks: dict[int, list[str]] = {}
-    for placement in placements:
-        if isinstance(placement.payload, str):
-            blocks.setdefault(placement.position, []).append(placement.payload)
-        else:
-            turns.setdefault(placement.position, []).extend(placement.payload)
+    """Return the client's messages with every insertion; the messages are not modified in place."""
+    turns, blocks = _by_position(placements)
     placed: list[Message] = []
     for index, message in enumerate(messages):
         placed += [dict(turn) for turn in turns.get(index, [])]
@@ -32,18 +26,12 @@ def place(messages: Sequence[Message], placements: Sequence[Placement]) -> list[
 
 def strip(messages: Sequence[Message], placements: Sequence[Placement]) -> list[Message]:
     """Undo `place`: `strip(place(m, p), p) == m`."""
-    turns: dict[int, int] = {}
-    blocks: dict[int, list[str]] = {}
-    for placement in placements:
-        if isinstance(placement.payload, str):
-            blocks.setdefault(placement.position, []).append(placement.payload)
-        else:
-            turns[placement.position] = turns.get(placement.position, 0) + len(placement.payload)
+    turns, blocks = _by_position(placements)
     stripped: list[Message] = []
     index = skip = 0
     for message in messages:
         if skip == 0 and index in turns:
-            skip = turns.pop(index)
+            skip = len(turns.pop(index))
         if skip:
             skip -= 1
             continue
@@ -52,8 +40,20 @@ def strip(messages: Sequence[Message], placements: Sequence[Placement]) -> list[
     return stripped
 
 
+def _by_position(placements: Sequence[Placement]) -> tuple[dict[int, list[Message]], dict[int, list[str]]]:
+    """Return the inserted turns and the appended blocks by the index of the message before or in which they are."""
+    turns: dict[int, list[Message]] = {}
+    blocks: dict[int, list[str]] = {}
+    for placement in placements:
+        if isinstance(placement.payload, str):
+            blocks.setdefault(placement.position, []).append(placement.payload)
+        else:
+            turns.setdefault(placement.position, []).extend(placement.payload)
+    return turns, blocks
+
+
 def append_text(text: str, block: str) -> str:
-    """Put a block at the end of a text."""
+    """Append a block to a text."""
     return f"{text}{SEPARATOR}{block}"
 
 
@@ -72,6 +72,6 @@ def _without_text(message: Message, blocks: list[str]) -> Message:
     if isinstance(content, list):
         return {**message, "content": content[: len(content) - len(blocks)]}
     for block in reversed(blocks):
-        # A text, even an empty one, has the separator after it; null had nothing.
+        # A text, even an empty one, is followed by the separator; null is not.
         content = None if content == block else content.removesuffix(SEPARATOR + block)
     return {**message, "content": content}

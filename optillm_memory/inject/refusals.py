@@ -1,4 +1,4 @@
-"""Refusals: which forms of insertion a model's provider has turned down, so that they are not tried for a while."""
+"""Refusals: forms of insertion that a model's provider refused recently, and that are not tried for a while."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from optillm_memory.records import Scope
 
 FORMS = frozenset(("turns", "block"))
 REFUSED_FOR_S = 600.0
-_EPISODE_FOR_S = 6 * 3600.0  # its prompts went out as they came, and the provider's prompt cache holds them so
+_EPISODE_FOR_S = 6 * 3600.0  # its prompts were sent without insertions, and the prompt cache holds them so
 _KEPT = 10_000
 
 
 class Refusals:
-    """What was refused of late, in this process. Thread-safe; the time is given with each call."""
+    """Recent refusals in this process. Thread-safe; each call takes the time."""
 
     def __init__(self) -> None:
-        """Start with nothing refused."""
+        """Start without refusals."""
         self._lock = threading.Lock()
         self._forms: OrderedDict[tuple[str, str, str], float] = OrderedDict()
         self._episodes: OrderedDict[tuple[Scope, str], float] = OrderedDict()
 
     def note(self, scope: Scope, episode_id: str, model: str, forms: Iterable[str], now: float) -> None:
-        """Note that a model refused a prompt with insertions of these forms, and took it without."""
+        """Record that a model refused a prompt with insertions of these forms, and accepted it without."""
         with self._lock:
             for form in forms:
                 self._forms[scope.tenant, model, form] = now
@@ -36,7 +36,7 @@ class Refusals:
                     kept.popitem(last=False)
 
     def forms(self, scope: Scope, episode_id: str, model: str, now: float) -> frozenset[str]:
-        """Return the forms that are not to be tried with a model in an episode."""
+        """Return the forms not to use with a model in an episode."""
         with self._lock:
             if now - self._episodes.get((scope, episode_id), -_EPISODE_FOR_S) < _EPISODE_FOR_S:
                 return FORMS

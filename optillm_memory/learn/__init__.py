@@ -1,1 +1,1 @@
-"""What it taught: pure folds from traces and feedback to outcomes and memories."""
+"""Learning: pure folds from traces and feedback to outcomes, memories, labels and uplift."""

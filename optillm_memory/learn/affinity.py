@@ -1,4 +1,4 @@
-"""Affinity: how near one failing case is to another, from what was run, how it is formed, and what it printed."""
+"""Affinity of failing cases: similarity of the program, the form of the action, and the output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from itertools import pairwise
 
-from optillm_memory.learn.cases import COMPLAINT, Case, balanced
+from optillm_memory.learn.cases import ERROR_WORD, Case, balanced
 
 _BOTH_PROPOSE = 2.0
 _WORD = re.compile(r"[a-z]{2,}")
@@ -17,17 +17,17 @@ _TOKEN = re.compile(r"\w+|#")
 _MASK = re.compile(r"""'[^'\n]{1,200}'|"[^"\n]{1,200}"|`[^`'\n]{1,200}[`']|[\w.~/+-]*/[\w.~/+-]*|\d+""")
 
 
-class View:
-    """What of a case tells how near it is to another."""
+class Features:
+    """The features of a case that decide its affinity to another."""
 
     def __init__(self, case: Case) -> None:
         own = set(re.findall(r"\w+", case.action[:4_000].lower()))
         text = case.output[:3_000].lower()
         self.empty = not text.strip()
         self.words = {w for w in _WORD.findall(text) if w not in own}
-        # The first line that complains, without what is this case's alone.
+        # The first line with an error, without quoted texts, paths, numbers and words of the action.
         lines = [line.strip() for line in case.lines if line.strip()]
-        salient = next((line for line in lines if COMPLAINT.search(line)), lines[0] if lines else "")
+        salient = next((line for line in lines if ERROR_WORD.search(line)), lines[0] if lines else "")
         self.line = set(_TOKEN.findall(_MASK.sub(" # ", salient[:400].lower()))) - own - {"#"}
         self.program = case.program
         self.rest = set(case.tokens[case.head + 1 :])
@@ -40,7 +40,7 @@ class View:
 
     @cached_property
     def traits(self) -> set[str]:
-        """What is unusual about the action's form."""
+        """Unusual properties of the action's form."""
         tokens = self._case.tokens
         found = {"unbalanced": not balanced(self._case.action), "repeats": repeats(self._case.action)}
         found |= {"operator": "operator" in self.shape, "address": "address" in self.shape, "alone": len(tokens) == 1}
@@ -52,8 +52,11 @@ class View:
             }
         return {name for name, there in found.items() if there}
 
-    def affinity(self, other: View, words: Mapping[str, float], line: Mapping[str, float]) -> float:
-        """Return how near another case is, as a sum of likenesses (about 12 for the same case again)."""
+    def affinity(self, other: Features, words: Mapping[str, float], line: Mapping[str, float]) -> float:
+        """Return the affinity to another case: a weighted sum of similarities, about 12 for the same case again.
+
+        `words` and `line` are the IDF weights of output words and of words in error lines.
+        """
         same = self.program == other.program
         silent = self.empty and other.empty
         alike = 3.0 * _overlap(self.words, other.words, words) + 2.0 * _overlap(self.line, other.line, line)
@@ -77,7 +80,7 @@ def _kind(token: str) -> str:
 
 
 def rarity(sets: Iterable[Collection[str]]) -> dict[str, float]:
-    """Return how rare each word is among sets of words (as in TF-IDF); the empty word stands for one never seen."""
+    """Return the inverse document frequency of each word among sets of words; the empty key is for unseen words."""
     kept = list(sets)
     counts = Counter(word for words in kept for word in words)
     return {"": math.log(1 + len(kept)), **{word: math.log(1 + len(kept) / n) for word, n in counts.items()}}
@@ -96,6 +99,6 @@ def _jaccard(a: set[str], b: set[str]) -> float:
 
 
 def repeats(action: str) -> bool:
-    """Tell whether a word of an action stands there twice in a row."""
+    """Whether a word occurs twice in a row in an action."""
     words = action.split()
     return any(a == b for a, b in pairwise(words))

@@ -1,4 +1,4 @@
-"""A case: a failing action and what it printed, with the named parts that an edit program can take hold of."""
+"""A case: a failing action and its output, with the parts that edit programs refer to."""
 
 from __future__ import annotations
 
@@ -14,28 +14,27 @@ _QUOTED = re.compile(
     r"""(?<![\w])(?:'((?:[^'\n]|(?<=\w)'(?=\w)){1,200})'|"([^"\n]{1,200})"|`([^`'\n]{1,200})[`'])(?!\w)"""
 )
 _WORD = re.compile(r"[\w.+@%~/:-]+")
-_MEANT = re.compile(
+_SUGGESTION = re.compile(
     r"did you mean|you meant|most similar|similar (?:command|choice)|perhaps you|candidates are|instead|closest",
     re.IGNORECASE,
 )
-COMPLAINT = re.compile(
+ERROR_WORD = re.compile(
     r"\b(?:unknown|unrecogni[sz]ed|invalid|illegal|ambiguous|undefined|missing|error|fatal|cannot|can't|not|no such)\b",
     re.IGNORECASE,
 )
-_PATH = re.compile(r"[\w.~+/-]+")
 _OPERATOR = re.compile(r"\s(?:&&|\|\||;|\|)\s")
 _ASSIGNMENT = re.compile(r"\w{1,50}=")
 _LINES, _CHARS, _WORDS, _POOL, _FAULTS = 200, 12_000, 1_500, 400, 80
 WRAPPERS = frozenset(("sudo", "env", "time", "nohup", "command"))
 CLOSE = 0.5
-_LONG_WORD, _LONGEST_PATH = 60, 400
+_LONG_WORD = 60
 
 
 class Case:
-    """One failing action with its output; every part is computed once, when a program first asks for it."""
+    """One failing action with its output; each part is computed when it is first needed."""
 
     def __init__(self, action: str, output: str, vocabulary: Vocabulary | None = None) -> None:
-        """Take the action's text and what it printed (its ends count: a long output is shortened in the middle)."""
+        """Take the action's text and its output (a long output is shortened in the middle)."""
         self.action = action
         if len(output) > _CHARS:
             output = output[: _CHARS // 2] + "\n" + output[-_CHARS // 2 :]
@@ -44,12 +43,12 @@ class Case:
 
     @cached_property
     def tokens(self) -> list[str]:
-        """The action's words; a quoted text is one word, an unbalanced quote a word's part."""
+        """The action's words; a quoted text is one word, an unbalanced quote is part of a word."""
         return tokenize(self.action)
 
     @cached_property
     def head(self) -> int:
-        """The index of the program's name, past `sudo` and the like and past assignments."""
+        """The index of the program's name, after `sudo` and the like and after assignments."""
         for index, token in enumerate(self.tokens):
             if token not in WRAPPERS and not _ASSIGNMENT.match(token):
                 return index
@@ -61,13 +60,8 @@ class Case:
         return posixpath.basename(self.tokens[self.head]) if self.tokens else ""
 
     @cached_property
-    def flags(self) -> list[int]:
-        """Indices of the words that start with a dash."""
-        return [i for i in range(self.head + 1, len(self.tokens)) if self.tokens[i].startswith("-")]
-
-    @cached_property
     def arguments(self) -> list[int]:
-        """Indices of the other words after the program's name."""
+        """Indices of the words after the program's name that start with no dash."""
         return [i for i in range(self.head + 1, len(self.tokens)) if not self.tokens[i].startswith("-")]
 
     @cached_property
@@ -82,45 +76,45 @@ class Case:
 
     @cached_property
     def quoted(self) -> list[str]:
-        """What the output quotes, each once."""
+        """The quoted texts of the output, each once."""
         return list(dict.fromkeys(next(g for g in m.groups() if g) for m in _QUOTED.finditer(self.output)))[:12]
 
     @cached_property
     def named(self) -> list[tuple[int, str]]:
-        """The words of the action that may be at fault, the likeliest first: (index, the part that is meant).
+        """The words of the action that may be wrong, the likeliest first: (index, part of the word).
 
-        What the output quotes comes first, then what stands on a line that complains, then what no working action
-        had, then what the output merely mentions (a usage text repeats the good words).
+        Words quoted in the output come first, then those in a line with an error, then those that no working action
+        had, then those elsewhere in the output (a usage text repeats the correct words).
         """
-        quoted, complained, mentioned = set(self.quoted), self._complained, set(self.words)
+        quoted, in_error_lines, mentioned = set(self.quoted), self._in_error_lines, set(self.words)
         known = set(self.vocabulary.words(self.program, first=False)) if self.vocabulary else set()
         programs = set(self.vocabulary.words("", first=True)) if self.vocabulary else set()
         found: list[tuple[float, int, str]] = []
         for index, token in enumerate(self.tokens[:_FAULTS]):
             parts = [p for p in _parts(token) if len(p) > 1 and any(c.isalnum() for c in p)]
-            part = next((p for p in parts if p in quoted or p in complained), None)
+            part = next((p for p in parts if p in quoted or p in in_error_lines), None)
             part = part or next((p for p in parts if p in mentioned), None)
             strange = index == self.head and bool(programs) and self.program not in programs
             if part is None and not strange and (index <= self.head or token.startswith("-") or not parts):
                 continue
             part = part or token
-            score = 3.0 * (part in quoted) + 2.0 * (part in complained) - 1.0 * (part in mentioned)
+            score = 3.0 * (part in quoted) + 2.0 * (part in in_error_lines) - 1.0 * (part in mentioned)
             score += 0.5 * (part not in known) - 0.5 * token.startswith("-")
             score += 1.0 if strange else -1.5 * (index <= self.head)
             found.append((-score, index, part))
         return [(index, part) for _, index, part in sorted(found)]
 
     @cached_property
-    def _complained(self) -> set[str]:
-        lines = [line for line in self.lines[:40] if COMPLAINT.search(line)][:4]
+    def _in_error_lines(self) -> set[str]:
+        lines = [line for line in self.lines[:40] if ERROR_WORD.search(line)][:4]
         return {w for line in lines for w in _words(line)}
 
     @cached_property
     def suggested(self) -> list[str]:
-        """What the output proposes: words after "did you mean" and the like, and on the indented lines that follow."""
+        """Words that the output suggests: after "did you mean" and the like, and on the indented lines that follow."""
         found: list[str] = []
         for number, line in enumerate(self.lines):
-            match = _MEANT.search(line)
+            match = _SUGGESTION.search(line)
             if not match:
                 continue
             rest = line[match.end() :]
@@ -142,7 +136,7 @@ class Case:
 
     @cached_property
     def proposals(self) -> list[list[str]]:
-        """Whole commands that the output shows: on a line of their own or quoted, as words."""
+        """Whole commands in the output, on a line of their own or quoted, as lists of words."""
         found: list[str] = []
         for line in self.lines:
             found += [g for m in _QUOTED.finditer(line) if (g := next(x for x in m.groups() if x)).count(" ")]
@@ -154,18 +148,12 @@ class Case:
             if line[:1] in " \t" and text.count(" ") and re.match(r"[\w./-]+ ", text):
                 found.append(text)
         split = [words for text in dict.fromkeys(found) if (words := tokenize(text))]
-        # What starts with the failing program comes first: that is what it proposes instead.
+        # Commands of the failing program come first: the program suggests them instead.
         split.sort(key=lambda words: posixpath.basename(words[0]) != self.program)
         return split[:6]
 
-    @cached_property
-    def paths(self) -> list[str]:
-        """Paths in the output, each once."""
-        found = (w.rstrip(".-") for w in _PATH.findall(self.output) if "/" in w and len(w) <= _LONGEST_PATH)
-        return list(dict.fromkeys(w for w in found if w.strip("/.~")))[:12]
-
     def after(self, keyword: str) -> str | None:
-        """Return the output's word that follows a keyword."""
+        """Return the word that follows a keyword in the output."""
         return self._following.get(keyword.lower())
 
     @cached_property
@@ -176,32 +164,30 @@ class Case:
         return following
 
     def near(self, word: str, where: str) -> str | None:
-        """Return the word most like another: in what the output proposes, in all of the output, or among known words.
+        """Return the most similar word among those that the output suggests, all of its words, or known words.
 
-        `where` is suggested, output or known; `any` takes the likest of the three, with an advance for what is proposed
-        and for the same program's words.
+        `where` is suggested, output or known; `any` takes the best of the three, with a bonus for suggested words and
+        for words known of the same program.
         """
-        found = self._nearest(word, where)
-        return found[0] if found else None
-
-    def _nearest(self, word: str, where: str) -> tuple[str, float] | None:
         key = (word, where)
         if key not in self._near:
-            self._near[key] = max(self._near_words(word, where), key=lambda found: found[1], default=None)
+            found = max(self._near_words(word, where), key=lambda pair: pair[1], default=None)
+            self._near[key] = found[0] if found else None
         return self._near[key]
 
     def _near_words(self, word: str, where: str) -> Iterator[tuple[str, float]]:
         if where == "any":
-            yield from (f for source in ("suggested", "output", "known") if (f := self._nearest(word, source)))
+            for source in ("suggested", "output", "known"):
+                yield from self._near_words(word, source)
         elif where == "suggested":
-            yield from likest(word, self.suggested, 0.3)
+            yield from most_similar(word, self.suggested, 0.3)
         elif where == "output":
-            yield from likest(word, self._pool, 0.05)
+            yield from most_similar(word, self._pool, 0.05)
         elif self.vocabulary is not None:
             first = bool(self.tokens) and word == self.tokens[self.head]
-            yield from likest(word, self.vocabulary.words(self.program, first=first), 0.15)
+            yield from most_similar(word, self.vocabulary.words(self.program, first=first), 0.15)
             if not first:
-                yield from likest(word, self.vocabulary.words("", first=False), 0.0)
+                yield from most_similar(word, self.vocabulary.words("", first=False), 0.0)
 
     @cached_property
     def _pool(self) -> list[str]:
@@ -209,12 +195,12 @@ class Case:
         return list(dict.fromkeys(w for w in (*self.words, *bare) if w))[:_POOL]
 
     @cached_property
-    def _near(self) -> dict[tuple[str, str], tuple[str, float] | None]:
+    def _near(self) -> dict[tuple[str, str], str | None]:
         return {}
 
 
 class Vocabulary:
-    """Words that worked before: program names, and the words that stood after each of them."""
+    """Words of actions that worked: program names, and the words that followed each of them."""
 
     def __init__(self, actions: Iterable[str] = ()) -> None:
         """Count the words of actions that worked."""
@@ -225,7 +211,7 @@ class Vocabulary:
 
     def add(self, action: str) -> None:
         """Count the words of one more action that worked."""
-        for program, after in _vocables(action):
+        for program, after in _program_words(action):
             self._programs[program] += 1
             for name in (program, ""):
                 self._after.setdefault(name, Counter()).update(after)
@@ -235,30 +221,30 @@ class Vocabulary:
         return tuple(self._programs) if first else tuple(self._after.get(program, ()))
 
     def without(self, action: str) -> Vocabulary:
-        """Return this vocabulary as if it had never seen one of the actions that it counted; this one stays."""
+        """Return a copy of the vocabulary without one of the actions that it counted."""
         other = Vocabulary()
         other._programs, other._after = self._programs, self._after
-        for program, after in _vocables(action):
-            other._programs = _less(other._programs, [program])
-            other._after = {**other._after, program: _less(other._after.get(program, Counter()), after)}
-            other._after[""] = _less(other._after.get("", Counter()), after)
+        for program, after in _program_words(action):
+            other._programs = _subtracted(other._programs, [program])
+            other._after = {**other._after, program: _subtracted(other._after.get(program, Counter()), after)}
+            other._after[""] = _subtracted(other._after.get("", Counter()), after)
         return other
 
 
 def tokenize(text: str) -> list[str]:
-    """Split an action into words: a quoted text is one word; where quotation marks do not match, blanks alone count."""
+    """Split an action into words; a quoted text is one word, unless quotation marks are unbalanced."""
     return _TOKEN.findall(text) if balanced(text) else text.split()
 
 
 def balanced(text: str) -> bool:
-    """Tell whether the quotation marks of a text come in pairs."""
+    """Whether the quotation marks of a text are balanced."""
     return text.count("'") % 2 == 0 and text.count('"') % 2 == 0
 
 
-def likest(word: str, pool: Sequence[str], advance: float) -> Iterator[tuple[str, float]]:
-    """Yield the word of the pool most like another with how like it is, where one is close; equal words do not count.
+def most_similar(word: str, pool: Sequence[str], bonus: float) -> Iterator[tuple[str, float]]:
+    """Yield the most similar other word of the pool with its similarity plus a bonus, if one is close.
 
-    Likeness is difflib's ratio; swapped letters and the same beginning count a little more.
+    The similarity is difflib's ratio, plus 0.1 for the same letters and 0.05 for the same first letter.
     """
     best, best_ratio = None, CLOSE
     matcher = SequenceMatcher(autojunk=False)
@@ -281,7 +267,7 @@ def likest(word: str, pool: Sequence[str], advance: float) -> Iterator[tuple[str
         if best is None or ratio > best_ratio:
             best, best_ratio = other, ratio
     if best is not None:
-        yield best, best_ratio + advance
+        yield best, best_ratio + bonus
 
 
 def _parts(token: str) -> list[str]:
@@ -293,14 +279,14 @@ def _words(text: str) -> list[str]:
     return [w for w in (w.rstrip(".:-").strip(":.,") for w in _WORD.findall(text)) if w]
 
 
-def _vocables(action: str) -> Iterator[tuple[str, list[str]]]:
+def _program_words(action: str) -> Iterator[tuple[str, list[str]]]:
     for part in _OPERATOR.split(action):
         case = Case(part, "")
         if case.tokens:
             yield case.program, [case.tokens[index] for index in case.arguments[:2]]
 
 
-def _less(counts: Counter[str], words: Iterable[str]) -> Counter[str]:
+def _subtracted(counts: Counter[str], words: Iterable[str]) -> Counter[str]:
     fewer = Counter(counts)
     fewer.subtract(words)
     return +fewer
@@ -311,7 +297,7 @@ def _host(text: str) -> str | None:
     return match.group(1) if match else None
 
 
-# What a word can become without any literal of its own.
+# Transformations of a word without further literals.
 TRANSFORMS: dict[str, Callable[[str], str | None]] = {
     "same": lambda t: t,
     "dirname": lambda t: posixpath.dirname(t.rstrip("/")) or None,

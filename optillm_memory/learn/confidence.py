@@ -1,4 +1,4 @@
-"""Confidence sequences: bounds that hold at every look at once, for a difference of shares and for a weighted mean."""
+"""Confidence sequences: bounds valid at all times at once, for a difference of shares and for a weighted mean."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-# A bet is a stake (a share of the wealth) and a baseline (the outcome that is counted as nothing).
+# A bet is a stake (a share of the wealth) and a baseline (subtracted from each outcome).
 STAKES: Array = np.geomspace(0.01, 0.99, 10)
 BASELINES: Array = np.array([0.02, 0.15, 0.35, 0.5, 0.65, 0.85, 0.98])
 _HALVINGS = 40
-_ABOVE = 1e-9  # what keeps a stake's gamble finite where the floor is reached
+_ABOVE = 1e-9  # keeps the payoff of a bet finite at the floor
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Two bounds."""
+    """A lower and an upper bound."""
 
     low: float
     high: float
@@ -28,7 +28,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Successes and failures with and without treatment, of units that each had the chance `share` to go without."""
+    """Successes and failures with and without treatment; `share` is each unit's probability to be held out."""
 
     share: float
     with_successes: int = 0
@@ -40,20 +40,20 @@ class Counts:
 def lower_bound(
     payoffs: Array, floors: Array, counts: Array, alpha: float, *, least: float, most: float = 1.0
 ) -> float:
-    """Return a bound that the mean payoff undercuts with probability `alpha` at most, however often one looks.
+    """Return a lower confidence bound of the mean payoff: at any time it is too high with probability `alpha` at most.
 
-    `payoffs` have a row for each of `BASELINES` and a column for each observation, `counts` says how often each was
-    made, and `floors` are what no payoff of a row can undercut. A payoff's mean, given the past, is the parameter,
-    which lies between `least` and `most`.
+    `payoffs` has shape (baselines, observations), `counts` (observations,) how often each was made, and `floors`
+    (baselines, 1) the least possible payoff. A payoff's mean, given the past, is the parameter, which lies between
+    `least` and `most`.
 
-    Who doubts that the mean is v stakes the share u of their wealth each time on a gamble that is fair at v: it
-    returns (payoff - floor) / (v - floor). The wealth is a martingale at v, and so is its mean over all bets; by
+    To test the mean v, a share u of the wealth is staked each time on a bet that is fair at v: it returns
+    (payoff - floor) / (v - floor). The wealth is a martingale at v, and so is its mean over all bets; by
     Ville's inequality it ever reaches 1 / alpha with probability alpha at most, so every v where it does is refuted:
     the capital process of Waudby-Smith & Ramdas, "Estimating means of bounded random variables by betting" (JRSS-B
     2024, section 4), with a mean over fixed bets in place of one that follows the data.
 
     As the bets are fixed, the bound depends on what was observed, not on the order: late and retracted outcomes give
-    the bound that they would have given at once. There is no running intersection: it would depend on when one looked.
+    the bound that they would have given at once. There is no running intersection, which would depend on the times.
     """
     refuted = math.log(1 / alpha)
     if _log_wealth(least, payoffs, floors, counts) < refuted:
@@ -77,9 +77,9 @@ def _log_wealth(mean: float, payoffs: Array, floors: Array, counts: Array) -> Ar
 
 
 def difference(tables: Sequence[Counts], alpha: float) -> Interval:
-    """Return an interval for the success with treatment less the success without, valid at every look at once.
+    """Return an interval for the success rate with treatment minus the one without, valid at all times at once.
 
-    Treatment must have been randomised with the shares that the tables name. A unit's payoff is its outcome less a
+    Treatment must have been randomised with the shares of the tables. A unit's payoff is its outcome less a
     baseline, divided by the probability of what was done to it, and negative where it went without: its mean is the
     difference, whatever the baseline and however the chance of success drifts (the doubly robust pseudo-outcome of
     Waudby-Smith et al., "Anytime-valid off-policy inference for contextual bandits", 2024, with a constant for the
@@ -89,7 +89,7 @@ def difference(tables: Sequence[Counts], alpha: float) -> Interval:
     known = [t for t in tables if 0 < t.share < 1]
     treated = any(t.with_successes or t.with_failures for t in known)
     if not treated or not any(t.without_successes or t.without_failures for t in known):
-        return Interval(-1.0, 1.0)  # one side alone says next to nothing
+        return Interval(-1.0, 1.0)  # one side alone contains almost no information
     low = _lower_difference(known, alpha / 2)
     mirrored = [
         Counts(t.share, t.with_failures, t.with_successes, t.without_failures, t.without_successes) for t in known
@@ -100,22 +100,22 @@ def difference(tables: Sequence[Counts], alpha: float) -> Interval:
 def _lower_difference(tables: Sequence[Counts], alpha: float) -> float:
     payoffs = np.hstack([_payoffs(table.share) for table in tables])
     counts = [(t.with_successes, t.with_failures, t.without_successes, t.without_failures) for t in tables]
-    # One floor for all shares: they may belong to different tasks, and a stake must not follow the task.
+    # One floor for all shares: they may belong to different tasks, and a stake must not depend on the task.
     floors = payoffs.min(axis=1, keepdims=True)
     return lower_bound(payoffs, floors, np.array(counts, float).ravel(), alpha, least=-1.0)
 
 
 def _payoffs(share: float) -> Array:
-    """Return what each unit of a table pays, in the order of its counts, for every baseline."""
+    """Return the payoffs of a table, shape (baselines, 4), in the order of its counts."""
     good, bad = 1 - BASELINES, -BASELINES
     return np.stack([good / (1 - share), bad / (1 - share), -good / share, -bad / share], axis=1)
 
 
 def weighted_mean(rewards: Array, weights: Array, most: float, alpha: float) -> Interval:
-    """Return an interval for the mean of rewards in [0, 1] under importance weights, valid at every look at once.
+    """Return an interval for the mean of rewards in [0, 1] under importance weights, valid at all times at once.
 
-    Each weight has the mean 1 given the past, and `most` is the largest that any can be, whatever the task: a stake
-    that followed the task would be a bet on how hard it is. The payoff is the baseline plus the weight times the
+    Each weight has the mean 1 given the past, and `most` is the largest possible one for any task: a stake that
+    depended on the task would be a bet on its difficulty. The payoff is the baseline plus the weight times the
     reward less the baseline (the same control variate as above).
     """
     base = BASELINES[:, None]

@@ -1,4 +1,4 @@
-"""Conflicts: of two verified answers to one task, the later one is shown."""
+"""Conflicts: of two verified answers to one task, the later one supersedes the earlier."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from optillm_memory.records import Hit
 
 
 def without_superseded(hits: Sequence[Hit], last_verified: Callable[[Sequence[str]], Mapping[str, float]]) -> list[Hit]:
-    """Return the hits less those whose task has another answer that was verified later.
+    """Return the hits without those whose task has another answer that was verified later.
 
-    `last_verified` gives the time of each memory's latest verified success; it is asked only where answers conflict.
+    `last_verified` returns the time of each memory's latest verified success; it is called only on conflicts.
     """
     pairs = [
         (one.memory.memory_id, other.memory.memory_id)

@@ -1,7 +1,7 @@
-"""Edit programs: how a failing action becomes the one that worked, in terms that carry over to another case.
+"""Edit programs: transformations of a failing action into one that worked, which generalise to other cases.
 
-A program is a nested tuple of names, numbers and texts: data, never code. It is applied by interpreting it on a Case;
-wherever one of its parts is not there, it abstains (None).
+A program is a nested tuple of names, numbers and texts: data, never code. It is interpreted on a Case; where one of its
+parts is missing in the case, the result is None.
 """
 
 from __future__ import annotations
@@ -18,13 +18,8 @@ _LONGEST = 4_000
 _CUT = 1.0
 
 
-def thaw(value: Any) -> Any:
-    """Return a program as it was before it went through JSON: its lists are tuples again."""
-    return tuple(thaw(part) for part in value) if isinstance(value, list) else value
-
-
 def apply(program: Program, case: Case) -> str | None:
-    """Return the action that the program makes of a case; None where it does not fit or changes nothing."""
+    """Return the result of a program on a case; None where it does not apply or changes nothing."""
     made = _PROGRAMS[program[0]](program, case)
     if made is None or not made.strip() or made.split() == case.action.split() or len(made) > _LONGEST:
         return None
@@ -32,7 +27,7 @@ def apply(program: Program, case: Case) -> str | None:
 
 
 def evaluate(expression: Expression, case: Case, own: str | None = None) -> str | None:
-    """Return the text that an expression stands for in a case; `own` is the word that it takes the place of."""
+    """Return the value of an expression in a case; `own` is the word that it replaces."""
     kind = expression[0]
     if kind == "own":
         return own
@@ -43,26 +38,21 @@ def evaluate(expression: Expression, case: Case, own: str | None = None) -> str 
 
 
 def select(selector: Selector, case: Case) -> int | None:
-    """Return the index of the word that a selector means in a case."""
+    """Return the index of the selected word in a case."""
     kind, value = selector
     if kind == "start":
         index = case.head + value
-    elif kind == "first":
-        index = value
     elif kind == "end":
         index = len(case.tokens) - 1 - value
     elif kind == "is":
         return case.tokens.index(value) if value in case.tokens else None
     else:
-        places = _places(kind, case)
-        if not -len(places) <= value < len(places):
-            return None
-        index = places[value]
+        index = case.named[value][0] if value < len(case.named) else -1
     return index if 0 <= index < len(case.tokens) else None
 
 
 def literals(program: Program) -> list[str]:
-    """Return the texts that a program spells out, rather than takes from the case at hand."""
+    """Return the literal texts of a program, in contrast to those that it takes from the case."""
     kind = program[0]
     if kind in ("text", "is", "whole"):
         return [program[1]]
@@ -82,7 +72,7 @@ def _nested(part: Program) -> list[str]:
 
 
 def cost(program: Program) -> float:
-    """Return how special a program is: the longer its own texts and the more parts, the dearer (in rough bits)."""
+    """Return the description length of a program in rough bits: it grows with its parts and its literal texts."""
     return float(_PROGRAM_COST[program[0]](*program[1:]))
 
 
@@ -103,7 +93,7 @@ def _piece_cost(piece: Program) -> float:
 def selector_cost(selector: Selector) -> float:
     """Return a selector's share of a program's cost."""
     kind, value = selector
-    if isinstance(value, str):  # a flag or a plain word may be part of the language, a name or a path is the case's own
+    if isinstance(value, str):  # a flag or a plain word may be part of the language, a name or a path is of one case
         return 1.2 if value.lstrip("-").replace("-", "").islower() and value.isascii() else 2.5
     return float(_SELECTOR_COST[kind] + 0.4 * abs(value))
 
@@ -117,7 +107,7 @@ def expression_cost(expression: Expression) -> float:
 
 
 def _cut(before: str, after: str) -> float:
-    # Letters put onto a word's own letters are seldom meant: that is how chance explains a word.
+    # Letters added directly to letters of a word are seldom meant: such programs explain a word by chance.
     return _CUT if before[-1:].isalnum() or after[:1].isalnum() else 0.0
 
 
@@ -133,13 +123,11 @@ _NEAR_COST = {"any": 1.0, "suggested": 1.4, "output": 1.4, "known": 1.7}
 _PROGRAM_COST: dict[str, Callable[..., float]] = {
     "hunks": _hunks_cost,
     "named": lambda number, expression: 1.5 + 0.4 * number + expression_cost(expression),
-    "each_named": lambda _where: 3.0,
     "propose": lambda number, _how: 3.0 + number,
     "wrap": lambda before, after, _quoted: 2.0 + 0.3 * (len(before) + len(after)) + _cut(before, after),
     "characters": lambda _old, _new: 4.0,
     "swaps": lambda pairs: 2.0 + sum(1.0 + 0.15 * (len(old) + len(new)) for old, new in pairs),
     "without": lambda _word: 2.5,
-    "spaced": lambda: 2.0,
     "chain": lambda _operator, pieces: 1.0 + sum(_piece_cost(piece) for piece in pieces),
     "whole": lambda fix: 12.0 + 0.25 * len(fix),
 }
@@ -153,15 +141,7 @@ _EXPRESSION_COST: dict[str, Callable[..., float]] = {
     "replace": _replaced_cost,
     "text": lambda text: 2.0 + 0.3 * min(len(text), 30),
 }
-_SELECTOR_COST = {"start": 0.6, "first": 0.7, "repeated": 0.4, "end": 0.8, "named": 0.5, "flag": 0.8, "argument": 0.7}
-
-
-def _places(kind: str, case: Case) -> list[int]:
-    if kind == "named":
-        return [index for index, _ in case.named]
-    if kind == "repeated":
-        return [i for i in range(1, len(case.tokens)) if case.tokens[i] == case.tokens[i - 1]]
-    return case.flags if kind == "flag" else case.arguments
+_SELECTOR_COST = {"start": 0.6, "end": 0.8, "named": 0.5}
 
 
 def _hunks(program: Program, case: Case) -> str | None:
@@ -203,15 +183,6 @@ def _named(program: Program, case: Case) -> str | None:
     return " ".join(words)
 
 
-def _each_named(program: Program, case: Case) -> str | None:
-    words = list(case.tokens)
-    for index, part in case.named:
-        made = case.near(part, program[1])
-        if made is not None:
-            words[index] = words[index].replace(part, made, 1)
-    return " ".join(words)
-
-
 def _without(program: Program, case: Case) -> str | None:
     return " ".join(t for t in case.tokens if t != program[1])
 
@@ -225,7 +196,7 @@ def _wrap(program: Program, case: Case) -> str:
 
 
 def _propose(program: Program, case: Case) -> str | None:
-    # What the output proposes, with what else the action said.
+    # The command that the output suggests, with the other words of the action.
     _, number, how = program
     if number >= len(case.proposals):
         return None
@@ -233,7 +204,7 @@ def _propose(program: Program, case: Case) -> str | None:
     if how == "alone":
         return " ".join(proposal)
     words = case.tokens[case.head :]
-    if not words or words[0] != proposal[0]:  # it proposes another program
+    if not words or words[0] != proposal[0]:  # another program is suggested
         return " ".join([*case.tokens[: case.head], *proposal, *words[1:]])
     # Options before the subcommand stay there.
     at = words.index(proposal[1]) if len(proposal) > 1 and proposal[1] in words else 0
@@ -244,13 +215,13 @@ def _propose(program: Program, case: Case) -> str | None:
 
 
 def safe(word: str) -> str:
-    """Return a word of the output as it may stand in an action."""
-    # A lone quotation mark in the output is a part of a name; in an action it would open a text.
+    """Return a word of the output with a single quotation mark escaped."""
+    # A single quotation mark in the output is part of a name; in an action it would open a quotation.
     return word.replace("'", "\\'") if word.count("'") == 1 and '"' not in word else word
 
 
 def _covered(word: str, proposal: list[str]) -> bool:
-    # What is proposed already says it: the word itself, or a short flag by its long twin.
+    # The suggested command contains the word, or the long form of a short flag.
     if word in proposal:
         return True
     letter = word[1:] if len(word) == 2 and word[0] == "-" else ""  # noqa: PLR2004
@@ -273,20 +244,8 @@ def _chain(program: Program, case: Case) -> str | None:
     return f" {program[1]} ".join(made)
 
 
-def _spaced(_program: Program, case: Case) -> str | None:
-    # A known program's name and its first argument were run together.
-    if case.vocabulary is None or not case.tokens:
-        return None
-    name = case.tokens[case.head]
-    known = case.vocabulary.words("", first=True)
-    start = max((w for w in known if name.startswith(w) and w != name), key=lambda w: (len(w), w), default="")
-    if not start:
-        return None
-    return " ".join([*case.tokens[: case.head], start, name[len(start) :], *case.tokens[case.head + 1 :]])
-
-
 def _swaps(program: Program, case: Case) -> str | None:
-    # One text after the other is replaced, each behind the one before.
+    # The texts are replaced in order, each after the one before.
     text, at = case.action, 0
     for old, new in program[1]:
         found = text.find(old, at)
@@ -303,22 +262,15 @@ _PROGRAMS: dict[str, Callable[[Program, Case], str | None]] = {
     "characters": lambda program, case: case.action.replace(program[1], program[2]),
     "swaps": _swaps,
     "named": _named,
-    "each_named": _each_named,
     "without": _without,
     "propose": _propose,
     "chain": _chain,
-    "spaced": _spaced,
     "whole": lambda program, _case: program[1],
 }
 
 
-def _at(items: list[str], index: int) -> str | None:
-    return items[index] if -len(items) <= index < len(items) else None
-
-
-def _name(items: list[str], index: int) -> str | None:
-    found = _at(items, index)
-    return None if found is None else safe(found)
+def _quoted(expression: Expression, case: Case) -> str | None:
+    return safe(case.quoted[expression[1]]) if expression[1] < len(case.quoted) else None
 
 
 def _word(expression: Expression, case: Case) -> str | None:
@@ -335,7 +287,7 @@ def _replace(expression: Expression, text: str, _case: Case) -> str | None:
     return text.replace(old, new, 1) if old in text else None
 
 
-# Expressions about another expression, which stands last in them.
+# Expressions on another expression, which is their last part.
 _WRAPPERS: dict[str, Callable[[Expression, str, Case], str | None]] = {
     "map": lambda expression, text, _case: TRANSFORMS[expression[1]](text),
     "near": lambda expression, text, case: case.near(text, expression[1]),
@@ -355,9 +307,7 @@ def _proposed(expression: Expression, case: Case) -> str | None:
 _EXPRESSIONS: dict[str, Callable[[Expression, Case], str | None]] = {
     "text": lambda expression, _case: expression[1],
     "word": _word,
-    "quoted": lambda expression, case: _name(case.quoted, expression[1]),
-    "suggested": lambda expression, case: _name(case.suggested, expression[1]),
-    "path": lambda expression, case: _at(case.paths, expression[1]),
+    "quoted": _quoted,
     "after": lambda expression, case: case.after(expression[1]),
     "proposed": _proposed,
 }

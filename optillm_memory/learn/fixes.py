@@ -1,4 +1,4 @@
-"""Fixes: a failing action and what worked instead, mined from the steps of an episode."""
+"""Fixes: a failing action and the action that worked instead, mined from the steps of an episode."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from optillm_memory.learn.attempts import Attempt
 from optillm_memory.records import Feedback, Scope
 
 Relation = Literal["instead", "first", "note"]
-# How far after a failure its fix is looked for, in steps; an agent that wandered further solved something else.
+# The steps after a failure in which its fix is searched; later steps solve something else.
 WINDOW = 8
 _ALIKE = 0.6
 _SHARED = 0.34
-_COMPARED = 400  # characters of two actions that are held against each other
+_COMPARED = 400  # characters of two actions that are compared
 _NOTE = 1_000
-_FIRST_MOST = 3  # actions in between that may together be what a repeated action needed
+_FIRST_MOST = 3  # actions in between that may together be the precondition of a repeated action
 _LOOKS = frozenset(("cat", "ls", "head", "tail", "pwd", "which", "find", "tree", "less", "echo", "type", "file", "wc"))
 _WRITES = re.compile(
     r"(?<![0-9&<=-])>{1,2}(?!\s{0,4}(?:/dev/null|&))|\|\s{0,4}(?:tee|xargs|sh|bash)\b|-(?:delete|exec)\b"
 )
-# What was tested or compiled was wrong, not the action that tested or compiled it.
+# The tested or compiled code was wrong, not the action.
 ABOUT_SOMETHING_ELSE = frozenset(("test_summary", "compiler"))
 
 
 @dataclass(frozen=True, slots=True)
 class Fix:
-    """A failing action, what it printed, and the action that worked `instead`, or that had to come `first`.
+    """A failing action, its output, and the action that worked `instead`, or that was needed `first`.
 
-    A `note` tells what was done where that was no action of the same tool: a file written, a diff, a paragraph.
+    A `note` describes what was done if it was no action of the same tool: a file written, a diff, a paragraph.
     """
 
     action: Action
@@ -44,7 +44,7 @@ class Fix:
     text: str
 
     def memory_id(self, scope: Scope) -> str:
-        """Return the id of the memory that says so: the same fix of the same failure in a scope is one memory."""
+        """Return the memory id: the same fix of the same failure in a scope is one memory."""
         action = Action(self.action.tool, self.action.field, self.action.text)
         parts = (scope.tenant, scope.namespace, scope.user_id, scope.agent_id, action.key, self.signature)
         text = "\x1f".join((*parts, self.relation, normal_action(self.text)))
@@ -53,7 +53,7 @@ class Fix:
 
 @dataclass(frozen=True, slots=True)
 class FixEvidence:
-    """What one step says of one fix. `role`: it was `mined` there, `shown` by somebody, or `followed` on advice."""
+    """The evidence of one step for one fix. `role`: `mined`, `shown` by a demonstration, `followed` on advice."""
 
     memory_id: str
     step_id: str
@@ -65,7 +65,7 @@ class FixEvidence:
 
 
 def mine(attempts: Sequence[Attempt]) -> list[tuple[Fix, Attempt]]:
-    """Return the fixes that the steps of one episode show, each with the step that worked.
+    """Return the fixes in the steps of one episode, each with the step that worked.
 
     A failing step is fixed by the next success of the same intent on its own branch: another action of the same tool
     that is alike, or the same action after something else was done first.
@@ -79,16 +79,16 @@ def mine(attempts: Sequence[Attempt]) -> list[tuple[Fix, Attempt]]:
         between: list[Attempt] = []
         for later in _after(failed, last):
             if later.asked_by and later.asked_by == failed.asked_by:
-                continue  # asked for in the same answer: nobody had seen the failure yet
+                continue  # requested in the same answer: before the failure was known
             same = words[later.step_id] == words[failed.step_id]
             if same and later.action.key == failed.action.key:
                 if later.verdict == "success" and (done := _between(between)):
-                    relation, text = _told(done, failed.action)
+                    relation, text = _preparation(done, failed.action)
                     found.append((Fix(failed.action, failed.output, failed.signature, relation, text), later))
                 if later.verdict != "unknown":
                     break
             elif same:
-                pass  # the same words with another folder or another limit: no other action to tell of
+                pass  # the same words with another folder or another limit: no other action
             elif failed.basis not in ABOUT_SOMETHING_ELSE and _repairs(failed, later, last):
                 text = later.action.text
                 found.append((Fix(failed.action, failed.output, failed.signature, "instead", text), later))
@@ -97,10 +97,12 @@ def mine(attempts: Sequence[Attempt]) -> list[tuple[Fix, Attempt]]:
     return found
 
 
-def shown(standing: Iterable[Feedback], attempts: Sequence[Attempt], answer: str | None) -> tuple[Fix, Feedback] | None:
-    """Return the fix that a demonstration on a failed trace shows, with the demonstration.
+def demonstrated_fix(
+    standing: Iterable[Feedback], attempts: Sequence[Attempt], answer: str | None
+) -> tuple[Fix, Feedback] | None:
+    """Return the fix by a demonstration on a failed trace, with the demonstration.
 
-    What failed is the evidence's command, else the one action that the trace asked for, else its answer in words.
+    The failing action is the evidence's command, else the first failing action of the trace, else its answer.
     """
     rows = list(standing)
     demonstrations = [f for f in rows if f.metric == "demonstration" and isinstance(f.value, str)]
@@ -128,8 +130,8 @@ def shown(standing: Iterable[Feedback], attempts: Sequence[Attempt], answer: str
     return Fix(action, output or (known.output if known else ""), signature, relation, text), demonstrations[-1]
 
 
-def followed(attempts: Sequence[Attempt], advice: Mapping[str, Sequence[tuple[str, str]]]) -> list[FixEvidence]:
-    """Return how it went where an agent did what a fix said: `advice` holds (memory id, action) by trace."""
+def advice_evidence(attempts: Sequence[Attempt], advice: Mapping[str, Sequence[tuple[str, str]]]) -> list[FixEvidence]:
+    """Return the evidence of steps that followed a fix; `advice` has (memory id, action) by trace."""
     found = []
     for attempt in attempts:
         for memory_id, text in advice.get(attempt.trace_id, ()):
@@ -143,7 +145,7 @@ def followed(attempts: Sequence[Attempt], advice: Mapping[str, Sequence[tuple[st
 def fix_status(tallies: Iterable[tuple[int, int, int, int]]) -> str:
     """Return a fix's status from (verified successes, verified failures, inferred successes, inferred failures).
 
-    There is one tuple for each environment: what fails in one may stand in another.
+    There is one tuple for each environment: a fix that fails in one may work in another.
     """
     rows = list(tallies)
     if any(good > bad for good, bad, _, _ in rows):
@@ -169,7 +171,7 @@ def value_in(environment: str, tallies: Mapping[str, tuple[int, int, int, int]])
 
 
 def _after(failed: Attempt, last: Mapping[str, Attempt]) -> list[Attempt]:
-    # The steps that follow on the same branch, nearest first; where it forks, the branch that was gone last.
+    # The following steps on the same branch, nearest first; at a fork the latest branch.
     chain: list[Attempt] = []
     at = failed.step_id
     while at in last and len(chain) < WINDOW:
@@ -184,7 +186,7 @@ def _repairs(failed: Attempt, later: Attempt, last: Mapping[str, Attempt]) -> bo
 
 
 def _worked(later: Attempt, last: Mapping[str, Attempt]) -> bool:
-    # No word of success is enough where nothing complained and the agent did not try the same again.
+    # Without a verdict it worked if the agent did not try the same again.
     if later.verdict == "success":
         return True
     return not any(_same_intent(later.action, after.action) for after in _after(later, last))
@@ -197,7 +199,7 @@ def _same_intent(failed: Action, later: Action) -> bool:
     if not one or not other:
         return False
     if set(one) <= set(other):
-        return True  # the same with more to it, or after something else
+        return True  # the same with more words, or after something else
     shared = len(set(one) & set(other)) / len(set(one) | set(other))
     if shared >= _SHARED and (one[0] == other[0] or one[0] in other or len(one) > 1):
         return True
@@ -212,7 +214,7 @@ def _alike(one: str, other: str) -> bool:
 
 
 def _between(between: Sequence[Attempt]) -> list[Action]:
-    # What was done in between, less what failed and what only looked.
+    # The actions in between without those that failed and those that only read.
     done = [a.action for a in between if a.verdict != "failure" and not _only_looks(a.action.text)]
     return done if len(done) <= _FIRST_MOST else []
 
@@ -221,7 +223,7 @@ def _only_looks(text: str) -> bool:
     return (text.split() or [""])[0] in _LOOKS and not _WRITES.search(text)
 
 
-def _told(done: Sequence[Action], action: Action) -> tuple[Relation, str]:
+def _preparation(done: Sequence[Action], action: Action) -> tuple[Relation, str]:
     alike = all((a.tool, a.field) == (action.tool, action.field) for a in done)
     if alike and (len(done) == 1 or action.field or not action.text.startswith("{")):
         lines = [a.text.strip() for a in done]

@@ -1,4 +1,4 @@
-"""Forms: what two answers are reduced to before they are compared; a task may need one of its own."""
+"""Answer forms: the normal forms in which answers are compared; a task may need one of its own."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def form_named(name: str) -> Callable[[str], str]:
-    """Return the form of a name: `text`, `number`, `json`, or `module:function` from the caller's own code.
+    """Return the named form: `text`, `number`, `json`, or `module:function` from the caller's own code.
 
-    Raises InvalidField for another name, and for a module or function that is not there.
+    Raises InvalidField for another name, and for a missing module or function.
     """
     if name in _FORMS:
         return _FORMS[name]
@@ -53,7 +53,7 @@ def _guarded(form: Callable[[str], object]) -> Callable[[str], str]:
     def guarded(answer: str) -> str:
         try:
             return str(form(answer))
-        except Exception:  # noqa: BLE001 - somebody else's code: an answer that it cannot read is compared as text
+        except Exception:  # noqa: BLE001 - the caller's code: an answer that it cannot read is compared as text
             return normal_answer(answer)
 
     return guarded

@@ -1,7 +1,8 @@
-"""Induction: the edit programs that explain one example, the simplest first.
+"""Induction of the edit programs that explain one example, the simplest first.
 
-Programming by example in the manner of FlashFill (Gulwani 2011): every way in which the parts of the working action can
-be had from the failing action and its output is a hypothesis; examples that agree tell which of them carries over.
+Programming by example as in FlashFill (Gulwani 2011, "Automating string processing in spreadsheets using input-output
+examples"): every derivation of the working action from the failing action and its output is a hypothesis; agreement
+among examples shows which of them generalise.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def induce(case: Case, fix: str) -> list[Program]:
     """Return programs that turn the case into the fix, the simplest first, `MOST_PROGRAMS` at most.
 
     Each of them, applied to the case, gives the fix (white space collapsed). The last is the fix itself.
-    A long action or fix is explained as a whole only: what stands before and after it, and the fix as it is.
+    A long action or fix is only explained as a whole: by texts before and after it, and by the fix as it is.
     """
     fix = " ".join(fix.split()) if "\n" not in fix else fix.strip()
     if max(len(case.action), len(fix)) > _MOST_CHARS or max(len(case.tokens), len(_words(fix))) > _MOST_WORDS:
@@ -58,13 +59,13 @@ def _single(case: Case, fix: str) -> list[Program]:
 def _fitting(candidates: Iterable[Program], case: Case, fix: str) -> set[Program]:
     wanted = _words(fix)
     made = ((p, apply(p, case)) for p in candidates)
-    if "\n" in fix or "\n" in case.action:  # where lines are, white space has a meaning
+    if "\n" in fix or "\n" in case.action:  # white space matters in several lines
         return {p for p, text in made if text is not None and text.strip() == fix.strip()}
     return {p for p, text in made if text is not None and _words(text) == wanted}
 
 
 def _chains(case: Case, fix: str) -> Iterable[Program]:
-    # Something else is done first or afterwards: each part is an edit of the action, or made from its words.
+    # Another action comes before or after: each part is an edit of the action, or composed of its words.
     pieces = fix.split(" && ")
     if not 1 < len(pieces) <= 3 or len(pieces) == len(case.action.split(" && ")):  # noqa: PLR2004
         return
@@ -86,8 +87,6 @@ def _words(action: str) -> list[str]:
 
 
 def _wholesale(case: Case, fix: str) -> Iterable[Program]:
-    yield from (("each_named", where) for where in _NEAR)
-    yield ("spaced",)
     if "\n" in case.action or "(" in case.action:
         yield from _swapped(case.action, fix)
     yield from (("without", token) for token in dict.fromkeys(case.tokens))
@@ -101,7 +100,7 @@ def _wholesale(case: Case, fix: str) -> Iterable[Program]:
 
 
 def _swapped(action: str, fix: str) -> Iterable[Program]:
-    # Code: the pieces that differ, each with what stands beside it where it would fit anywhere.
+    # Code: the pieces that differ, with neighbouring pieces where a piece alone would match anywhere.
     one, other = _PIECE.findall(action), _PIECE.findall(fix)
     if max(len(one), len(other)) > _MOST_PIECES:
         return
@@ -130,7 +129,7 @@ def _wrapped(case: Case, fix: str) -> Iterable[Program]:
 
 
 def _named(case: Case, fix: str) -> Iterable[Program]:
-    # One named word (or part of a word) is replaced, the rest stays.
+    # One of the likely wrong words (or a part of it) is replaced.
     for number, (index, part) in enumerate(case.named[:4]):
         before, after = case.tokens[index].split(part, 1) if part in case.tokens[index] else ("", "")
         made = _words(fix)
@@ -171,7 +170,7 @@ def _hunk_cost(hunk: tuple[Selector, int, int, tuple[Expression, ...]]) -> float
 
 
 def _anchors(case: Case, low: int, high: int) -> list[tuple[Selector, int]]:
-    # Where the hunk begins: at the word itself, or beside a word for an insertion.
+    # The start of the hunk: the word itself, or for an insertion a word beside it.
     if high > low:
         return [(s, 0) for s in _selectors(case, low)]
     found: list[tuple[Selector, int]] = []
@@ -188,16 +187,7 @@ def _selectors(case: Case, index: int) -> list[Selector]:
         ("end", len(case.tokens) - 1 - index),
         ("is", case.tokens[index]),
     ]
-    if case.head or not index:
-        found.append(("first", index))
     found += [("named", k) for k, (i, _) in enumerate(case.named[:3]) if i == index]
-    if index and case.tokens[index] == case.tokens[index - 1]:
-        found.append(("repeated", 0))
-    if index in case.flags:
-        found.append(("flag", case.flags.index(index)))
-    if index in case.arguments:
-        place = case.arguments.index(index)
-        found += [("argument", place), ("argument", place - len(case.arguments))]
     return [s for s in found if select(s, case) == index]
 
 
@@ -214,7 +204,7 @@ def _contents(case: Case, words: list[str], replaced: list[int]) -> list[tuple[E
     for offset, word in enumerate(words):
         own = replaced[offset] if offset < len(replaced) else replaced[-1] if replaced else None
         sources.append(_expressions(word, case, None if own is None else case.tokens[own])[:_PER_WORD])
-    # All texts as they are, and all at their best, then mixtures.
+    # All combinations of a few words; else only all literal texts, and the simplest expression of each.
     if len(words) <= 3:  # noqa: PLR2004
         found += itertools.islice(itertools.product(*sources), 60)
     else:
@@ -225,7 +215,7 @@ def _contents(case: Case, words: list[str], replaced: list[int]) -> list[tuple[E
 
 
 def _expressions(text: str, case: Case, own: str | None) -> list[Expression]:
-    """Return expressions that yield a text in a case, the simplest first; `own` is the word that it replaces."""
+    """Return expressions with this value in a case, the simplest first; `own` is the replaced word."""
     found: list[Expression] = [("text", text)]
     if own is not None:
         found += [("near", where, ("own",)) for where in _NEAR if case.near(own, where) == text]
@@ -243,7 +233,7 @@ def _from_word(word: str, text: str, expression: Expression) -> list[Expression]
     if word == text:
         return [expression]
     found = _mapped(word, text, expression)
-    # A part of a short word may be anything: a flag's letter, a mistyped sign.
+    # In a short word any part may be wrong: a flag's letter, a mistyped sign.
     found += _spelled(word, text, expression) if len(word) < 4 else _affixed(word, text, expression)  # noqa: PLR2004
     for name in _INNER:
         inner = TRANSFORMS[name](word)
@@ -254,12 +244,10 @@ def _from_word(word: str, text: str, expression: Expression) -> list[Expression]
 
 def _from_output(case: Case, text: str) -> list[Expression]:
     found: list[Expression] = []
-    for kind, items in (("quoted", case.quoted), ("suggested", case.suggested), ("path", case.paths)):
-        for number, item in enumerate(items):
-            name = item if kind == "path" else safe(item)
-            expression = (kind, number)
-            made = [*_mapped(name, text, expression), *_affixed(name, text, expression)]
-            found += [expression] if name == text else made
+    for number, item in enumerate(case.quoted):
+        name, expression = safe(item), ("quoted", number)
+        derived = [*_mapped(name, text, expression), *_affixed(name, text, expression)]
+        found += [expression] if name == text else derived
     for number, proposal in enumerate(case.proposals):
         found += [("proposed", number, i, False) for i, word in enumerate(proposal[:8]) if safe(word) == text]
     if len(text) > 1:
@@ -281,14 +269,14 @@ def _affixed(value: str, text: str, expression: Expression) -> list[Expression]:
     if text.endswith(value):
         return [("affix", text[: -len(value)], "", expression)]
     at = text.find(value)
-    # Something on both sides is a quotation or the like; a letter on both sides is chance.
+    # Texts on both sides are quotation marks or the like; letters on both sides are a coincidence.
     if at > 0 and not text[at - 1].isalnum() and not text[at + len(value)].isalnum():
         return [("affix", text[:at], text[at + len(value) :], expression)]
     return []
 
 
 def _spelled(value: str, text: str, expression: Expression) -> list[Expression]:
-    # The word itself with something put before, after or in the place of a part of it.
+    # The word with a text before or after it, or with a part replaced.
     found = _affixed(value, text, expression) if value != text else []
     start = 0
     while start < min(len(value), len(text)) and value[start] == text[start]:

@@ -1,4 +1,4 @@
-"""Labels: whether what memory would have answered (or did answer) was right, as far as verified feedback tells."""
+"""Labels: whether a proposal was right, by verified feedback."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from optillm_memory.records import Trace
 
 
 def label(trace: Trace, learned: Learned, proposed: str, normal: Callable[[str], str]) -> bool | None:
-    """Return whether a proposal made for a trace was right; None where nothing verified tells.
+    """Return whether the proposal for a trace was right; None without verified evidence.
 
-    An answer that was reused is judged as itself. In shadow the proposal is compared, in its normal form, with the
-    answers that were verified right and wrong: a wrong answer says of another one nothing.
+    A reused answer has the outcome of its trace. In shadow the proposal is compared, in its normal form, with the
+    answers that were verified right and wrong: a wrong answer is no evidence on another one.
     """
     if trace.action == "reuse":
         known = learned.outcome.verified and learned.outcome.verdict != "unknown"

@@ -1,4 +1,4 @@
-"""Off-policy estimates: what another policy would have earned on past traffic, from the logged propensities."""
+"""Off-policy evaluation: the reward of another policy on past traffic, from the logged propensities."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ALPHA = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Logged:
-    """One episode as the policy saw it: the arm it chose with its propensity, the probabilities of all, and what came.
+class LoggedEpisode:
+    """An episode in the policy's log: the arm with its propensity, the probabilities of all arms, and the results.
 
-    `reward` is None without a verified outcome; `switched` says that later requests of the episode got another arm.
+    `reward` is None without a verified outcome; `switched` means that later requests of the episode got another arm.
     """
 
     arm: str
@@ -30,29 +30,29 @@ class Logged:
     switched: bool = False
 
 
-Policy = Callable[[Logged], Mapping[str, float]]
+Policy = Callable[[LoggedEpisode], Mapping[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What is taken off the reward: for a thousand tokens, and for a second."""
+    """The costs subtracted from the reward: for a thousand tokens, and for a second."""
 
     thousand_tokens: float = 0.0
     second: float = 0.0
 
-    def utility(self, row: Logged) -> float:
-        """Return the reward less its price."""
+    def utility(self, row: LoggedEpisode) -> float:
+        """Return the reward minus the costs."""
         return (row.reward or 0.0) - self.thousand_tokens * row.tokens / 1000 - self.second * row.latency_ms / 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a policy would have earned an episode.
+    """The estimated figures of a policy for an episode.
 
-    `covered` episodes are those where every arm that it may choose could have been chosen: only they tell, and the
-    figures are about them. `utility`, `reward`, `tokens` and `latency_ms` are self-normalised means, None where no
-    episode had an arm of the policy; `clipped` is the utility with weights cut off. `effective` is the number of
-    episodes drawn from the policy itself that would tell as much.
+    `covered` episodes are those in which every arm of the policy had a positive probability: the estimates are about
+    these. `utility`, `reward`, `tokens` and `latency_ms` are self-normalised means, None where no
+    episode had an arm of the policy; `clipped` is the utility with truncated weights. `effective` is the number of
+    episodes of the policy itself with the same information.
     """
 
     covered: int
@@ -83,17 +83,19 @@ class Estimate:
 
 
 def always(arm: str) -> Policy:
-    """Return the policy that chooses one arm."""
+    """Return the policy that always chooses one arm."""
     return lambda _: {arm: 1.0}
 
 
-def as_logged(row: Logged) -> Mapping[str, float]:
-    """Choose as the policy did that wrote the log."""
+def logged_policy(row: LoggedEpisode) -> Mapping[str, float]:
+    """Return the probabilities of the policy that wrote the log."""
     return row.probabilities
 
 
-def estimate(rows: Sequence[Logged], policy: Policy, prices: Prices = Prices(), alpha: float = ALPHA) -> Estimate:
-    """Return what a policy would have earned on the logged episodes that have an outcome.
+def estimate(
+    rows: Sequence[LoggedEpisode], policy: Policy, prices: Prices = Prices(), alpha: float = ALPHA
+) -> Estimate:
+    """Return the estimates of a policy from the logged episodes with an outcome.
 
     The means are self-normalised (Swaminathan & Joachims, "The self-normalized estimator for counterfactual learning",
     NeurIPS 2015); the effective sample size is Kish's; weights are cut off at the root of the number of
@@ -101,8 +103,8 @@ def estimate(rows: Sequence[Logged], policy: Policy, prices: Prices = Prices(), 
     largest weight that the log's probabilities allow for the largest there is, and so for the lowest utility, which
     without prices is a reward of 0.
     """
-    told = [row for row in rows if row.reward is not None and row.propensity > 0]
-    weighed = [(row, *found) for row in told if (found := _weight(row, policy(row))) is not None]
+    rewarded = [row for row in rows if row.reward is not None and row.propensity > 0]
+    weighed = [(row, *found) for row in rewarded if (found := _weight(row, policy(row))) is not None]
     if not weighed:
         return Estimate(0, 0.0, 0.0, None, None, None, None, None, None)
     weights = np.array([weight for _, weight, _ in weighed])
@@ -123,7 +125,7 @@ def estimate(rows: Sequence[Logged], policy: Policy, prices: Prices = Prices(), 
     )
 
 
-def _weight(row: Logged, target: Mapping[str, float]) -> tuple[float, float] | None:
+def _weight(row: LoggedEpisode, target: Mapping[str, float]) -> tuple[float, float] | None:
     """Return the weight of an episode and the largest that it could have had; None where the log does not cover it."""
     logged = {**row.probabilities, row.arm: row.propensity}
     wanted = {arm: share for arm, share in target.items() if share > 0}
@@ -137,7 +139,7 @@ def _interval(utility: Array, weights: Array, most: float, value: float | None, 
     span = max(1.0, float(utility.max())) - low
     found = weighted_mean((utility - low) / span, weights, most, alpha)
     found = Interval(low + span * found.low, low + span * found.high)
-    # The self-normalised mean may lie outside while there is next to nothing: a wider interval is as valid.
+    # With very few episodes the self-normalised mean may lie outside: a wider interval is valid too.
     return found if value is None else Interval(min(found.low, value), max(found.high, value))
 
 

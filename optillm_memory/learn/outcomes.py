@@ -1,4 +1,4 @@
-"""Outcomes: what the feedback on a trace says of it, whatever order it came in."""
+"""Outcomes: success, failure or unknown from the feedback on a trace, independent of its order of arrival."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _INDENTED = re.compile(r"\n[ \t]+\S")
 
 
 def effective(feedback: Iterable[Feedback]) -> list[Feedback]:
-    """Return what still stands: a retraction undoes the feedback of its id, whichever arrived first."""
+    """Return the feedback in force, in order of time: a retraction cancels the feedback of its id, in any order."""
     rows = list(feedback)
     retracted = {f.feedback_id for f in rows if f.value is None}
     standing = [f for f in rows if f.feedback_id not in retracted]
@@ -22,10 +22,10 @@ def effective(feedback: Iterable[Feedback]) -> list[Feedback]:
 
 
 def outcome(standing: Sequence[Feedback], answer: str | None) -> Outcome:
-    """Return the outcome that standing feedback gives a trace with this answer.
+    """Return the outcome of a trace with this answer by its feedback in force (`standing`).
 
     Within a source the latest verdict counts. Where `code` and `human` disagree it is a failure: a memory acts
-    only when its evidence agrees. `llm` and `inferred` count only where nothing better is there.
+    only when its evidence agrees. `llm` and `inferred` count only without these.
     """
     latest: dict[str, Verdict] = {}
     for item in standing:
@@ -39,12 +39,12 @@ def outcome(standing: Sequence[Feedback], answer: str | None) -> Outcome:
 
 
 def same_answer(one: str, other: str) -> bool:
-    """Whether two answers are equal but for thoughts, case, white space in lines and a full stop at the end."""
+    """Whether two answers are equal except for thoughts, case, white space in lines and a final full stop."""
     return normal_answer(one) == normal_answer(other)
 
 
 def normal_answer(text: str) -> str:
-    """Return the form in which answers are compared; where lines are indented, indentation is a part of it."""
+    """Return the normal form of an answer; if lines are indented, it contains the indentation."""
     text = without_thoughts(text)
     if _INDENTED.search(text):
         lines = [line for line in text.expandtabs(8).splitlines() if line.strip()]

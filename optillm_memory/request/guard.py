@@ -9,7 +9,7 @@ from typing import Any
 from optillm_memory.conversation.steps import calls_of
 from optillm_memory.conversation.text import text_of
 from optillm_memory.inject.advice import Advice, as_advice
-from optillm_memory.inject.render import placed_at
+from optillm_memory.inject.render import placement_at
 from optillm_memory.request.advise import Adviser
 from optillm_memory.request.locate import Locator
 from optillm_memory.request.turn import Turn
@@ -41,7 +41,7 @@ class Guard:
     def _with_advice(self, turn: Turn, advice: Sequence[Advice]) -> tuple[Turn, bool]:
         limits = turn.options.limits(self._settings.max_block_items, self._settings.token_budget)
         limits["token_budget"] -= sum(item.tokens for placement in turn.fresh for item in placement.items)
-        fresh = placed_at(turn.parsed, len(turn.parsed.messages) - 1, as_advice(advice, **limits))
+        fresh = placement_at(turn.parsed, len(turn.parsed.messages) - 1, as_advice(advice, **limits))
         standing = [p for p in turn.placements if p not in turn.fresh]
         if fresh is None:
             return turn.skip("over_budget", memory_id=advice[0].memory_id), False

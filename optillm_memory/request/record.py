@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from optillm_memory.background.encoder_service import EncoderService
 from optillm_memory.background.maintenance import Maintenance
@@ -16,7 +16,6 @@ from optillm_memory.conversation.feedback import parse_feedback
 from optillm_memory.conversation.parse import Conversation
 from optillm_memory.conversation.redact import QUOTED, storable
 from optillm_memory.conversation.steps import calls_of, steps_of, under_known_ids
-from optillm_memory.learn import fold
 from optillm_memory.records import Feedback, FeedbackReceipt, Placement, Scope, Step, Tenant, Trace
 from optillm_memory.request.locate import Locator
 from optillm_memory.request.response import (
@@ -28,21 +27,13 @@ from optillm_memory.request.response import (
 )
 from optillm_memory.request.turn import Turn
 from optillm_memory.settings import Settings
+from optillm_memory.store import fold
+from optillm_memory.store.base import Store
 from optillm_memory.store.tables.calls import ModelCall
-from optillm_memory.store.tables.rows import key_hash
+from optillm_memory.store.tables.vectors import key_hash
 from optillm_memory.store.transaction import Transaction
 
 T = TypeVar("T")
-
-
-class Log(Protocol):
-    """What writes to the log."""
-
-    def post(self, operation: Callable[[Transaction], Any]) -> None:
-        """Run an operation in the background, in the next commit."""
-
-    def write(self, operation: Callable[[Transaction], T]) -> Future[T]:
-        """Run an operation in the next commit; the future is set once it is on disk."""
 
 
 class Recorder:
@@ -50,7 +41,7 @@ class Recorder:
 
     def __init__(
         self,
-        log: Log,
+        log: Store,
         settings: Settings,
         encoder: EncoderService,
         locator: Locator,
@@ -143,34 +134,34 @@ class Recorder:
         placed = turn.for_ledger if response is not None else ()
         if tx.add_trace(trace, prefixes=prefixes, placements=placed, injected=turn.injected, withheld=turn.withheld):
             if turn.calls:
-                tx.add_calls(trace.trace_id, [self._call(call) for call in turn.calls])
+                tx.calls.add(trace.trace_id, [self._call(call) for call in turn.calls])
             vector = self._encoder.cached(conversations.key_of(conversation.task))
             if vector is not None:
                 key = key_hash(trace.task)
-                tx.put_vectors([(key, vector.tobytes())], self._encoder.fingerprint)
+                tx.vectors.put([(key, vector.tobytes())], self._encoder.fingerprint)
                 self._maintenance.vector_arrived(key)
-            scope_id = tx.scope_id(trace.scope)
+            scope_id = tx.scopes.number(trace.scope)
             observed: Sequence[Step] = ()
             if steps := _steps(conversation, choices, prefixes):
-                known = tx.known_steps(scope_id, trace.episode_id)
+                known = tx.steps.known(scope_id, trace.episode_id)
                 if turn.located is not None and turn.located.inherits:  # that episode's own evidence, up to the fork
-                    before = tx.known_steps(scope_id, turn.located.inherits)
+                    before = tx.steps.known(scope_id, turn.located.inherits)
                     known += [step for step in before if step[1] != turn.located.continued]
                 steps = under_known_ids(steps, [(step_id, made) for step_id, made, _ in known])
                 whole = {step_id for step_id, _, is_observed in known if is_observed}
                 fresh_steps = [self._step(s) for s in steps if s.step_id not in whole]
-                observed = tx.add_steps(scope_id, trace.episode_id, trace.trace_id, fresh_steps)
+                observed = tx.steps.add(scope_id, trace.episode_id, trace.trace_id, fresh_steps)
             if turn.proposal is not None and turn.decision is not None:
-                tx.add_proposal(trace, scope_id, turn.proposal, turn.decision)
+                tx.proposals.add(trace, scope_id, turn.proposal, turn.decision)
             if turn.choice is not None:
-                tx.add_decision(trace, scope_id, turn.choice, turn.length)
+                tx.decisions.add(trace, scope_id, turn.choice, turn.length)
             fold.trace_arrived(tx, trace)
             fold.steps_arrived(tx, trace, observed, received_at=time.time())
 
     def _record_proposal(self, tx: Transaction, turn: Turn) -> None:
-        trace = tx.trace(turn.trace_id)
+        trace = tx.traces.get(turn.trace_id)
         if trace is not None and turn.proposal is not None and turn.decision is not None:
-            tx.add_proposal(trace, tx.scope_id(trace.scope), turn.proposal, turn.decision)
+            tx.proposals.add(trace, tx.scopes.number(trace.scope), turn.proposal, turn.decision)
             fold.proposal_arrived(tx, trace)
 
     def _call(self, call: ModelCall) -> ModelCall:

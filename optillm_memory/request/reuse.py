@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,12 @@ from optillm_memory.background.encoder_service import EncoderService
 from optillm_memory.background.threads import start_thread
 from optillm_memory.conversation.parse import key_of
 from optillm_memory.decide.agreement import NEAREST, Neighbour, propose
-from optillm_memory.decide.gate import SURE_AUDITS, Gate, is_audited
-from optillm_memory.decide.gate_updater import Change, GateUpdater
+from optillm_memory.decide.gate import CONFIDENT_AUDITS, Gate, is_audited
+from optillm_memory.decide.gate_updater import GateUpdater
 from optillm_memory.recall.retriever import NEVER, Retriever, Version
 from optillm_memory.records import Exemplar, Scope
 from optillm_memory.request.turn import Turn
+from optillm_memory.store.tables.proposals import ProposalReads
 
 _EXEMPLARS_KEPT = 20_000  # of one scope
 _SCOPES_KEPT = 64
@@ -28,25 +29,12 @@ _FORMS_KEPT = 8192  # answers in the form in which they are compared
 _SHADOW_ENCODER_S = 5.0  # in shadow mode nobody waits
 
 
-class Source(Protocol):
-    """What reuse reads; every call is bound to one scope."""
-
-    def revision(self, scope: Scope) -> Version:
-        """Return what is another one whenever any memory or label has changed."""
-
-    def exemplars(self, scope: Scope, numbers: Iterable[int]) -> Mapping[int, Exemplar]:
-        """Return the verified exemplars of the scope that have these numbers."""
-
-    def gate_changes(self, scope: Scope, since: int) -> tuple[int, list[Change]]:
-        """Return (revision, changes) of the proposals that came, or whose label changed, after a revision."""
-
-
 class ReuseDecider:
     """Proposes verified answers, and decides by each scope's gate whether they are good enough."""
 
     def __init__(
         self,
-        source: Source,
+        source: ProposalReads,
         retriever: Retriever,
         encoder: EncoderService,
         normal: Callable[[str], str],
@@ -75,12 +63,13 @@ class ReuseDecider:
             return turn.skip(f"reuse_{reason or 'no_encoder'}") if wanted else turn
         version = self._source.revision(turn.scope)
         neighbours, quarantined = self._neighbours(turn, partition, vector, version)
-        proposal = propose(task, neighbours, self._normal)
+        if (proposal := propose(task, neighbours, self._normal)) is not None:
+            proposal = replace(proposal, encoder=self._encoder.fingerprint)
         max_error = wanted["max_error"] if wanted else None
-        audits = [is_audited(turn.trace_id, self._salt(), self._audit_share * part) for part in (1.0, SURE_AUDITS)]
+        audits = [is_audited(turn.trace_id, self._salt(), self._audit_share * part) for part in (1.0, CONFIDENT_AUDITS)]
         gate = self._gate(turn.scope, version) if wanted else Gate()
         decision = gate.decide(
-            proposal, partition, max_error, audit=audits[0], audit_if_sure=audits[1], quarantined=quarantined
+            proposal, partition, max_error, audit=audits[0], audit_if_confident=audits[1], quarantined=quarantined
         )
         if turn.held_out and decision.serve:  # only what would have been served: the other half of the comparison
             decision = replace(decision, serve=False, reason="holdout")
@@ -95,7 +84,10 @@ class ReuseDecider:
         state = self._state(scope, version)
         while state.version != version:
             since = state.updater.since
-            if state.updater.take(since, *self._source.gate_changes(scope, since)):
+            revision, changes = self._source.gate_changes(scope, since)
+            # A threshold is one of this encoder's scores: the labels of another encoder's prove nothing about it.
+            own = [change for change in changes if change.encoder in ("", self._encoder.fingerprint)]
+            if state.updater.take(since, revision, own):
                 state.version = version
                 break  # not to look again: another request may have come with a version of its own
         return state.updater.gate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import logging
 import queue
 import threading
@@ -38,7 +39,7 @@ class _RefusedError(Exception):
     """An operation of a group was refused: the group is run again with each of them apart."""
 
 
-class Writer:
+class Writer(abc.ABC):
     """Runs operations on the writing connection, many in a shared, durable commit; one that is refused fails alone.
 
     An operation may be run again, so it does nothing but read and write the database. Its outcome is set only after
@@ -83,25 +84,25 @@ class Writer:
 
     # -- what a database brings --------------------------------------------------------------------
 
+    @abc.abstractmethod
     def _open(self) -> Connection:
         """Return the connection that writes. Raises StoreUnavailable."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _stands(self) -> bool:
         """Whether the connection still leads to where what is written should go; drops one that does not."""
-        raise NotImplementedError
 
-    def _written(self) -> None:
+    def _written(self) -> None:  # noqa: B027 - most databases have nothing to note
         """Take note that a commit went well."""
 
-    def _tidy(self) -> None:
+    def _tidy(self) -> None:  # noqa: B027 - nor to tidy
         """Do what is to be done now and then while the turn is still ours, and nobody waits for us."""
 
     def _will_pass(self, error: Exception) -> bool:
         """Whether what a commit failed of passes by itself: until then what nobody waits for is kept."""
         return isinstance(error, StoreUnavailable)
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: Exception) -> None:  # noqa: B027 - nor to repair
         """Do what is to be done after a commit that failed, so that the next one may not."""
 
     def _passing(self) -> AbstractContextManager[None]:
@@ -166,12 +167,15 @@ class Writer:
         """Write these with what came meanwhile; return whether that was the last."""
         stop, failures = False, 0
         while batch:
-            with self._passing(), self._at_work:
-                # Not before: what waited for its turn with us is in the same commit, and what is awaited gets its
-                # answer also while others are held.
-                stop = self._gather(batch, GROUP + self._held) or stop
-                batch = self._attempt(batch)
-                self._tidy()
+            try:
+                with self._passing(), self._at_work:
+                    # Not before: what waited for its turn with us is in the same commit, and what is awaited gets its
+                    # answer also while others are held.
+                    stop = self._gather(batch, GROUP + self._held) or stop
+                    batch = self._attempt(batch)
+                    self._tidy()
+            except Exception as error:  # noqa: BLE001 - should this thread end, all would wait for ever
+                batch = self._refused(batch, error)
             self._held = len(batch)
             failures += not self._passes
             if self._closed or failures == _RETRIES:
@@ -198,16 +202,9 @@ class Writer:
         try:
             results = self._commit(batch)
         except Exception as error:  # noqa: BLE001 - whatever it is: should this thread end, all would wait for ever
-            self._note(error)
-            self._passes = self._will_pass(error)
+            batch = self._refused(batch, error)
             self._failed(error)
-            # What is awaited is refused at once, so that the caller can try again; what nobody waits for
-            # gets a few more chances, for a disk that is full now may have room in a moment.
-            fault = StoreUnavailable(f"cannot write {self.place}: {error}")
-            for _, future in batch:
-                if future is not None:
-                    future.set_exception(fault)
-            return [item for item in batch if item[1] is None]
+            return batch
         self.fault, self._passes = "", False
         self._written()
         for (_, future), result in zip(batch, results, strict=True):
@@ -215,6 +212,21 @@ class Writer:
                 self.lost += 1
             _settle(future, result)
         return []
+
+    def _refused(
+        self, batch: list[tuple[Operation, Future[Any] | None]], error: Exception
+    ) -> list[tuple[Operation, Future[Any] | None]]:
+        """Refuse at once what is awaited, so that the caller can try again; return what is to be tried again.
+
+        What nobody waits for gets a few more chances: a disk that is full now may have room in a moment.
+        """
+        self._note(error)
+        self._passes = self._will_pass(error)
+        fault = StoreUnavailable(f"cannot write {self.place}: {error}")
+        for _, future in batch:
+            if future is not None and not future.done():
+                future.set_exception(fault)
+        return [item for item in batch if item[1] is None]
 
     def _commit(self, batch: list[tuple[Operation, Future[Any] | None]]) -> list[Any]:
         if self._connection is None or not self._stands():

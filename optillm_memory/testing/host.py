@@ -1,4 +1,4 @@
-"""A real optillm as a child process, for tests and benches."""
+"""A real optillm as a child process."""
 
 from __future__ import annotations
 
@@ -23,17 +23,20 @@ if TYPE_CHECKING:
 _POLL_S = 0.1
 _STOP_S = 10.0
 _TAIL_LINES = 30
-# Whatever would make optillm choose another provider or another way of working than the test asked for,
-# and the keys that a test has no business passing on.
+# Variables that would make optillm choose another provider or another approach than the test wants, and
+# keys that a test must not pass on.
 _DROPPED_PREFIXES = ("OPTILLM_", "OPENAI_", "AZURE_", "CEREBRAS_")
 _DROPPED_SUFFIX = "_API_KEY"
 
 
 class HostProcess:
-    """One optillm: started, waited for, stopped or killed, and started again on the same port.
+    """An optillm that can be started, stopped or killed, and started again on the same port and database.
 
-    As a context manager it starts on entering and stops on leaving. `start` raises HostError, with the
-    tail of the log, where the child dies or is not healthy in time.
+        with HostProcess.serve(upstream.base_url, db=tmp_path / "memory.db") as host:
+            client = OpenAI(base_url=host.base_url, api_key="alice")
+
+    `serve` prepares an optillm with memory, `plain` a stock one. As a context manager it starts on entering and stops
+    on leaving. `start` raises HostError, with the end of the log, if the child exits or is not healthy in time.
     """
 
     def __init__(self, argv: Sequence[str], env: Mapping[str, str], cwd: Path | None, port: int, log: Path) -> None:
@@ -56,7 +59,12 @@ class HostProcess:
         cwd: Path | None = None,
         log: Path | None = None,
     ) -> Self:
-        """Prepare `optillm-memory serve`; no upstream URL leaves the choice of a client to `env`."""
+        """Prepare `optillm-memory serve` on a database.
+
+        `env` holds settings (`OPTILLM_AGENT_MEMORY_…`); the caller's own settings and providers' keys are not passed
+        on. Without an upstream URL `env` chooses the client, as in `{"OPTILLM_API_KEY": "optillm"}` for optillm's own
+        inference. `extra_args` are optillm's. The log is beside the database unless `log` names a file.
+        """
         command = [sys.executable, "-m", "optillm_memory.cli", "serve"]
         return cls._prepare(command, upstream_url, db=db, port=port, extra_args=extra_args, env=env, cwd=cwd, log=log)
 
@@ -74,7 +82,7 @@ class HostProcess:
     ) -> Self:
         """Prepare stock optillm in `cwd`, where it looks for `optillm/plugins/*.py`.
 
-        Raises HostError where the `optillm` command is not beside this interpreter.
+        Raises HostError if the `optillm` command is not beside this interpreter.
         """
         script = shutil.which("optillm", path=str(Path(sys.executable).parent))
         if script is None:
@@ -106,14 +114,14 @@ class HostProcess:
 
     @staticmethod
     def free_port() -> int:
-        """Give a loopback port that nobody listens on now."""
+        """Return a loopback port on which nobody listens now."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             return int(probe.getsockname()[1])
 
     @property
     def base_url(self) -> str:
-        """Where an OpenAI client finds it."""
+        """The URL for an OpenAI client."""
         return f"http://127.0.0.1:{self.port}/v1"
 
     @property
@@ -126,7 +134,7 @@ class HostProcess:
         if self.pid is not None:
             raise HostError(f"optillm runs already on port {self.port}")
         if _listening(self.port):
-            # Its /health would be taken for the child's.
+            # Its /health would be mistaken for the child's.
             raise HostError(f"Port {self.port} is taken by another process")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as sink:
@@ -157,7 +165,7 @@ class HostProcess:
             time.sleep(_POLL_S)
 
     def stop(self) -> None:
-        """End the child with SIGTERM, or with SIGKILL where it takes too long; without one do nothing."""
+        """End the child with SIGTERM, or with SIGKILL if it takes too long; do nothing without one."""
         if self._child is None:
             return
         self._child.terminate()
@@ -168,15 +176,15 @@ class HostProcess:
         self._child = None
 
     def kill(self) -> None:
-        """End the child with SIGKILL, as a crash would; without one do nothing."""
+        """End the child with SIGKILL, like a crash; do nothing without one."""
         if self._child is None:
             return
         self._child.kill()
-        self._child.wait()
+        self._child.wait(_STOP_S)
         self._child = None
 
     def logs(self) -> str:
-        """Give what the child has written so far, earlier starts included."""
+        """Return the log so far, earlier starts included."""
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.is_file() else ""
 
     def _tail(self) -> str:
@@ -194,9 +202,9 @@ class HostProcess:
 
 
 def child_environment(base: Mapping[str, str], db: Path, extra: Mapping[str, str]) -> dict[str, str]:
-    """Give the child's environment: `base` without providers' keys and optillm's settings, then `extra`.
+    """Return the child's environment: `base` without providers' keys and optillm's settings, then `extra`.
 
-    The client key is `sk-test`, unless `extra` holds OPTILLM_API_KEY and with it optillm's own inference.
+    The client's key is `sk-test`, unless `extra` holds OPTILLM_API_KEY, which selects optillm's own inference.
     """
     env = {
         name: value
@@ -208,14 +216,14 @@ def child_environment(base: Mapping[str, str], db: Path, extra: Mapping[str, str
     env["OPTILLM_AGENT_MEMORY_DB"] = str(db)
     env["HF_HUB_OFFLINE"] = "1"
     env["TOKENIZERS_PARALLELISM"] = "false"
-    env["PYTHONUNBUFFERED"] = "1"  # so that the log is whole when the child is killed
-    # A proxy of the machine must not stand between the child and an upstream on the loopback.
+    env["PYTHONUNBUFFERED"] = "1"  # so that the log is complete when the child is killed
+    # An HTTP proxy of the machine must not be used for an upstream on the loopback.
     env["NO_PROXY"] = env["no_proxy"] = ",".join(
         filter(None, ["127.0.0.1,localhost", base.get("NO_PROXY") or base.get("no_proxy")])
     )
     checkout = Path(__file__).parents[2]
     if checkout.name not in {"site-packages", "dist-packages"}:
-        # A child in another directory has to find the same package as we did.
+        # A child in another directory must import the same package as this process.
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(checkout), base.get("PYTHONPATH")]))
     return {**env, **extra}
 

@@ -1,4 +1,4 @@
-"""A recording upstream: a small OpenAI-compatible server on the loopback, for tests and benches."""
+"""A recording upstream: a small OpenAI-compatible server on the loopback that answers as a test wants."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 MODEL = "upstream-model"
+_CLOSE_S = 10.0  # at most, to stop serving
 _ERROR_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What the upstream answers to one request.
+    """The answer to one request.
 
-    `content` goes into each of the `n` choices (None stays null). `body` replaces the whole body. A
-    `status` other than 200 gets an OpenAI-shaped error body. `delay_s` answers late and `hang` never:
-    the connection is dropped when the upstream closes.
+    `content` goes into each of the `n` choices (None stays null), as do `tool_calls` and `finish_reason`. `body`
+    replaces the whole body. A `status` other than 200 gets an OpenAI-shaped error body. `delay_s` delays the answer;
+    with `hang` there is none, and the connection is dropped when the upstream closes.
     """
 
     content: str | None = "ok"
@@ -57,7 +58,7 @@ class RecordedRequest:
 
 
 def tool_call(name: str, arguments: Mapping[str, Any], call_id: str = "call_1") -> dict[str, Any]:
-    """Build one tool call in OpenAI's shape, for `Reply(content=None, tool_calls=[…])`."""
+    """Return one tool call in OpenAI's shape, for `Reply(content=None, tool_calls=[…])`."""
     return {
         "id": call_id,
         "type": "function",
@@ -66,17 +67,23 @@ def tool_call(name: str, arguments: Mapping[str, Any], call_id: str = "call_1") 
 
 
 def echo(request: dict[str, Any]) -> str:
-    """Answer with the last user message: the reply where none is given."""
+    """Answer with the last user message: the default `reply`."""
     texts = [_text(message) for message in _messages(request) if message.get("role") == "user"]
     return f"echo: {texts[-1] if texts else ''}"
 
 
 class RecordingUpstream:
-    """An upstream that records what it is asked and answers as it is told.
+    """An OpenAI-compatible server that records its requests and answers with what `reply` returns.
 
-    It serves from construction until `close()`. `reply` maps the parsed request to an answer: a str is
-    the assistant's text, a dict the whole body, an int an error status, a Reply anything else. A reply
-    that raises becomes a 500 with its message. Raises OSError where `port` is taken.
+        with RecordingUpstream(lambda request: "Paris") as upstream:
+            client = OpenAI(base_url=upstream.base_url, api_key="any")
+            ...
+            assert upstream.requests[0].json["messages"][-1]["content"] == "What is the capital of France?"
+
+    It serves from construction until `close()`, many requests at once. `reply` gets the parsed request; it returns a
+    str (the assistant's text), a dict (the whole body), an int (an error status) or a `Reply`. A `reply` that raises
+    becomes a 500 with its message. A request with `stream` gets a 400, because optillm never streams from its upstream.
+    Raises OSError if `port` is taken; 0 picks a free one.
     """
 
     def __init__(self, reply: ReplyFunction = echo, port: int = 0) -> None:
@@ -87,12 +94,12 @@ class RecordingUpstream:
 
     @property
     def base_url(self) -> str:
-        """Where an OpenAI client finds it."""
+        """The URL for an OpenAI client."""
         return f"http://127.0.0.1:{self._server.server_port}/v1"
 
     @property
     def reply(self) -> ReplyFunction:
-        """What answers; it may be replaced while serving."""
+        """The function that answers; it may be replaced at any time."""
         return self._state.reply
 
     @reply.setter
@@ -101,20 +108,20 @@ class RecordingUpstream:
 
     @property
     def requests(self) -> list[RecordedRequest]:
-        """What has arrived so far, oldest first; a copy."""
+        """The requests so far, oldest first; a copy."""
         return self._state.recorded()
 
     def clear(self) -> None:
-        """Forget what has arrived."""
+        """Forget the requests so far."""
         self._state.clear()
 
     def close(self) -> None:
-        """Stop serving, let go of whatever hangs and drop every connection; twice is fine."""
+        """Stop serving and drop every connection, hanging ones too; a second call does nothing."""
         if self._state.closing.is_set():
             return
         self._state.closing.set()
         self._server.shutdown()
-        self._thread.join()
+        self._thread.join(_CLOSE_S)
         self._server.drop_connections()
         self._server.server_close()
 
@@ -128,7 +135,7 @@ class RecordingUpstream:
 
 
 class _State:
-    """What the upstream and the threads that answer share."""
+    """The state that the upstream and its answering threads share."""
 
     def __init__(self, reply: ReplyFunction) -> None:
         self.reply = reply
@@ -226,14 +233,14 @@ class _Server(ThreadingHTTPServer):
             self._connections.discard(connection)
 
     def drop_connections(self) -> None:
-        """Without this a kept-alive client would still be answered after the close."""
+        """Drop kept-alive connections, which would still be answered after the close."""
         with self._connections_lock:
             for connection in self._connections:
                 with contextlib.suppress(OSError):  # the client may be gone already
                     connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print what went wrong, unless a client gave up waiting."""
+        """Print the error, unless a client gave up waiting."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
@@ -279,7 +286,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not isinstance(parsed, dict):
             self._send(400, _error(400, "the body is not a JSON object"))
         elif request.get("stream"):
-            # optillm never streams upstream: whoever asks for it let the client's field leak through.
+            # optillm never streams from its upstream: a client's field has leaked through.
             self._send(400, _error(400, "stream was passed upstream"))
         else:
             self._reply(request, state.answer(request))

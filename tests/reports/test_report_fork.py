@@ -151,7 +151,7 @@ def gunicorn(folder: Path, upstream: RecordingUpstream, *arguments: str, also: s
                 child.wait(STOP_S)
             except subprocess.TimeoutExpired:
                 child.kill()
-                child.wait()
+                child.wait(STOP_S)
 
 
 def workers(served: Served) -> set[str]:
@@ -335,7 +335,7 @@ ended, wrote = threading.Event(), [0]
 
 def opens():
     with module._lock:
-        ended.wait()
+        ended.wait(60)
 
 def writes():
     while not ended.is_set():
@@ -360,7 +360,7 @@ for number in range(CHILDREN):
     pids.append(pid)
 statuses = [os.waitpid(pid, 0)[1] for pid in pids]
 ended.set()
-[thread.join() for thread in threads]
+[thread.join(60) for thread in threads]
 assert work("parent", -1) == "applied"
 assert runtime().memory is parents
 print("CHILDREN", statuses)

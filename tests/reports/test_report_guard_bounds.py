@@ -24,8 +24,8 @@ TOOLS = [{"type": "function", "function": {"name": "bash", "parameters": {"type"
 TASK = "Sort holiday photographs"
 FAULTY, SOUND = "touch --quick out/x/f", "touch out/x/f"
 FAULT = "touch: unrecognized option '--quick'\nTry 'touch --help' for more information."
-LIMIT_S = 10.0
-AT_ONCE_S = 3.0  # for what does not even have to be waited for, on a busy machine
+LIMIT_S = 30.0
+AT_ONCE_S = 6.0  # for what does not even have to be waited for, on a busy machine
 
 
 def acting(command: str) -> Reply:

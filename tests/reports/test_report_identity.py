@@ -477,6 +477,7 @@ def test_each_rewriting_alone_changes_nothing(memory: Memory, rewriting: str) ->
 def test_the_prompt_that_went_out_is_how_the_next_one_begins(memory: Memory, name: str) -> None:
     """With a client that rewrites nothing each prompt is, byte by byte, the beginning of the next."""
     turns = play(memory, CONVERSATIONS[name])
+    assert len(turns) > 1
     for before, turn in itertools.pairwise(turns):
         assert json.dumps(turn.messages[: len(before.messages)]) == json.dumps(before.messages)
 
@@ -489,6 +490,7 @@ def test_a_client_that_rewrites_steadily_keeps_its_cache(memory: Memory, name: s
         return [rewritten(random.Random(f"{name}-{i}"), [m])[0] for i, m in enumerate(history)]
 
     turns = play(memory, CONVERSATIONS[name], steady)
+    assert len(turns) > 1
     for before, turn in itertools.pairwise(turns):
         history = (answers_at(before.sent) or [-1])[-1] + 1
         own = sum(len(p.payload) for p in before.placements if isinstance(p.payload, list) and p.position < history)
@@ -717,6 +719,13 @@ CHANGES: dict[str, Callable[[random.Random, JSON], JSON | None]] = {
 }  # fmt: skip
 
 
+def test_every_change_has_a_conversation_to_be_made_in() -> None:
+    """None of the changes below is one that no conversation has a place for."""
+    draw = random.Random(0)
+    for name, change in CHANGES.items():
+        assert any(change(draw, message) is not None for each in CONVERSATIONS.values() for message in each), name
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from(sorted(CONVERSATIONS)), st.sampled_from(sorted(CHANGES)), st.randoms(use_true_random=False),
@@ -814,9 +823,9 @@ def test_thoughts_in_a_users_words_and_in_code_are_no_thoughts() -> None:
 )  # fmt: skip
 def test_identity_takes_no_longer_than_the_text_is(text: str) -> None:
     """A few kilobytes of white space or of marks in a message, as tables and logs have them, hold nothing up."""
-    started = time.perf_counter()
+    started = time.process_time()
     identity_of({"role": "assistant", "content": text})
-    assert time.perf_counter() - started < 0.3
+    assert time.process_time() - started < 0.5
 
 
 def test_the_client_gets_the_same_after_a_restart(tmp_path: Path) -> None:

@@ -154,8 +154,7 @@ class IndexCache:
                 return
             if time.monotonic() > until:
                 break
-        cached.loading = True  # too much for one request, or a slow disk: the remaining changes come later
-        self._loader.do(lambda: self._load(cached))
+        self._load_soon(cached)  # too much for one request, or a slow disk
 
     def _cached(self, key: IndexKey) -> _CachedScope:
         with self._lock:
@@ -254,6 +253,15 @@ class IndexCache:
             self._rewrite_soon(cached)  # the file was removed, because it held what had to be forgotten
         return len(changes) < limit
 
+    def _load_soon(self, cached: _CachedScope) -> None:
+        """Have the remaining changes applied in the background."""
+        cached.loading = True
+        try:
+            self._loader.do(lambda: self._load(cached))
+        except BaseException:  # no thread can be started: the next request tries again
+            cached.loading = False
+            raise
+
     def _load(self, cached: _CachedScope) -> None:
         """Apply all remaining changes, in pieces; where they become too much for memory, a file is written first."""
         waits = False
@@ -287,7 +295,11 @@ class IndexCache:
         """Have the scope's file written in the background, unless that failed a moment ago."""
         if not cached.writing and time.monotonic() >= cached.not_before:
             cached.writing = True
-            self._writer.do(lambda: self._rewrite(cached))
+            try:
+                self._writer.do(lambda: self._rewrite(cached))
+            except BaseException:
+                cached.writing = False
+                raise
         return cached.writing
 
     def _rewrite(self, cached: _CachedScope) -> None:
@@ -301,8 +313,7 @@ class IndexCache:
             cached.writing = False
             if not done:
                 cached.not_before = time.monotonic() + _RETRY_S
-            cached.loading = True
-            self._loader.do(lambda: self._load(cached))
+            self._load_soon(cached)
 
     def _delegated(self, cached: _CachedScope, index: ScopeIndex) -> bool:
         """Let the source search the scope where it can."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from optillm_memory.errors import NotFound
 from optillm_memory.store.base import Store
+from optillm_memory.store.maintenance import forget as deletion
 from optillm_memory.store.maintenance.selection import Selection
 
 BATCH = 100  # traces in one commit: others write in between
@@ -22,24 +23,24 @@ def forget(
 
     Interrupted, it has forgotten whole batches; the next one finishes it, whatever it is asked for. Raises NotFound.
     """
-    counts, unfinished = store.chosen_counts(selection), store.forgets_unfinished()
+    counts, unfinished = store.forgetting.chosen_counts(selection), store.forgetting.is_unfinished()
     if not (any(counts.values()) or unfinished or with_set_aside):
         raise NotFound("there is nothing of that kind to forget")
     # Whose vectors an interrupted one left in files is not known any more: all are made again.
-    scopes = None if unfinished else store.chosen_scopes(selection)
-    store.write(lambda tx: tx.forget_begins()).result(WAIT_S)
+    scopes = None if unfinished else store.forgetting.chosen_scopes(selection)
+    store.write(deletion.begin).result(WAIT_S)
     done = 0
-    while batch := store.chosen(selection, BATCH):
+    while batch := store.forgetting.chosen(selection, BATCH):
         done += forget_traces(store, batch)
         progress(f"{done} of {counts['traces']} traces forgotten")
     if condition := selection.waiting():
-        waiting = store.write(lambda tx: tx.forget_feedback(*condition)).result(WAIT_S)
+        waiting = store.write(lambda tx: deletion.delete_feedback(tx, *condition)).result(WAIT_S)
     else:
         waiting = 0
     tidied = tidy(store)
     left = store.give_back(scopes, progress=progress)
     if not left:
-        store.write(lambda tx: tx.forget_ends()).result(WAIT_S)
+        store.write(deletion.end).result(WAIT_S)
     left += store.set_aside(delete=with_set_aside)
     return {"traces": done, "pending_feedback": waiting, **tidied, "left": left}
 
@@ -47,18 +48,18 @@ def forget(
 def forget_traces(store: Store, trace_ids: Sequence[str]) -> int:
     """Delete traces, and what was copied from memories that go with them; return how many traces there were."""
     now = time.time()
-    done = store.write(lambda tx: tx.forget_traces(trace_ids, now)).result(WAIT_S)
-    while store.write(lambda tx: tx.forget_copies(BATCH, now)).result(WAIT_S):
+    done = store.write(lambda tx: deletion.delete_traces(tx, trace_ids, now)).result(WAIT_S)
+    while store.write(lambda tx: deletion.withdraw_copies(tx, BATCH, now)).result(WAIT_S):
         pass
     return int(done)
 
 
 def tidy(store: Store) -> dict[str, int]:
     """Delete the vectors that nothing uses and the names of scopes that nothing is left of; return how many."""
-    keys, last = store.unused_vectors()
+    keys, last = store.vectors.unused()
     vectors = 0
     for start in range(0, len(keys), BATCH):
         part = keys[start : start + BATCH]
-        vectors += store.write(lambda tx, part=part: tx.drop_vectors(part, last)).result(WAIT_S)  # type: ignore[misc]
-    scopes = store.write(lambda tx: tx.drop_empty_scopes()).result(WAIT_S)
+        vectors += store.write(lambda tx, part=part: tx.vectors.drop(part, last)).result(WAIT_S)  # type: ignore[misc]
+    scopes = store.write(deletion.delete_empty_scopes).result(WAIT_S)
     return {"vectors": vectors, "scopes": scopes}

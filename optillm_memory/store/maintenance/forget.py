@@ -1,18 +1,20 @@
-"""Forgetting: traces are deleted with everything that was derived, copied or said of them; the rest is folded again."""
+"""Deleting rows: traces with all that was derived and copied from them and their feedback; the rest is folded again."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
-from optillm_memory.learn import fold
 from optillm_memory.learn.attempts import inferred_id
 from optillm_memory.learn.exemplars import exemplar_id
 from optillm_memory.records import Scope, Trace
-from optillm_memory.store.sqlite.connection import Connection, marks
-from optillm_memory.store.tables import rows
+from optillm_memory.store import fold
+from optillm_memory.store.sqlite.connection import marks
+from optillm_memory.store.tables.forgotten import GONE, gone_of
+from optillm_memory.store.tables.memories import NO_MEMORY
+from optillm_memory.store.transaction import Transaction
 
 NOTED_S = 7 * 86_400.0  # what is under way may hold a copy for as long
 UNFINISHED = "forgetting"
@@ -29,256 +31,253 @@ _BY_TRACE = (
 _BY_EPISODE = ("prefixes", "ledger")
 
 
-class ForgetTables:
-    """The part of a transaction that deletes."""
+def delete_traces(tx: Transaction, trace_ids: Sequence[str], now: float) -> int:
+    """Delete traces, and memories that rest on nothing else; return how many traces there were.
 
-    _db: Connection
-    _recent: dict[str, Trace]
+    What is left of their episodes, and of other episodes that share a fix with them, is folded again.
+    """
+    traces = [t for t in map(tx.traces.get, dict.fromkeys(trace_ids)) if t is not None]
+    episodes = list(dict.fromkeys((t.scope, t.episode_id) for t in traces))
+    named = _named_by(tx, traces)
+    fixes = _fixes_of(tx, episodes)
+    closed = [key for key in episodes if tx.traces.closing(*key) in {t.trace_id for t in traces}]
+    steps = _delete_steps(tx, [t.trace_id for t in traces])
+    delete_feedback(tx, *_in("feedback_id", [inferred_id(*step) for step in steps]))
+    delete_feedback(tx, *_in("trace_id", [t.trace_id for t in traces]))
+    for table in _BY_TRACE:
+        _delete(tx, table, *_in("trace_id", [t.trace_id for t in traces]))
+    for key in episodes:
+        emptied = not tx.traces.of_episode(*key)
+        if emptied or key in closed:  # feedback on the whole was on its last trace: it fits no other
+            _delete_episode_feedback(tx, *key)
+        if emptied:
+            for table in _BY_EPISODE:
+                _delete(tx, table, "scope_id = ? AND episode_id = ?", [tx.scopes.number(key[0]), key[1]])
+    shared = _episodes_with(tx, fixes)
+    _delete(tx, "fixes", *_in("memory_id", fixes))  # defined again by those that still show them
+    _fold(tx, [*episodes, *(key for key in shared if key not in set(episodes))])
+    revision = tx.counters.revision()
+    for memory_id in named:
+        tx.exemplars.refresh(memory_id, revision)
+    _scrub(tx, [*named, *fixes], now)
+    return len(traces)
 
-    def _next(self, counter: str) -> int:
-        raise NotImplementedError
 
-    def _refresh_memory(self, memory_id: str, revision: int) -> None:
-        raise NotImplementedError
+def delete_episodes(
+    tx: Transaction, episodes: Sequence[tuple[int, str]], worth: int, before: float, most: int, now: float
+) -> int:
+    """Delete episodes that are worth so much at most and ended before a moment, until `most` traces are gone.
 
-    def forget_traces(self, trace_ids: Sequence[str], now: float) -> int:
-        """Delete traces, and memories that rest on nothing else; return how many traces there were.
+    Returns how many episodes went.
+    """
+    gone = 0
+    for key in episodes:  # one after another: each may make the next one's evidence the last of a memory
+        found, last = tx.db.execute(_WORTH, (*key,) * 9).fetchone()
+        if most > 0 and last is not None and found <= worth and last < before:
+            traces = tx.db.execute("SELECT trace_id FROM traces WHERE scope_id = ? AND episode_id = ?", key)
+            most -= delete_traces(tx, [row[0] for row in traces.fetchall()], now)
+            gone += 1
+    return gone
 
-        What is left of their episodes, and of other episodes that share a fix with them, is folded again.
-        """
-        traces = [t for t in map(self._log.trace, dict.fromkeys(trace_ids)) if t is not None]
-        episodes = list(dict.fromkeys((t.scope, t.episode_id) for t in traces))
-        named = self._named_by(traces)
-        fixes = self._fixes_of(episodes)
-        closed = [key for key in episodes if self._log.closing_trace(*key) in {t.trace_id for t in traces}]
-        steps = self._delete_steps([t.trace_id for t in traces])
-        self.forget_feedback(*_in("feedback_id", [inferred_id(*step) for step in steps]))
-        self.forget_feedback(*_in("trace_id", [t.trace_id for t in traces]))
-        for table in _BY_TRACE:
-            self._delete(table, *_in("trace_id", [t.trace_id for t in traces]))
-        for key in episodes:
-            emptied = not self._log.episode_traces(*key)
-            if emptied or key in closed:  # what was said of the whole spoke of its end: it fits no other trace
-                self._delete_episode_feedback(*key)
-            if emptied:
-                for table in _BY_EPISODE:
-                    self._delete(table, "scope_id = ? AND episode_id = ?", [self._log.scope_id(key[0]), key[1]])
-        shared = self._episodes_with(fixes)
-        self._delete("fixes", *_in("memory_id", fixes))  # defined again by those that still show them
-        self._fold([*episodes, *(key for key in shared if key not in set(episodes))])
-        revision = self._next("revision")
-        for memory_id in named:
-            self._refresh_memory(memory_id, revision)
-        self._scrub([*named, *fixes], now)
-        return len(traces)
 
-    def forget_episodes(
-        self, episodes: Sequence[tuple[int, str]], worth: int, before: float, most: int, now: float
-    ) -> int:
-        """Delete episodes that are worth so much at most and ended before a moment, until `most` traces are gone.
+def delete_feedback(tx: Transaction, condition: str, values: Sequence[Any]) -> int:
+    """Delete feedback, with what retracts it; return how many there were."""
+    found = tx.db.execute(f"SELECT tenant, feedback_id FROM feedback WHERE {condition}", tuple(values))
+    named = list(dict.fromkeys(found.fetchall()))
+    for tenant, feedback_id in named:
+        _delete(tx, "feedback", "tenant = ? AND feedback_id = ?", [tenant, feedback_id])
+    return len(named)
 
-        Returns how many episodes went.
-        """
-        gone = 0
-        for key in episodes:  # one after another: each may make the next one's evidence the last of a memory
-            found, last = self._db.execute(_WORTH, (*key,) * 9).fetchone()
-            if most > 0 and last is not None and found <= worth and last < before:
-                traces = self._db.execute("SELECT trace_id FROM traces WHERE scope_id = ? AND episode_id = ?", key)
-                most -= self.forget_traces([row[0] for row in traces.fetchall()], now)
-                gone += 1
-        return gone
 
-    def forget_feedback(self, condition: str, values: Sequence[Any]) -> int:
-        """Delete feedback, with what retracts it; return how many there were."""
-        found = self._db.execute(f"SELECT tenant, feedback_id FROM feedback WHERE {condition}", tuple(values))
-        named = list(dict.fromkeys(found.fetchall()))
-        for tenant, feedback_id in named:
-            self._delete("feedback", "tenant = ? AND feedback_id = ?", [tenant, feedback_id])
-        return len(named)
+def withdraw_copies(tx: Transaction, limit: int, now: float) -> int:
+    """Take what was copied from forgotten memories out of up to `limit` other requests; return how many.
 
-    def forget_copies(self, limit: int, now: float) -> int:
-        """Take what was copied from forgotten memories out of up to `limit` other requests; return how many.
+    They lose the insertion, the proposal, and the answer where it was reused.
+    """
+    _delete(tx, "forgotten", "at < ?", [now - NOTED_S])
+    found = tx.db.execute(_COPIED, (limit,)).fetchall()
+    trace_ids = [row[0] for row in found]
+    episodes = []
+    for trace in map(tx.traces.get, trace_ids):
+        if trace is None:
+            continue
+        episodes.append((trace.scope, trace.episode_id))
+        _withdraw_answer(tx, trace)
+    chosen, values = _in("trace_id", trace_ids)
+    tx.db.execute(f"UPDATE calls SET messages = '[]' WHERE {chosen} AND {_GONE_INSIDE}", values)
+    proposed = tx.db.execute(f"SELECT trace_id FROM proposals WHERE {chosen} AND {GONE}", values).fetchall()
+    for table in ("proposals", "labels"):
+        _delete(tx, table, *_in("trace_id", [row[0] for row in proposed]))
+    _delete(tx, "injections", f"{chosen} AND {GONE}", values)
+    for key in dict.fromkeys(episodes):
+        _delete_placements(tx, *key)
+    _fold(tx, dict.fromkeys(episodes))
+    return len(found)
 
-        They lose the insertion, the proposal, and the answer where it was reused.
-        """
-        self._delete("forgotten", "at < ?", [now - NOTED_S])
-        found = self._db.execute(_COPIED, (limit,)).fetchall()
-        trace_ids = [row[0] for row in found]
-        episodes = []
-        for trace in map(self._log.trace, trace_ids):
-            if trace is None:
-                continue
-            episodes.append((trace.scope, trace.episode_id))
-            self._withdraw_answer(trace)
-        chosen, values = _in("trace_id", trace_ids)
-        self._db.execute(f"UPDATE calls SET messages = '[]' WHERE {chosen} AND {_GONE_INSIDE}", values)
-        proposed = self._db.execute(f"SELECT trace_id FROM proposals WHERE {chosen} AND {_GONE}", values).fetchall()
-        for table in ("proposals", "labels"):
-            self._delete(table, *_in("trace_id", [row[0] for row in proposed]))
-        self._delete("injections", f"{chosen} AND {_GONE}", values)
-        for key in dict.fromkeys(episodes):
-            self._delete_placements(*key)
-        self._fold(dict.fromkeys(episodes))
-        return len(found)
 
-    def forget_begins(self) -> None:
-        """Note that something is being forgotten: until it is gone from all files that is unfinished."""
-        self._db.execute(f"INSERT INTO meta VALUES ('{UNFINISHED}', 1) ON CONFLICT (key) DO NOTHING")
+def begin(tx: Transaction) -> None:
+    """Note that something is being forgotten: until it is gone from all files that is unfinished."""
+    tx.db.execute(f"INSERT INTO meta VALUES ('{UNFINISHED}', 1) ON CONFLICT (key) DO NOTHING")
 
-    def forget_ends(self) -> None:
-        """Note that what was forgotten is in no file any more."""
-        self._db.execute(f"DELETE FROM meta WHERE key = '{UNFINISHED}'")
 
-    def drop_empty_scopes(self) -> int:
-        """Delete the names of scopes that nothing is left of; return how many there were."""
-        return self._delete("scopes", _EMPTY_SCOPE, ())
+def end(tx: Transaction) -> None:
+    """Note that what was forgotten is in no file any more."""
+    tx.db.execute(f"DELETE FROM meta WHERE key = '{UNFINISHED}'")
 
-    def drop_rows(self, table: str, condition: str) -> int:
-        """Delete rows that belong to nothing; return how many."""
-        return self._delete(table, condition, ())
 
-    # -- parts -------------------------------------------------------------------------------------
+def delete_empty_scopes(tx: Transaction) -> int:
+    """Delete the names of scopes that nothing is left of; return how many there were."""
+    tx.scopes.clear_cache()
+    return _delete(tx, "scopes", _EMPTY_SCOPE, ())
 
-    @property
-    def _log(self) -> fold.Log:
-        return cast("fold.Log", self)
 
-    def _delete(self, table: str, condition: str, values: Iterable[Any]) -> int:
-        self._recent.clear()
-        return int(self._db.execute(f"DELETE FROM {table} WHERE {condition}", tuple(values)).rowcount)
+def delete_rows(tx: Transaction, table: str, condition: str) -> int:
+    """Delete rows that belong to nothing; return how many."""
+    return _delete(tx, table, condition, ())
 
-    def _named_by(self, traces: Sequence[Trace]) -> list[str]:
-        """Return the ids of all exemplars that these traces have, or once had, anything to do with."""
-        condition, values = _in("trace_id", [t.trace_id for t in traces])
-        found = self._db.execute(
-            f"SELECT DISTINCT memory_id FROM contributions JOIN memories USING (number) WHERE {condition}", values
+
+# -- parts -------------------------------------------------------------------------------------
+
+
+def _delete(tx: Transaction, table: str, condition: str, values: Iterable[Any]) -> int:
+    tx.traces.clear_cache()
+    return int(tx.db.execute(f"DELETE FROM {table} WHERE {condition}", tuple(values)).rowcount)
+
+
+def _named_by(tx: Transaction, traces: Sequence[Trace]) -> list[str]:
+    """Return the ids of all exemplars that these traces have, or once had, anything to do with."""
+    condition, values = _in("trace_id", [t.trace_id for t in traces])
+    found = tx.db.execute(
+        f"SELECT DISTINCT memory_id FROM contributions JOIN memories USING (number) WHERE {condition}", values
+    ).fetchall()
+    named = {row[0] for row in found}
+    for trace in traces:  # feedback that was retracted has left no trace but itself
+        demonstrations = tx.db.execute(
+            "SELECT value FROM feedback WHERE metric = 'demonstration' AND (trace_id = ? OR episode_id = ?)",
+            (trace.trace_id, trace.episode_id),
         ).fetchall()
-        named = {row[0] for row in found}
-        for trace in traces:  # feedback that was retracted has left no trace but itself
-            said = self._db.execute(
-                "SELECT value FROM feedback WHERE metric = 'demonstration' AND (trace_id = ? OR episode_id = ?)",
-                (trace.trace_id, trace.episode_id),
-            ).fetchall()
-            answers = [trace.answer, *(json.loads(row[0]) for row in said)]
-            named |= {exemplar_id(trace.scope, trace.frame, trace.task, a) for a in answers if isinstance(a, str)}
-        return sorted(named)
-
-    def _fixes_of(self, episodes: Iterable[tuple[Scope, str]]) -> list[str]:
-        found: dict[str, None] = {}
-        for scope, episode_id in episodes:
-            key = (self._log.scope_id(scope), episode_id)
-            sql = "SELECT DISTINCT memory_id FROM fix_evidence WHERE scope_id = ? AND episode_id = ?"
-            found |= {row[0]: None for row in self._db.execute(sql, key).fetchall()}
-        return list(found)
-
-    def _episodes_with(self, fixes: Sequence[str]) -> list[tuple[Scope, str]]:
-        condition, values = _in("memory_id", fixes)
-        found = self._db.execute(
-            "SELECT DISTINCT tenant, namespace, user_id, agent_id, episode_id FROM fix_evidence "
-            f"JOIN scopes ON scopes.id = scope_id WHERE {condition}",
-            values,
-        ).fetchall()
-        return [(Scope(*row[:4]), row[4]) for row in found]
-
-    def _delete_steps(self, trace_ids: Sequence[str]) -> list[tuple[Scope, str, str]]:
-        """Delete the steps that these traces asked for or brought; return them."""
-        asked, brought = _in("made_by", trace_ids), _in("trace_id", trace_ids)
-        found = self._db.execute(
-            "SELECT tenant, namespace, user_id, agent_id, episode_id, step_id, scope_id FROM steps "
-            f"JOIN scopes ON scopes.id = scope_id WHERE {asked[0]} UNION "
-            "SELECT tenant, namespace, user_id, agent_id, steps.episode_id, step_id, steps.scope_id FROM traces "
-            "JOIN scopes ON scopes.id = traces.scope_id JOIN steps ON steps.scope_id = traces.scope_id "
-            f"AND steps.episode_id = traces.episode_id AND steps.trace_id = traces.trace_id WHERE traces.{brought[0]}",
-            (*asked[1], *brought[1]),
-        ).fetchall()
-        errors: dict[int, set[str]] = {}
-        for *_, episode_id, step_id, scope_id in found:
-            key = (scope_id, episode_id, step_id)
-            said = self._db.execute(f"SELECT message FROM attempts WHERE {_STEP} AND verdict = 'failure'", key)
-            errors.setdefault(scope_id, set()).update(row[0] for row in said.fetchall())
-            for table in ("steps", "attempts"):
-                self._delete(table, _STEP, key)
-        for scope_id, messages in errors.items():
-            self._delete_warnings(scope_id, messages)
-        return [(Scope(*row[:4]), row[4], row[5]) for row in found]
-
-    def _delete_warnings(self, scope_id: int, messages: Iterable[str]) -> None:
-        """Delete the insertions that warned of failures with these errors: they quote them."""
-        quoted = [json.dumps(m.partition("\n")[0][:_QUOTED])[1:-1] for m in messages if len(m) >= _TELLING]
-        if not quoted:
-            return
-        found = self._db.execute(
-            "SELECT episode_id, anchor, form, payload FROM ledger WHERE scope_id = ? AND items NOT LIKE '%\"mem-%'",
-            (scope_id,),
-        ).fetchall()
-        for episode_id, anchor, form, payload in found:
-            if any(text in payload for text in quoted):
-                self._delete("ledger", _PLACE, [scope_id, episode_id, anchor, form])
-
-    def _delete_episode_feedback(self, scope: Scope, episode_id: str) -> None:
-        scope_id = self._log.scope_id(scope)
-        self.forget_feedback(_OF_EPISODE, [episode_id, scope_id, scope.tenant, scope_id])
-
-    def _delete_placements(self, scope: Scope, episode_id: str) -> None:
-        key = [self._log.scope_id(scope), episode_id]
-        found = self._db.execute(
-            "SELECT anchor, form, items FROM ledger WHERE scope_id = ? AND episode_id = ?", key
-        ).fetchall()
-        for anchor, form, items in found:
-            if gone_of(self._db, _MEMORY_ID.findall(items)):
-                self._delete("ledger", _PLACE, [*key, anchor, form])
-
-    def _withdraw_answer(self, trace: Trace) -> None:
-        """Empty an answer that was reused from a forgotten memory: it stays known that there was one."""
-        sql = f"SELECT 1 FROM proposals WHERE trace_id = ? AND {_GONE}"
-        if trace.action != "reuse" or not self._db.execute(sql, (trace.trace_id,)).fetchone():
-            return
-        messages = [
-            {**m, "content": _REPLACEMENT} if m.get("content") == trace.answer else m
-            for m in json.loads(trace.messages)
-        ]
-        self._recent.clear()
-        self._db.execute(
-            "UPDATE traces SET answer = ?, messages = ? WHERE trace_id = ?",
-            (_REPLACEMENT, json.dumps(messages), trace.trace_id),
-        )
-
-    def _fold(self, episodes: Iterable[tuple[Scope, str]]) -> None:
-        for scope, episode_id in episodes:
-            fold.relearn(self._log, self._log.episode_traces(scope, episode_id))
-            fold.weigh(self._log, scope, episode_id)  # also where no trace is left
-            fold.relearn_steps(self._log, scope, episode_id)
-
-    def _scrub(self, memory_ids: Sequence[str], now: float) -> None:
-        """Empty the memories among these that nothing stands for any more, and note that they are gone.
-
-        A row that others' traces still say something of keeps its id: should it be learned again, that counts.
-        """
-        condition, values = _in("memory_id", memory_ids)
-        standing = self._db.execute(
-            f"SELECT memory_id FROM memories WHERE {condition} "
-            f"AND (kind = 'exemplar' AND status NOT IN {rows.NO_MEMORY} "
-            "OR EXISTS (SELECT 1 FROM fixes WHERE fixes.memory_id = memories.memory_id))",
-            values,
-        ).fetchall()
-        gone = sorted(set(memory_ids) - {row[0] for row in standing})
-        condition, values = _in("memory_id", gone)
-        self._db.execute(f"INSERT INTO forgotten SELECT * FROM ({_KNOWN.format(condition)}) AS known WHERE 1 = 1 "
-                         "ON CONFLICT (memory_id) DO UPDATE SET at = excluded.at",
-                         (now, *values, now, *values, now, *values))  # fmt: skip
-        self._db.execute(
-            f"UPDATE memories SET memory_id = CASE WHEN {_SPOKEN_OF} THEN memory_id "
-            f"ELSE 'forgotten-' || CAST(number AS TEXT) END, status = CASE WHEN {_SPOKEN_OF} THEN 'unfounded' "
-            "ELSE 'forgotten' END, task = '', answer = '', frame = '', key_hash = '', successes = 0, failures = 0, "
-            f"used_successes = 0, used_failures = 0, revision = ? WHERE {condition}",
-            (self._next("revision"), *values),
-        )
+        answers = [trace.answer, *(json.loads(row[0]) for row in demonstrations)]
+        named |= {exemplar_id(trace.scope, trace.frame, trace.task, a) for a in answers if isinstance(a, str)}
+    return sorted(named)
 
 
-def gone_of(db: Connection, memory_ids: Iterable[str]) -> set[str]:
-    """Return those of the memories that were forgotten and not learned again."""
-    condition, values = _in("memory_id", list(memory_ids))
-    return {row[0] for row in db.execute(f"SELECT memory_id FROM forgotten WHERE {condition} AND {_GONE}", values)}
+def _fixes_of(tx: Transaction, episodes: Iterable[tuple[Scope, str]]) -> list[str]:
+    found: dict[str, None] = {}
+    for scope, episode_id in episodes:
+        key = (tx.scopes.number(scope), episode_id)
+        sql = "SELECT DISTINCT memory_id FROM fix_evidence WHERE scope_id = ? AND episode_id = ?"
+        found |= {row[0]: None for row in tx.db.execute(sql, key).fetchall()}
+    return list(found)
+
+
+def _episodes_with(tx: Transaction, fixes: Sequence[str]) -> list[tuple[Scope, str]]:
+    condition, values = _in("memory_id", fixes)
+    found = tx.db.execute(
+        "SELECT DISTINCT tenant, namespace, user_id, agent_id, episode_id FROM fix_evidence "
+        f"JOIN scopes ON scopes.id = scope_id WHERE {condition}",
+        values,
+    ).fetchall()
+    return [(Scope(*row[:4]), row[4]) for row in found]
+
+
+def _delete_steps(tx: Transaction, trace_ids: Sequence[str]) -> list[tuple[Scope, str, str]]:
+    """Delete the steps that these traces asked for or brought; return them."""
+    asked, brought = _in("made_by", trace_ids), _in("trace_id", trace_ids)
+    found = tx.db.execute(
+        "SELECT tenant, namespace, user_id, agent_id, episode_id, step_id, scope_id FROM steps "
+        f"JOIN scopes ON scopes.id = scope_id WHERE {asked[0]} UNION "
+        "SELECT tenant, namespace, user_id, agent_id, steps.episode_id, step_id, steps.scope_id FROM traces "
+        "JOIN scopes ON scopes.id = traces.scope_id JOIN steps ON steps.scope_id = traces.scope_id "
+        f"AND steps.episode_id = traces.episode_id AND steps.trace_id = traces.trace_id WHERE traces.{brought[0]}",
+        (*asked[1], *brought[1]),
+    ).fetchall()
+    errors: dict[int, set[str]] = {}
+    for *_, episode_id, step_id, scope_id in found:
+        key = (scope_id, episode_id, step_id)
+        failed = tx.db.execute(f"SELECT message FROM attempts WHERE {_STEP} AND verdict = 'failure'", key)
+        errors.setdefault(scope_id, set()).update(row[0] for row in failed.fetchall())
+        for table in ("steps", "attempts"):
+            _delete(tx, table, _STEP, key)
+    for scope_id, messages in errors.items():
+        _delete_warnings(tx, scope_id, messages)
+    return [(Scope(*row[:4]), row[4], row[5]) for row in found]
+
+
+def _delete_warnings(tx: Transaction, scope_id: int, messages: Iterable[str]) -> None:
+    """Delete the insertions that warned of failures with these errors: they quote them."""
+    quoted = [json.dumps(m.partition("\n")[0][:_QUOTED])[1:-1] for m in messages if len(m) >= _TELLING]
+    if not quoted:
+        return
+    found = tx.db.execute(
+        "SELECT episode_id, anchor, form, payload FROM ledger WHERE scope_id = ? AND items NOT LIKE '%\"mem-%'",
+        (scope_id,),
+    ).fetchall()
+    for episode_id, anchor, form, payload in found:
+        if any(text in payload for text in quoted):
+            _delete(tx, "ledger", _PLACE, [scope_id, episode_id, anchor, form])
+
+
+def _delete_episode_feedback(tx: Transaction, scope: Scope, episode_id: str) -> None:
+    scope_id = tx.scopes.number(scope)
+    delete_feedback(tx, _OF_EPISODE, [episode_id, scope_id, scope.tenant, scope_id])
+
+
+def _delete_placements(tx: Transaction, scope: Scope, episode_id: str) -> None:
+    key = [tx.scopes.number(scope), episode_id]
+    found = tx.db.execute(
+        "SELECT anchor, form, items FROM ledger WHERE scope_id = ? AND episode_id = ?", key
+    ).fetchall()
+    for anchor, form, items in found:
+        if gone_of(tx.db, _MEMORY_ID.findall(items)):
+            _delete(tx, "ledger", _PLACE, [*key, anchor, form])
+
+
+def _withdraw_answer(tx: Transaction, trace: Trace) -> None:
+    """Empty an answer that was reused from a forgotten memory: it stays known that there was one."""
+    sql = f"SELECT 1 FROM proposals WHERE trace_id = ? AND {GONE}"
+    if trace.action != "reuse" or not tx.db.execute(sql, (trace.trace_id,)).fetchone():
+        return
+    messages = [
+        {**m, "content": _REPLACEMENT} if m.get("content") == trace.answer else m for m in json.loads(trace.messages)
+    ]
+    tx.traces.clear_cache()
+    tx.db.execute(
+        "UPDATE traces SET answer = ?, messages = ? WHERE trace_id = ?",
+        (_REPLACEMENT, json.dumps(messages), trace.trace_id),
+    )
+
+
+def _fold(tx: Transaction, episodes: Iterable[tuple[Scope, str]]) -> None:
+    for scope, episode_id in episodes:
+        fold.relearn(tx, tx.traces.of_episode(scope, episode_id))
+        fold.weigh(tx, scope, episode_id)  # also where no trace is left
+        fold.relearn_steps(tx, scope, episode_id)
+
+
+def _scrub(tx: Transaction, memory_ids: Sequence[str], now: float) -> None:
+    """Empty the memories among these that no evidence is left for, and note that they are gone.
+
+    A row that others' traces still say something of keeps its id: should it be learned again, that counts.
+    """
+    condition, values = _in("memory_id", memory_ids)
+    standing = tx.db.execute(
+        f"SELECT memory_id FROM memories WHERE {condition} "
+        f"AND (kind = 'exemplar' AND status NOT IN {NO_MEMORY} "
+        "OR EXISTS (SELECT 1 FROM fixes WHERE fixes.memory_id = memories.memory_id))",
+        values,
+    ).fetchall()
+    gone = sorted(set(memory_ids) - {row[0] for row in standing})
+    condition, values = _in("memory_id", gone)
+    tx.db.execute(f"INSERT INTO forgotten SELECT * FROM ({_KNOWN.format(condition)}) AS known WHERE 1 = 1 "
+                     "ON CONFLICT (memory_id) DO UPDATE SET at = excluded.at",
+                     (now, *values, now, *values, now, *values))  # fmt: skip
+    tx.db.execute(
+        f"UPDATE memories SET memory_id = CASE WHEN {_SPOKEN_OF} THEN memory_id "
+        f"ELSE 'forgotten-' || CAST(number AS TEXT) END, status = CASE WHEN {_SPOKEN_OF} THEN 'unfounded' "
+        "ELSE 'forgotten' END, task = '', answer = '', frame = '', key_hash = '', successes = 0, failures = 0, "
+        f"used_successes = 0, used_failures = 0, revision = ? WHERE {condition}",
+        (tx.counters.revision(), *values),
+    )
 
 
 def _in(column: str, values: Sequence[Any]) -> tuple[str, list[Any]]:
@@ -288,10 +287,9 @@ def _in(column: str, values: Sequence[Any]) -> tuple[str, list[Any]]:
 # Feedback that came before any trace of its episode names no scope: another scope's episode may bear the same name.
 _OF_EPISODE = """episode_id = ? AND (scope_id = ? OR (scope_id IS NULL AND tenant IN ('', ?) AND NOT EXISTS (
     SELECT 1 FROM traces WHERE traces.episode_id = feedback.episode_id AND traces.scope_id <> ?)))"""
-_GONE = f"memory_id IN ({rows.FORGOTTEN})"
-_GONE_INSIDE = f"trace_id IN (SELECT trace_id FROM injections WHERE {_GONE})"
+_GONE_INSIDE = f"trace_id IN (SELECT trace_id FROM injections WHERE {GONE})"
 _COPIED = f"""
-    SELECT trace_id FROM injections WHERE {_GONE} UNION SELECT trace_id FROM proposals WHERE {_GONE} LIMIT ?"""
+    SELECT trace_id FROM injections WHERE {GONE} UNION SELECT trace_id FROM proposals WHERE {GONE} LIMIT ?"""
 _SPOKEN_OF = "EXISTS (SELECT 1 FROM contributions WHERE contributions.number = memories.number)"
 # Of what was never a memory nothing needs to be noted.
 _KNOWN = """
@@ -300,10 +298,10 @@ _KNOWN = """
 _EMPTY_SCOPE = f"""
     NOT EXISTS (SELECT 1 FROM traces WHERE traces.scope_id = scopes.id)
     AND NOT EXISTS (SELECT 1 FROM memories WHERE memories.scope_id = scopes.id
-                    AND status NOT IN {rows.NO_MEMORY})
+                    AND status NOT IN {NO_MEMORY})
     AND id NOT IN (SELECT scope_id FROM feedback WHERE scope_id IS NOT NULL)"""
 _STANDING = "status IN ('verified', 'quarantined', 'retired')"
-_ENOUGH = 10  # successes without a failure: a memory stands on the latest as well
+_ENOUGH = 10  # successes without a failure: a memory then rests on the latest alone
 _HERE = "traces.scope_id = ? AND traces.episode_id = ?"
 # What an episode is worth: 3 a memory rests on it, 2 it counts in the gate, the policy, the uplift or a memory's value,
 # 1 its outcome is known, 0 nothing is known of it; and when it ended.

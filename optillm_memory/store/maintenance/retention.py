@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from optillm_memory.store.base import Store
+from optillm_memory.store.maintenance import forget as deletion
 from optillm_memory.store.maintenance.erase import WAIT_S, tidy
 from optillm_memory.store.transaction import Transaction
 
@@ -81,13 +82,13 @@ def _trim(store: Store, before: float, worth: int, surplus: Callable[[], int], c
 
 
 def _forget(batch: list[tuple[int, str]], worth: int, before: float, most: int, tx: Transaction) -> int:
-    return tx.forget_episodes(batch, worth, before, most, time.time())
+    return deletion.delete_episodes(tx, batch, worth, before, most, time.time())
 
 
 def _batches(store: Store, before: float) -> Iterator[list[tuple[int, str]]]:
     """Yield episodes that ended before a moment, oldest first; what is kept is passed by."""
     after: tuple[float, int, str] | None = None
-    while page := store.episodes_before(before, after, _PAGE):
+    while page := store.forgetting.episodes_before(before, after, _PAGE):
         for start in range(0, len(page), BATCH):
             yield [(scope_id, episode_id) for _, scope_id, episode_id in page[start : start + BATCH]]
         after = page[-1]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from optillm_memory.errors import InvalidField
-from optillm_memory.records import Placement, Scope
-from optillm_memory.store.maintenance.forget import UNFINISHED, gone_of
-from optillm_memory.store.sqlite.connection import Readers
+from optillm_memory.records import Scope
+from optillm_memory.store.backend import Pool
+from optillm_memory.store.maintenance.forget import UNFINISHED
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,47 +65,38 @@ class Selection:
 
 
 def _joined(parts: Sequence[tuple[str, Any]]) -> tuple[str, list[Any]]:
-    given = [(text, value) for text, value in parts if value is not None]
-    return " AND ".join(text for text, _ in given), [value for _, value in given]
+    named = [(text, value) for text, value in parts if value is not None]
+    return " AND ".join(text for text, _ in named), [value for _, value in named]
 
 
-class ForgetReads:
-    """The part of the store that finds what is to be forgotten."""
+@dataclass
+class ForgettingReads:
+    """The read half of forgetting: what is to be forgotten, and what was."""
 
-    _readers: Readers
-
-    def held(self) -> dict[str, int]:
-        """Return how many traces there are, and how many bytes are in use."""
-        with self._readers.borrow() as db:
-            pages, free, size = (
-                int(db.execute(f"PRAGMA {name}").fetchone()[0])
-                for name in ("page_count", "freelist_count", "page_size")
-            )
-            traces = int(db.execute("SELECT count(*) FROM traces").fetchone()[0])
-        return {"traces": traces, "bytes": (pages - free) * size}
+    readers: Pool
 
     def episodes_before(
         self, before: float, after: tuple[float, int, str] | None, limit: int
     ) -> list[tuple[float, int, str]]:
         """Return (end, scope number, episode) of episodes that ended before a moment, oldest first, from a place on."""
-        with self._readers.borrow() as db:
+        with self.readers.borrow() as db:
             found = db.execute(_ENDED, (before, *(after or (0.0, 0, "")), limit)).fetchall()
         return [(float(end), int(scope_id), str(episode_id)) for end, scope_id, episode_id in found]
 
-    def forgets_unfinished(self) -> bool:
+    def is_unfinished(self) -> bool:
         """Whether something was forgotten that may still be in a file."""
-        with self._readers.borrow() as db:
+        with self.readers.borrow() as db:
             return db.execute(f"SELECT 1 FROM meta WHERE key = '{UNFINISHED}'").fetchone() is not None
 
     def has_copies(self) -> bool:
         """Whether requests that were under way may have copied what was forgotten meanwhile."""
-        with self._readers.borrow() as db:
+        with self.readers.borrow() as db:
             return db.execute("SELECT 1 FROM forgotten LIMIT 1").fetchone() is not None
 
     def chosen(self, selection: Selection, limit: int) -> list[str]:
         """Return up to `limit` traces of a selection, whole episodes together."""
         condition, values = selection.traces()
-        with self._readers.borrow() as db:
+        with self.readers.borrow() as db:
             found = db.execute(
                 f"SELECT traces.trace_id FROM traces JOIN scopes ON scopes.id = scope_id WHERE {condition} "
                 "ORDER BY scope_id, traces.episode_id LIMIT ?",
@@ -117,15 +108,11 @@ class ForgetReads:
         """Return how much a selection names: traces, episodes, scopes, and feedback that waits."""
         condition, values = selection.traces()
         waiting = selection.waiting()
-        with self._readers.borrow() as db:
-            traces, scopes = db.execute(
-                "SELECT count(*), count(DISTINCT scope_id) FROM traces JOIN scopes ON scopes.id = scope_id "
-                f"WHERE {condition}",
-                values,
-            ).fetchone()
-            (episodes,) = db.execute(
-                "SELECT count(*) FROM (SELECT DISTINCT scope_id, traces.episode_id FROM traces "
-                f"JOIN scopes ON scopes.id = scope_id WHERE {condition}) AS episodes",
+        with self.readers.borrow() as db:
+            traces, episodes, scopes = db.execute(
+                "SELECT coalesce(sum(traces), 0), count(*), count(DISTINCT scope_id) FROM ("
+                "SELECT scope_id, count(*) AS traces FROM traces JOIN scopes ON scopes.id = scope_id "
+                f"WHERE {condition} GROUP BY scope_id, traces.episode_id) AS episodes",
                 values,
             ).fetchone()
             pending = db.execute(f"SELECT count(*) FROM feedback WHERE {waiting[0]}", waiting[1]) if waiting else None
@@ -139,25 +126,13 @@ class ForgetReads:
     def chosen_scopes(self, selection: Selection) -> list[Scope]:
         """Return the scopes that a selection's traces are in."""
         condition, values = selection.traces()
-        with self._readers.borrow() as db:
+        with self.readers.borrow() as db:
             found = db.execute(
                 "SELECT DISTINCT tenant, namespace, user_id, agent_id FROM traces "
                 f"JOIN scopes ON scopes.id = scope_id WHERE {condition}",
                 values,
             ).fetchall()
         return [Scope(*row) for row in found]
-
-    def forgotten(self, memory_ids: Iterable[str]) -> set[str]:
-        """Return those of the memories that were forgotten: no copy of them may be used."""
-        if not (named := set(memory_ids)):
-            return named
-        with self._readers.borrow() as db:
-            return gone_of(db, named)
-
-    def unforgotten(self, placements: Sequence[Placement]) -> list[Placement]:
-        """Return what was put in prompts, less what is from memories that were forgotten since."""
-        gone = self.forgotten(item.memory_id for placement in placements for item in placement.items)
-        return [p for p in placements if not any(item.memory_id in gone for item in p.items)]
 
 
 _RESTS_ON = """traces.trace_id IN (SELECT trace_id FROM contributions JOIN memories USING (number)

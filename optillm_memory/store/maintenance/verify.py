@@ -13,12 +13,13 @@ import numpy as np
 from sqlite_utils import Database
 
 from optillm_memory.errors import NotFound
-from optillm_memory.learn import fold
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.recall.vectors.ivf import IvfIndex
 from optillm_memory.records import Scope
 from optillm_memory.settings import is_url, shown
+from optillm_memory.store import fold
 from optillm_memory.store.base import Store
+from optillm_memory.store.maintenance import forget as deletion
 from optillm_memory.store.maintenance.backup import backup
 from optillm_memory.store.maintenance.copying import copy
 from optillm_memory.store.maintenance.erase import BATCH, WAIT_S
@@ -29,8 +30,9 @@ from optillm_memory.store.sqlite.index_files import IndexFiles, folder_of
 from optillm_memory.store.sqlite.migrations import migrations, newer_than_us
 from optillm_memory.store.sqlite.reading import UntouchedReaders
 from optillm_memory.store.sqlite.store import SqliteStore
-from optillm_memory.store.tables import rows
+from optillm_memory.store.tables.memories import NO_MEMORY
 from optillm_memory.store.tables.vectors import SEARCHED, coverage_of
+from optillm_memory.store.tables.words import scoped_words
 
 Level = Literal["ok", "warn", "fail"]
 REBUILD = "run: optillm-memory rebuild"
@@ -86,7 +88,7 @@ def mend(store: Store, place: Path | str) -> dict[str, int]:
     conditions["vectors"] = [f"id IN ({', '.join(map(str, batch))})" for batch in batches]
     gone = {
         table: sum(
-            store.write(lambda tx, table=table, which=which: tx.drop_rows(table, which)).result(WAIT_S)  # type: ignore[misc]
+            store.write(lambda tx, table=table, which=which: deletion.delete_rows(tx, table, which)).result(WAIT_S)  # type: ignore[misc]
             for which in several
         )
         for table, several in conditions.items()
@@ -211,7 +213,7 @@ def _words(db: Connection, looked_at: _File, limit: int | None) -> Check:
     compared = wrong = 0
     for scope_id, task, words in looked_at.rows(db, f"{_WORDS} {cut}"):
         compared += 1
-        wrong += words != rows.scoped_words(scope_id, task)
+        wrong += words != scoped_words(scope_id, task)
     if missing or extra or wrong:
         return Check(
             "words", "fail",
@@ -342,7 +344,7 @@ ORPHANS: dict[str, tuple[str, str]] = {
     "prefixes": (f"trace_id <> '' AND {_NO_TRACE.format('prefixes')}", _MEND),
     "ledger": (_NO_EPISODE.format("ledger"), _MEND),
     "feedback": (f"scope_id IS NOT NULL AND {_NO_SCOPE.format('feedback')}", _MEND),
-    "memories": (f"status NOT IN {rows.NO_MEMORY} AND {_NO_SCOPE.format('memories')}", REBUILD),
+    "memories": (f"status NOT IN {NO_MEMORY} AND {_NO_SCOPE.format('memories')}", REBUILD),
     **{name: (_NO_TRACE.format(name), REBUILD) for name in ("outcomes", "contributions", "fix_evidence")},
     "labels": ("NOT EXISTS (SELECT 1 FROM proposals WHERE proposals.trace_id = labels.trace_id)", _MEND),
     "rewards": ("NOT EXISTS (SELECT 1 FROM decisions WHERE decisions.trace_id = rewards.trace_id)", REBUILD),
@@ -359,7 +361,7 @@ ORPHANS: dict[str, tuple[str, str]] = {
 _DERIVED = {
     "evidence": (
         (
-            f"SELECT count(*) FROM memories WHERE status NOT IN {rows.NO_MEMORY} "
+            f"SELECT count(*) FROM memories WHERE status NOT IN {NO_MEMORY} "
             "AND NOT EXISTS (SELECT 1 FROM contributions WHERE contributions.number = memories.number "
             "AND role = 'evidence' AND success) "
             "AND NOT EXISTS (SELECT 1 FROM fixes WHERE fixes.memory_id = memories.memory_id)"

@@ -1,4 +1,4 @@
-"""PostgreSQL connections that speak as SQLite's do: the store's statements are written once, for both."""
+"""PostgreSQL connections with the interface of SQLite's: the store's statements are written once, for both."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SCHEMA = "agent_memory"
 WRITERS_LOCK = 0x6F70746D656D
 _CONNECT_S, _STATEMENT_MS, _POOL = 5, 10_000, 8
 _PATIENCE_S = 2.0  # for a connection that reads
-# Who vanishes without a word (power loss, a network that is cut) is missed within half a minute, on both sides: by
-# default we would wait for a quarter of an hour, and the server would keep the lock of one that wrote for two hours.
+# A lost connection (power loss, a network that is cut) is noticed within half a minute, on both sides: by default we
+# would wait for a quarter of an hour, and the server would keep the lock of a lost writer for two hours.
 _WATCH_SERVER = {
     "keepalives": 1, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3,
     "tcp_user_timeout": 15_000,
@@ -89,10 +89,10 @@ class PostgresConnection:
 
     def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
         """Run one statement for each row."""
-        given = list(rows)
-        if given:
+        values = list(rows)
+        if values:
             with _mapped(self._psycopg), self._raw.cursor() as cursor:
-                cursor.executemany(translated(sql), given)
+                cursor.executemany(translated(sql), values)
 
     def stream(self, sql: str) -> Iterator[Any]:
         """Yield the rows of a statement as they come, inside a transaction: they need not fit into memory."""
@@ -179,7 +179,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _adapt(psycopg: Any, connection: Any) -> None:
-    """Have values go and come as SQLite's do: numbers for booleans, exact sums, vectors as bytes, no NUL in a text."""
+    """Convert values as SQLite does: numbers for booleans, exact sums, vectors as bytes, NUL in a text."""
     adapters, base = connection.adapters, psycopg.adapt
 
     class Untyped(base.Dumper):  # type: ignore[misc, name-defined]
@@ -193,16 +193,16 @@ def _adapt(psycopg: Any, connection: Any) -> None:
         def quote(self, value: Any) -> bytes:
             return bytes(self.dump(value))
 
-    class Text(psycopg.types.string.StrDumperUnknown):  # type: ignore[misc]
-        """A text that goes."""
+    class TextToServer(psycopg.types.string.StrDumperUnknown):  # type: ignore[misc]
+        """A text to the server."""
 
         def dump(self, value: str) -> Any:
             if "\x00" in value or _ESCAPE in value:
                 value = value.replace(_ESCAPE, _ESCAPE + "e").replace("\x00", _ESCAPE + "0")
             return super().dump(value)
 
-    class Told(base.Loader):  # type: ignore[misc, name-defined]
-        """A text that comes."""
+    class TextFromServer(base.Loader):  # type: ignore[misc, name-defined]
+        """A text from the server."""
 
         def load(self, data: Any) -> str:
             raw = bytes(data)
@@ -226,8 +226,8 @@ def _adapt(psycopg: Any, connection: Any) -> None:
 
     for kind in (int, bool):
         adapters.register_dumper(kind, Untyped)
-    adapters.register_dumper(str, Text)
-    adapters.register_loader("text", Told)
+    adapters.register_dumper(str, TextToServer)
+    adapters.register_loader("text", TextFromServer)
     adapters.register_loader("numeric", Exact)
     with contextlib.suppress(Exception):
         row = connection.execute("SELECT 'public.vector'::regtype::oid").fetchone()

@@ -356,11 +356,14 @@ class Readers:
                 self._shut = False
                 self._changed.notify_all()
 
-    def _close(self, connection: Connection) -> None:
-        connection.close()
-        with self._changed:
-            self._open_ones -= 1
-            self._changed.notify_all()
+    def _close(self, connection: Connection | None) -> None:
+        try:
+            if connection is not None:
+                connection.close()
+        finally:
+            with self._changed:
+                self._open_ones -= 1
+                self._changed.notify_all()
 
     def _open(self) -> Connection:
         with self._changed:
@@ -372,12 +375,10 @@ class Readers:
             connection = connect(self._path, read_only=True)
             connection.execute("PRAGMA query_only=ON")
             connection.execute("PRAGMA busy_timeout=200")
-        except DatabaseError as error:
-            if connection is not None:
-                connection.close()
-            with self._changed:
-                self._open_ones -= 1
-                self._changed.notify_all()
+        except BaseException as error:
+            self._close(connection)
+            if not isinstance(error, DatabaseError):
+                raise
             if is_corruption(error):
                 self.on_corruption()
             self._told()

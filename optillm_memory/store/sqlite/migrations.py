@@ -7,7 +7,7 @@ import re
 
 from sqlite_utils import Database, Migrations
 
-from optillm_memory.store.tables.rows import scoped_words
+from optillm_memory.store.tables.words import scoped_words
 
 migrations = Migrations("optillm_memory")
 

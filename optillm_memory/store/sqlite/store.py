@@ -5,25 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.records import Scope, ThreadStarter
+from optillm_memory.store.backend import Dialect
 from optillm_memory.store.base import Store
 from optillm_memory.store.maintenance.shrink import remove_indexes, set_aside_files, shrink
 from optillm_memory.store.sqlite.connection import Connection, OperationalError, Readers
 from optillm_memory.store.sqlite.index_files import IndexFiles, folder_of
 from optillm_memory.store.sqlite.reading import reading
 from optillm_memory.store.sqlite.writer import SqliteWriter
-from optillm_memory.store.tables import rows
+from optillm_memory.store.tables import words as word_index
 from optillm_memory.store.transaction import Transaction
 from optillm_memory.store.writer import ReadOnlyWriter, start_thread
 
 
 class SqliteStore(Store):
     """The store in one file."""
+
+    _readers: Readers
 
     def __init__(
         self,
@@ -40,16 +44,17 @@ class SqliteStore(Store):
         NotFound where there is no file, and StoreError for one with the schema of an earlier release.
         """
         self.path = path
-        self._read_only = read_only
         self._paused = ExitStack()
+        writer: SqliteWriter | ReadOnlyWriter
+        readers = reading(path) if read_only else Readers(path)
         if read_only:
-            super().__init__(ReadOnlyWriter(str(path)), reading(path))
-            return
-        readers = Readers(path)
-        within = partial(Transaction, normal=normal)
-        writer = SqliteWriter(path, queue_size=queue_size, within=within, alone=readers.away, start=start)
-        readers.on_corruption, readers.on_change = writer.distrust, writer.look
-        super().__init__(writer, readers)
+            writer = ReadOnlyWriter(str(path))
+        else:
+            within = partial(Transaction, dialect=DIALECT, normal=normal)
+            writer = SqliteWriter(path, queue_size=queue_size, within=within, alone=readers.away, start=start)
+            readers.on_corruption, readers.on_change = writer.distrust, writer.look
+        search = SearchBeside(path, readers, read_only=read_only)
+        super().__init__(writer, readers, dialect=DIALECT, search=search, location=DatabaseFile(path))
 
     def pause(self, timeout_s: float) -> bool:
         """Start nothing until `resume`, and read nothing; return whether no commit is under way any more."""
@@ -64,6 +69,13 @@ class SqliteStore(Store):
         self._paused.close()
         super().resume()
 
+
+@dataclass(frozen=True)
+class DatabaseFile:
+    """The file, with its WAL and the files of vectors beside it."""
+
+    path: Path
+
     @property
     def place(self) -> str:
         """Where the memories lie."""
@@ -74,8 +86,12 @@ class SqliteStore(Store):
         files = (self.path.with_name(self.path.name + suffix) for suffix in ("", "-wal"))
         return sum(file.stat().st_size for file in files if file.exists())
 
-    def nearest(self, scope: Scope, fingerprint: str, query: Any, count: int) -> list[tuple[int, float]] | None:
-        """Return None: the vectors of large scopes are searched beside this database, not in it."""
+    def used_bytes(self, db: Connection, traces: int) -> int:  # noqa: ARG002 - the pages tell
+        """Return how many bytes of the file are in use."""
+        pages, free, size = (
+            int(db.execute(f"PRAGMA {name}").fetchone()[0]) for name in ("page_count", "freelist_count", "page_size")
+        )
+        return (pages - free) * size
 
     def give_back(self, scopes: Iterable[Scope] | None, *, progress: Callable[[str], None]) -> list[str]:
         """Write the file anew without what was deleted; return what may still hold some of it, and why."""
@@ -92,35 +108,50 @@ class SqliteStore(Store):
             return [f"{len(aside)} files set aside as corrupt may hold it, too: {', '.join(p.name for p in aside)}"]
         return []
 
+
+@dataclass(frozen=True)
+class SearchBeside:
+    """Vectors are searched by recall itself, in memory and in files beside the database."""
+
+    path: Path
+    readers: Readers
+    read_only: bool
+
+    def nearest(self, scope: Scope, fingerprint: str, query: Any, count: int) -> list[tuple[int, float]] | None:
+        """Return None: recall searches the vectors itself."""
+
+    def index_files(self) -> IndexFiles:
+        """Return where the vectors of large scopes lie."""
+        return IndexFiles(folder_of(self.path), read_only=self.read_only)
+
     def read_ahead(self) -> Iterator[None]:
         """Read once in order, piece by piece, the pages that recall reads here and there."""
         for table, key, length in _READ_AHEAD:
             last: int | None = -1
             while last is not None:
-                with (
-                    self._readers.borrow() as db
-                ):  # each piece apart: a long look at the file keeps its WAL from ending
+                with self.readers.borrow() as db:  # each piece apart: a long look at the file keeps its WAL from ending
                     piece = (
                         f"SELECT {key} AS key, {length} AS length FROM {table} WHERE {key} > ? ORDER BY {key} LIMIT ?"
                     )
                     last, _ = db.execute(f"SELECT max(key), sum(length) FROM ({piece})", (last, _PIECE)).fetchone()
                 yield
 
-    def index_files(self) -> IndexFiles:
-        """Return where the vectors of large scopes lie."""
-        return IndexFiles(folder_of(self.path), read_only=self._read_only)
 
-    def _postings(self, db: Connection, scope_id: int, words: Sequence[str], depth: int) -> Mapping[str, list[int]]:
-        """Return for each word up to `depth` numbers of the scope's memories that hold it."""
-        # No bm25() and no vocabulary table: both walk every posting to count it; this stops when there are many.
-        terms = json.dumps([_term(scope_id, word) for word in words])
-        found = db.execute(_POSTINGS, (depth, terms)).fetchall()
-        return {word: _numbers(row[0]) for word, row in zip(words, found, strict=True)}
+def _insert_memory(db: Connection, sql: str, values: tuple[Any, ...]) -> int:
+    # RETURNING would have SQLite make a table for it: eight times the time of the row itself.
+    return int(db.execute(sql, values).lastrowid or 0)
 
-    def _holding_all(self, db: Connection, scope_id: int, words: Sequence[str], depth: int, latest: int) -> list[int]:
-        """Return up to `depth` of the scope's memories that hold every word, among the `latest` numbers."""
-        every = " AND ".join(_term(scope_id, word) for word in words)
-        return _numbers(db.execute(_HOLDING_ALL, (every, latest, depth)).fetchone()[0])
+
+def _postings(db: Connection, scope_id: int, words: Sequence[str], depth: int) -> Mapping[str, list[int]]:
+    # No bm25() and no vocabulary table: both walk every posting to count it; this stops when there are many.
+    terms = json.dumps([_term(scope_id, word) for word in words])
+    found = db.execute(_POSTINGS, (depth, terms)).fetchall()
+    return {word: _numbers(row[0]) for word, row in zip(words, found, strict=True)}
+
+
+def _holding_all(db: Connection, scope_id: int, words: Sequence[str], depth: int, latest: int) -> list[int]:
+    every = " AND ".join(_term(scope_id, word) for word in words)
+    return _numbers(db.execute(_HOLDING_ALL, (every, latest, depth)).fetchone()[0])
 
 
 _PIECE = 2_000  # rows
@@ -138,4 +169,13 @@ def _numbers(joined: str | None) -> list[int]:
 
 
 def _term(scope_id: int, word: str) -> str:
-    return '"' + rows.scoped(scope_id, word).replace('"', '""').replace("\x00", "") + '"'
+    return '"' + word_index.scoped(scope_id, word).replace('"', '""').replace("\x00", "") + '"'
+
+
+DIALECT = Dialect(
+    salt="SELECT value FROM meta WHERE key = 'salt'",
+    insert_memory=_insert_memory,
+    vector=bytes,
+    postings=_postings,
+    holding_all=_holding_all,
+)

@@ -68,9 +68,12 @@ class Turnstile:
                 if self._through(fcntl.LOCK_NB):
                     return True
                 # Nothing can be waited for with a limit but by another thread; it goes on waiting when we do not.
-                self._waiting = True
                 self._turn.clear()
-                self._start("agent-memory-turnstile", self._wait)
+                try:
+                    self._start("agent-memory-turnstile", self._wait)  # which waits for the lock at the end
+                except RuntimeError:  # no thread can be started: SQLite's lock has to do
+                    return False
+                self._waiting = True
         self._turn.wait(_AGAIN_S if before else PATIENCE_S)
         with self._lock:
             self._wanted = False

@@ -1,1 +1,1 @@
-"""The tables, one family a module: what is read of it and what is written to it."""
+"""The tables, a module for each family: what is written to it, and what is read of it."""

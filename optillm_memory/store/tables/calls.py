@@ -1,4 +1,4 @@
-"""The model calls that were made for a trace: what an approach really asked, and what it cost."""
+"""The table `calls`: the model calls that an approach made for a trace, and what they cost."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ class ModelCall:
     error: str | None = None
 
 
-class CallTables:
-    """The part of a transaction that has to do with model calls."""
+@dataclass
+class CallTable:
+    """The write half."""
 
-    _db: Connection
+    db: Connection
 
-    def add_calls(self, trace_id: str, calls: Sequence[ModelCall]) -> None:
+    def add(self, trace_id: str, calls: Sequence[ModelCall]) -> None:
         """Append the calls that were made for a trace, in the order of their answers."""
-        self._db.executemany(
+        self.db.executemany(
             "INSERT INTO calls VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [
                 (
@@ -42,14 +43,14 @@ class CallTables:
         )  # fmt: skip
 
 
-def model_calls(db: Connection, trace_id: str) -> list[dict[str, Any]]:
-    """Return the calls that were made for a trace, as they are shown."""
-    shown = objects(
+def calls_of(db: Connection, trace_id: str) -> list[dict[str, Any]]:
+    """Return the calls that were made for a trace."""
+    found = objects(
         db,
         "SELECT model, prompt_tokens, completion_tokens, latency_ms, error, messages, answer AS answers FROM calls "
         "WHERE trace_id = ? ORDER BY ordinal",
         (trace_id,),
     )
     return [
-        {**call, "messages": json.loads(call["messages"]), "answers": json.loads(call["answers"])} for call in shown
+        {**call, "messages": json.loads(call["messages"]), "answers": json.loads(call["answers"])} for call in found
     ]

@@ -1,39 +1,59 @@
-"""Candidates: which episodes a conversation may go on with, as far as the log tells."""
+"""The tables `prefixes` and `ledger`: which episode a conversation belongs to, and what was injected in it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from optillm_memory.conversation.episodes import Candidate, forks_of, root_of
-from optillm_memory.records import Scope
-from optillm_memory.store.sqlite.connection import Connection, Readers, marks
-from optillm_memory.store.tables import rows
+from optillm_memory.records import Injected, Placement, Scope, Trace
+from optillm_memory.store.backend import Pool
+from optillm_memory.store.sqlite.connection import Connection, marks
+from optillm_memory.store.tables import scopes
+from optillm_memory.store.tables.feedback import STANDING
+from optillm_memory.store.tables.forgotten import gone_of
 
-_BEGIN_ALIKE = 16  # conversations that begin alike and may be meant; of more the latest
-# An episode's latest request, whether it has an outcome (its own, or this very answer was verified as right), and how
-# it has gone on from a prefix.
-_CANDIDATE = f"""
-    SELECT coalesce((SELECT max(created_at) FROM traces WHERE scope_id = ? AND episode_id = ?), 0),
-        EXISTS (SELECT 1 FROM feedback WHERE {rows.STANDING} AND episode_id = ? AND (scope_id = ? OR scope_id IS NULL)
-                AND metric <> 'comment')
-        OR EXISTS (SELECT 1 FROM outcomes WHERE trace_id = ? AND verified AND verdict = 'success')"""
-_FORKS = """
-    SELECT DISTINCT episode_id FROM traces WHERE scope_id = ? AND episode_id >= ? AND episode_id < ? AND continued = ?
-    LIMIT ?"""
-_CONTINUED = """
-    SELECT DISTINCT continuation FROM traces WHERE scope_id = ? AND episode_id = ? AND continued = ?
-    AND created_at >= coalesce((SELECT created_at FROM traces WHERE trace_id = ?), 0)"""
+_BEGIN_ALIKE = 16  # conversations that begin alike; of more the latest are considered
 
 
-class CandidateReads:
-    """The part of the store that finds episodes by what their conversations hold."""
+@dataclass
+class EpisodeTable:
+    """The write half."""
 
-    _readers: Readers
+    db: Connection
+
+    def add_prefixes(self, scope_id: int, trace: Trace, prefixes: Sequence[str]) -> None:
+        """Append the prefixes with which a conversation goes on after a trace."""
+        self.db.executemany(
+            "INSERT INTO prefixes(scope_id, hash, episode_id, trace_id) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            [(scope_id, prefix, trace.episode_id, trace.trace_id) for prefix in prefixes],
+        )
+
+    def add_placements(self, scope_id: int, episode_id: str, placements: Sequence[Placement]) -> None:
+        """Append what was injected, so that later requests of the episode get it at the same place."""
+        self.db.executemany(
+            "INSERT INTO ledger VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            [
+                (
+                    scope_id, episode_id, p.anchor, p.position, p.form, json.dumps(p.payload),
+                    json.dumps([i.as_dict() for i in p.items]),
+                )
+                for p in placements
+            ],
+        )  # fmt: skip
+
+
+@dataclass
+class EpisodeReads:
+    """The read half, for finding the episode of a request."""
+
+    readers: Pool
 
     def episodes_of(self, scope: Scope, prefix: str) -> list[Candidate]:
         """Return the latest episodes that have a conversation prefix."""
-        with self._readers.borrow() as db:
-            scope_id = rows.known_scope(db, scope)
+        with self.readers.borrow() as db:
+            scope_id = scopes.known(db, scope)
             found = db.execute(
                 "SELECT episode_id, trace_id FROM prefixes WHERE scope_id = ? AND hash = ? "
                 "ORDER BY trace_id DESC LIMIT ?",
@@ -47,8 +67,8 @@ class CandidateReads:
 
     def episode_with_step(self, scope: Scope, steps: Sequence[str]) -> Candidate | None:
         """Return the latest episode that has one of these steps."""
-        with self._readers.borrow() as db:
-            scope_id = rows.known_scope(db, scope)
+        with self.readers.borrow() as db:
+            scope_id = scopes.known(db, scope)
             row = db.execute(
                 f"SELECT episode_id, trace_id FROM steps WHERE scope_id = ? AND step_id IN ({marks(steps)}) "
                 "ORDER BY trace_id DESC LIMIT 1",
@@ -56,9 +76,49 @@ class CandidateReads:
             ).fetchone()
             return _candidate(db, scope, scope_id, "", *row) if row else None
 
+    def ledger(self, scope: Scope, episode_id: str) -> list[Placement]:
+        """Return what was injected in an episode before, in order."""
+        with self.readers.borrow() as db:
+            found = db.execute(
+                "SELECT anchor, position, form, payload, items FROM ledger "
+                "WHERE scope_id = ? AND episode_id = ? ORDER BY position",
+                (scopes.known(db, scope), episode_id),
+            ).fetchall()
+        return [
+            Placement(anchor, position, form, json.loads(payload), tuple(Injected(**i) for i in json.loads(items)))
+            for anchor, position, form, payload, items in found
+        ]
+
+    def forgotten(self, memory_ids: Iterable[str]) -> set[str]:
+        """Return those of the memories that were forgotten: no copy of them may be used."""
+        if not (named := set(memory_ids)):
+            return named
+        with self.readers.borrow() as db:
+            return gone_of(db, named)
+
+    def unforgotten(self, placements: Sequence[Placement]) -> list[Placement]:
+        """Return these placements without those of memories that were forgotten since."""
+        gone = self.forgotten(item.memory_id for placement in placements for item in placement.items)
+        return [p for p in placements if not any(item.memory_id in gone for item in p.items)]
+
 
 def _candidate(db: Connection, scope: Scope, scope_id: int, prefix: str, episode_id: str, trace_id: str) -> Candidate:
     asked = (scope_id, episode_id, scope.tenant, 0.0, episode_id, scope_id, trace_id)
     latest, closed = db.execute(_CANDIDATE, asked).fetchone()
-    gone_on = db.execute(_CONTINUED, (scope_id, episode_id, prefix, trace_id)).fetchall() if prefix else []
-    return Candidate(episode_id, float(latest), bool(closed), frozenset(row[0] for row in gone_on))
+    continued = db.execute(_CONTINUED, (scope_id, episode_id, prefix, trace_id)).fetchall() if prefix else []
+    return Candidate(episode_id, float(latest), bool(closed), frozenset(row[0] for row in continued))
+
+
+# An episode's latest request, whether it has an outcome (its own, or this very answer was verified as right), and how
+# it has gone on from a prefix.
+_CANDIDATE = f"""
+    SELECT coalesce((SELECT max(created_at) FROM traces WHERE scope_id = ? AND episode_id = ?), 0),
+        EXISTS (SELECT 1 FROM feedback WHERE {STANDING} AND episode_id = ? AND (scope_id = ? OR scope_id IS NULL)
+                AND metric <> 'comment')
+        OR EXISTS (SELECT 1 FROM outcomes WHERE trace_id = ? AND verified AND verdict = 'success')"""
+_FORKS = """
+    SELECT DISTINCT episode_id FROM traces WHERE scope_id = ? AND episode_id >= ? AND episode_id < ? AND continued = ?
+    LIMIT ?"""
+_CONTINUED = """
+    SELECT DISTINCT continuation FROM traces WHERE scope_id = ? AND episode_id = ? AND continued = ?
+    AND created_at >= coalesce((SELECT created_at FROM traces WHERE trace_id = ?), 0)"""

@@ -1,24 +1,85 @@
-"""Evidence on memory itself: the episodes with and without it, what each memory was exposed to, and the arms chosen."""
+"""The table `exposures`: what became of episodes with a memory, and of those that went without it on purpose."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optillm_memory.learn.offpolicy import Logged
+from optillm_memory.learn.offpolicy import LoggedEpisode
 from optillm_memory.learn.uplift import Episode, standing, tabulated
 from optillm_memory.records import Scope
-from optillm_memory.store.sqlite.connection import Connection, Readers
+from optillm_memory.store.backend import Pool
+from optillm_memory.store.sqlite.connection import Connection
 from optillm_memory.store.sqlite.reading import UntouchedReaders
+from optillm_memory.store.tables.scopes import ScopeTable
 
 _BY_TENANT = "CAST(? AS TEXT) IS NULL OR tenant = ?"
 _VERDICTS = {"success": True, "failure": False}
 
 
-def read_decisions(path: Path, tenant: str | None) -> list[Logged]:
+@dataclass
+class ExposureTable:
+    """The write half, and what the fold reads."""
+
+    db: Connection
+    scopes: ScopeTable
+
+    def concerned(self, scope: Scope, episode_id: str) -> tuple[bool, bool]:
+        """Return whether an episode has, or had, evidence on memories, and whether an arm was chosen for it."""
+        found, before, chosen = self.db.execute(_CONCERNED, (self.scopes.number(scope), episode_id) * 2).fetchone()
+        return bool(found or before), bool(chosen)
+
+    def put(self, scope_id: int, episode_id: str) -> set[str]:
+        """Replace an episode's evidence on the memories that it was eligible for; return those that it changes."""
+        key = (scope_id, episode_id)
+        before = self.db.execute(
+            "SELECT memory_id, created_at, held_out, share, success FROM exposures "
+            "WHERE scope_id = ? AND episode_id = ?",
+            key,
+        ).fetchall()
+        now = [
+            (memory_id, e.created_at, int(e.held_out), e.share, int(e.success))
+            for e in episodes_of(self.db, "traces.scope_id = ? AND episode_id = ?", key)
+            if e.success is not None and 0 < e.share < 1
+            for memory_id in sorted({memory_id for memory_id, _ in e.memories})
+        ]
+        if sorted(before) == sorted(now):
+            return set()
+        self.db.execute("DELETE FROM exposures WHERE scope_id = ? AND episode_id = ?", key)
+        self.db.executemany(
+            "INSERT INTO exposures(scope_id, episode_id, memory_id, created_at, held_out, share, success) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            [(*key, *row) for row in now],
+        )
+        return {row[0] for row in (*before, *now)}
+
+    def is_retired(self, memory_id: str, since: float = 0.0) -> bool:
+        """Whether a memory's measured uplift shows that it harms; `since` is when it was last approved."""
+        found = self.db.execute(
+            "SELECT share, held_out, success, count(*) FROM exposures WHERE memory_id = ? AND created_at >= ? "
+            "GROUP BY share, held_out, success",
+            (memory_id, since),
+        ).fetchall()
+        return standing(tabulated(found)) == "retire"
+
+
+@dataclass
+class ExposureReads:
+    """The read half, for the report of uplift."""
+
+    readers: Pool
+
+    def episodes(self, tenant: str | None) -> list[Episode]:
+        """Return a tenant's episodes, the oldest first; `tenant` None is the operator."""
+        with self.readers.borrow() as db:
+            return episodes_of(db, _BY_TENANT, (tenant, tenant))
+
+
+def read_decisions(path: Path, tenant: str | None) -> list[LoggedEpisode]:
     """Return a tenant's episodes in a database file in which the policy chose an arm, the oldest first.
 
     An episode has one outcome, so it is one row, with its first choice; tokens and milliseconds are those of all its
@@ -27,7 +88,7 @@ def read_decisions(path: Path, tenant: str | None) -> list[Logged]:
     with contextlib.closing(UntouchedReaders(path)) as readers, readers.borrow() as db:
         found = db.execute(_DECISIONS, (tenant, tenant)).fetchall()
     return [
-        Logged(
+        LoggedEpisode(
             arm, propensity, json.loads(probabilities) or {arm: propensity},
             None if verdict is None else float(_VERDICTS[verdict]), tokens, latency_ms, switched=arms > 1,
         )
@@ -35,82 +96,23 @@ def read_decisions(path: Path, tenant: str | None) -> list[Logged]:
     ]  # fmt: skip
 
 
-class EpisodeReads:
-    """The part of the store that reads what its episodes came to."""
-
-    _readers: Readers
-
-    def episodes(self, tenant: str | None) -> list[Episode]:
-        """Return a tenant's episodes, the oldest first; `tenant` None is the operator."""
-        with self._readers.borrow() as db:
-            return episodes_of(db, _BY_TENANT, (tenant, tenant))
-
-
-class ExposureTables:
-    """The part of a transaction that has to do with the exposures of memories."""
-
-    _db: Connection
-
-    def scope_id(self, scope: Scope) -> int:
-        """Return the scope's number."""
-        raise NotImplementedError
-
-    def concerned(self, scope: Scope, episode_id: str) -> tuple[bool, bool]:
-        """Return whether an episode says anything of memories, or did, and whether an arm was chosen for it."""
-        said, weighed, chosen = self._db.execute(_CONCERNED, (self.scope_id(scope), episode_id) * 2).fetchone()
-        return bool(said or weighed), bool(chosen)
-
-    def put_exposures(self, scope_id: int, episode_id: str) -> set[str]:
-        """Bring up to date what an episode says of the memories it was eligible for; return those it touches."""
-        key = (scope_id, episode_id)
-        before = self._db.execute(
-            "SELECT memory_id, created_at, held_out, share, success FROM exposures "
-            "WHERE scope_id = ? AND episode_id = ?",
-            key,
-        ).fetchall()
-        now = [
-            (memory_id, e.created_at, int(e.held_out), e.share, int(e.success))
-            for e in episodes_of(self._db, "traces.scope_id = ? AND episode_id = ?", key)
-            if e.success is not None and 0 < e.share < 1
-            for memory_id in sorted({memory_id for memory_id, _ in e.memories})
-        ]
-        if sorted(before) == sorted(now):
-            return set()
-        self._db.execute("DELETE FROM exposures WHERE scope_id = ? AND episode_id = ?", key)
-        self._db.executemany(
-            "INSERT INTO exposures(scope_id, episode_id, memory_id, created_at, held_out, share, success) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?)",
-            [(*key, *row) for row in now],
-        )
-        return {row[0] for row in (*before, *now)}
-
-    def is_retired(self, memory_id: str, since: float = 0.0) -> bool:
-        """Whether what is known of a memory's uplift says that it harms; `since` is when it was last approved."""
-        found = self._db.execute(
-            "SELECT share, held_out, success, count(*) FROM exposures WHERE memory_id = ? AND created_at >= ? "
-            "GROUP BY share, held_out, success",
-            (memory_id, since),
-        ).fetchall()
-        return standing(tabulated(found)) == "retire"
-
-
 def episodes_of(db: Connection, where: str, values: Sequence[Any]) -> list[Episode]:
     """Return the episodes of the traces that a condition names, the oldest first."""
     traces: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
     for row in db.execute(_TRACES.format(where), values):
         traces.setdefault(row[:5], []).append(row[5:])
-    said: dict[str, list[tuple[str, str, bool]]] = {}
-    for trace_id, memory_id, kind, reuse in db.execute(_SAID.format(where), (*values, *values)):
-        said.setdefault(trace_id, []).append((memory_id, kind, bool(reuse)))
-    return [_episode(key, rows, said) for key, rows in traces.items()]
+    used: dict[str, list[tuple[str, str, bool]]] = {}
+    for trace_id, memory_id, kind, reuse in db.execute(_USED.format(where), (*values, *values)):
+        used.setdefault(trace_id, []).append((memory_id, kind, bool(reuse)))
+    return [_episode(key, rows, used) for key, rows in traces.items()]
 
 
 def _episode(
-    key: tuple[Any, ...], traces: Sequence[tuple[Any, ...]], said: dict[str, list[tuple[str, str, bool]]]
+    key: tuple[Any, ...], traces: Sequence[tuple[Any, ...]], used: dict[str, list[tuple[str, str, bool]]]
 ) -> Episode:
-    # The trace where memory first had something to say decides; without one, the first that was randomised.
-    speaking = next((t for t in traces if t[0] in said), None)
-    decisive = speaking or next((t for t in traces if t[3] < 1), traces[0])
+    # The trace where memory first had something to offer decides; without one, the first that was randomised.
+    first = next((t for t in traces if t[0] in used), None)
+    decisive = first or next((t for t in traces if t[3] < 1), traces[0])
     trace_id, _, held_out, propensity, _, arm, _ = decisive
     verdicts = [_VERDICTS[t[6]] for t in traces if t[6] is not None]
     return Episode(
@@ -122,13 +124,13 @@ def _episode(
         held_out=bool(held_out),
         share=propensity if held_out else 1 - propensity,
         success=verdicts[-1] if verdicts else None,
-        memories=_first_said(said.get(trace_id, [])),
+        memories=_used_first(used.get(trace_id, [])),
     )
 
 
-def _first_said(said: Iterable[tuple[str, str, bool]]) -> tuple[tuple[str, str], ...]:
-    """Return what memory had to say in one trace: where its answer was, or would have been, reused, that alone."""
-    found = sorted(said)
+def _used_first(used: Iterable[tuple[str, str, bool]]) -> tuple[tuple[str, str], ...]:
+    """Return what memory had to offer in one trace: where its answer was, or would have been, reused, that alone."""
+    found = sorted(used)
     reused = [item for item in found if item[2]]
     return tuple((memory_id, kind) for memory_id, kind, _ in reused or found)
 
@@ -147,7 +149,7 @@ _CONCERNED = """
         count(*) FILTER (WHERE EXISTS (SELECT 1 FROM decisions WHERE decisions.trace_id = traces.trace_id))
     FROM traces WHERE scope_id = ? AND episode_id = ?"""
 # What was injected or withheld; and whose answer was reused, or would have been but for the holdout.
-_SAID = """
+_USED = """
     SELECT traces.trace_id, memory_id, kind, 0 FROM traces JOIN scopes ON scopes.id = traces.scope_id
     JOIN injections ON injections.trace_id = traces.trace_id WHERE ({0})
     UNION SELECT traces.trace_id, memory_id, 'exemplar', 1 FROM traces JOIN scopes ON scopes.id = traces.scope_id

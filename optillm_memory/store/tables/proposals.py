@@ -1,9 +1,10 @@
-"""Proposals and their labels: what memory would have answered, and whether that was right."""
+"""The tables `proposals` and `labels`: what memory would have answered, and whether that was right."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from optillm_memory.decide.agreement import Proposal
@@ -11,30 +12,31 @@ from optillm_memory.decide.gate import Decision, Label
 from optillm_memory.decide.gate_updater import Change
 from optillm_memory.learn.exemplars import Learned
 from optillm_memory.learn.labels import label
+from optillm_memory.recall.retriever import Version
 from optillm_memory.records import Exemplar, Scope, Trace
-from optillm_memory.store.sqlite.connection import Connection, Readers, marks
-from optillm_memory.store.tables import rows
+from optillm_memory.store.backend import Pool
+from optillm_memory.store.sqlite.connection import Connection, marks
+from optillm_memory.store.tables import memories, meta, scopes
+from optillm_memory.store.tables.meta import Counters
+from optillm_memory.store.tables.traces import TraceTable
 
 _AUDITED = "audit"
 
 
-class ProposalTables:
-    """The part of a transaction that has to do with proposals."""
+@dataclass
+class ProposalTable:
+    """The write half, and what the fold reads. `normal` gives the form in which answers are compared."""
 
-    _db: Connection
+    db: Connection
+    counters: Counters
+    traces: TraceTable
     normal: Callable[[str], str]
 
-    def _next(self, counter: str) -> int:
-        raise NotImplementedError
-
-    def _spoken_of(self, trace_id: str) -> None:
-        raise NotImplementedError
-
-    def add_proposal(self, trace: Trace, scope_id: int, proposal: Proposal, decision: Decision) -> None:
+    def add(self, trace: Trace, scope_id: int, proposal: Proposal, decision: Decision) -> None:
         """Append what memory would have answered to a trace, and what the gate decided."""
-        self._spoken_of(trace.trace_id)
-        parts = {"agreement": proposal.agreement, "similarity": proposal.similarity, "margin": proposal.margin}
-        self._db.execute(
+        self.traces.touch(trace.trace_id)
+        parts = {name: getattr(proposal, name) for name in ("agreement", "similarity", "margin", "encoder")}
+        self.db.execute(
             "INSERT INTO proposals VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
             (
                 trace.trace_id, scope_id, trace.partition, proposal.answer, json.dumps(proposal.memory_ids),
@@ -43,14 +45,14 @@ class ProposalTables:
                 json.dumps({**parts, "threshold": decision.threshold, "pooled": decision.pooled}),
             ),
         )  # fmt: skip
-        self._db.execute(
+        self.db.execute(
             "INSERT INTO labels VALUES (?, ?, NULL, ?) ON CONFLICT DO NOTHING",
-            (trace.trace_id, scope_id, self._next("revision")),
+            (trace.trace_id, scope_id, self.counters.revision()),
         )
 
     def put_label(self, trace: Trace, learned: Learned) -> None:
         """Bring the label of a trace's proposal up to date, and the memory that a hit rested on."""
-        row = self._db.execute(
+        row = self.db.execute(
             "SELECT answer, memory_id, served OR audit, correct FROM proposals JOIN labels USING (trace_id) "
             "WHERE trace_id = ?",
             (trace.trace_id,),
@@ -61,27 +63,32 @@ class ProposalTables:
         correct = label(trace, learned, proposed, self.normal)
         if correct == (None if before is None else bool(before)):
             return
-        revision = self._next("revision")
-        self._db.execute(
+        revision = self.counters.revision()
+        self.db.execute(
             "UPDATE labels SET correct = ?, revision = ? WHERE trace_id = ?", (correct, revision, trace.trace_id)
         )
         if hit:  # a hit that was wrong puts its memory in quarantine
-            self._db.execute("UPDATE memories SET revision = ? WHERE memory_id = ?", (revision, memory_id))
+            self.db.execute("UPDATE memories SET revision = ? WHERE memory_id = ?", (revision, memory_id))
 
 
+@dataclass
 class ProposalReads:
-    """The part of the store that reads proposals; every call is bound to one scope."""
+    """The read half, for the gate; every call is bound to one scope."""
 
-    _readers: Readers
+    readers: Pool
+
+    def revision(self, scope: Scope) -> Version:
+        """Return what differs whenever any memory or label has changed."""
+        return meta.version(self.readers, scope)
 
     def exemplars(self, scope: Scope, numbers: Iterable[int]) -> Mapping[int, Exemplar]:
         """Return the verified exemplars of the scope that have these numbers, as the gate sees them."""
         wanted = list(numbers)
-        with self._readers.borrow() as db:
+        with self.readers.borrow() as db:
             found = db.execute(
-                f"{rows.SELECT_MEMORY} WHERE +scope_id = ? AND status = 'verified' AND kind = 'exemplar' "
+                f"{memories.SELECT} WHERE +scope_id = ? AND status = 'verified' AND kind = 'exemplar' "
                 f"AND number IN ({marks(wanted)})",
-                (rows.known_scope(db, scope), *wanted),
+                (scopes.known(db, scope), *wanted),
             ).fetchall()
             asked, ids = [row[0] for row in found], [row[1] for row in found]
             numbered, named = f"number IN ({marks(asked)})", f"memory_id IN ({marks(ids)})"
@@ -111,7 +118,7 @@ class ProposalReads:
             )
         return {
             row[0]: Exemplar(
-                rows.memory_of(row),
+                memories.memory_of(row),
                 tuple(origins.get(row[0], ())),
                 failed=wrong.get(row[0], "") > right.get(row[0], ""),
                 quarantined=misled.get(row[1], "") > right.get(row[0], ""),
@@ -124,16 +131,21 @@ class ProposalReads:
 
         Exact repeats and vetoed proposals are no labels.
         """
-        with self._readers.borrow() as db:
+        with self.readers.borrow() as db:
             found = db.execute(
-                "SELECT trace_id, score, correct, partition, served, labels.revision FROM labels JOIN proposals "
+                "SELECT trace_id, score, correct, partition, served, parts, labels.revision FROM labels JOIN proposals "
                 "USING (trace_id) WHERE labels.scope_id = ? AND labels.revision > ? AND NOT exact AND vetoes = '[]' "
                 "ORDER BY trace_id",
-                (rows.known_scope(db, scope), since),
+                (scopes.known(db, scope), since),
             ).fetchall()
         changed = [
-            Change(trace_id, Label(score, None if correct is None else bool(correct), partition), bool(served))
-            for trace_id, score, correct, partition, served, _ in found
+            Change(
+                trace_id,
+                Label(score, None if correct is None else bool(correct), partition),
+                bool(served),
+                json.loads(parts).get("encoder", ""),
+            )
+            for trace_id, score, correct, partition, served, parts, _ in found
         ]
         return max((row[-1] for row in found), default=since), changed
 

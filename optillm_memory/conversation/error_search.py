@@ -1,4 +1,4 @@
-"""Where in a text an error is said, and what it says: the shapes of `shapes.py` looked for in its lines."""
+"""Search for errors in a text: the patterns of `error_patterns` applied to its lines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from optillm_memory.conversation.shapes import ANY, HEADER, QUALIFIED, SHAPES, TRACEBACK, Shape
+from optillm_memory.conversation.error_patterns import ANY, ERROR_PATTERNS, HEADER, QUALIFIED, TRACEBACK, ErrorPattern
 
 _SUFFIX = {
     "c": "c", "h": "c", "cc": "cpp", "cpp": "cpp", "cxx": "cpp", "hpp": "cpp", "java": "java", "py": "python",
@@ -15,10 +15,10 @@ _SUFFIX = {
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A shape met in a text: the error's class and message, and the number of its line."""
+class FoundError:
+    """An error in a text: its pattern, class and message, and the index of its line."""
 
-    shape: Shape
+    pattern: ErrorPattern
     error: str
     message: str
     line: int
@@ -27,11 +27,11 @@ class Found:
 
 
 _CLASS = re.compile(r"^(?:[\w.]{1,80}\.)?(?P<error>[A-Z]\w{1,60}(?:Error|Exception))(?:: (?P<message>.*))?$")
-_WORDS = (
+_ERROR_WORDS = (
     "error", "exception", "fatal", "failed", "failure", "cannot", "can't", "denied", "refused", "invalid", "unable",
     "not found", "no such", "unknown", "unexpected", "could not", "missing", "timed out", "timeout", "abort", "killed",
 )  # fmt: skip
-_TRIES = 24  # how many lines one shape is tried on
+_MAX_LINES_TRIED = 24  # lines that one pattern is tried on
 
 
 def lines_of(text: str, head: int = 60, tail: int = 160) -> list[str]:
@@ -40,26 +40,26 @@ def lines_of(text: str, head: int = 60, tail: int = 160) -> list[str]:
     return lines if len(lines) <= head + tail else [*lines[:head], *lines[-tail:]]
 
 
-def find_errors(lines: Sequence[str]) -> list[Found]:
-    """Return the error of each shape that is met, the most telling first."""
+def find_errors(lines: Sequence[str]) -> list[FoundError]:
+    """Return the first match of each pattern, in the order of the pattern table (most specific first)."""
     text = "\n".join(lines)
-    traceback = _of_traceback(lines) if HEADER in text else None
+    traceback = _traceback_error(lines) if HEADER in text else None
     found = []
-    for shape in SHAPES:
-        if shape is TRACEBACK and traceback:
+    for pattern in ERROR_PATTERNS:
+        if pattern is TRACEBACK and traceback:
             found.append(traceback)
-        if shape.needs not in text or shape is TRACEBACK:
+        if pattern.needs not in text or pattern is TRACEBACK:
             continue
-        order = range(len(lines)) if shape.pick == "first" else range(len(lines) - 1, -1, -1)
-        near = [index for index in order if shape.context or shape.needs in lines[index]]
-        for index in near if shape.context else near[:_TRIES]:
-            if match := shape.pattern.match(lines[index]):
-                found.append(_found(shape, match, index, lines))
+        order = range(len(lines)) if pattern.pick == "first" else range(len(lines) - 1, -1, -1)
+        near = [index for index in order if pattern.context or pattern.needs in lines[index]]
+        for index in near if pattern.context else near[:_MAX_LINES_TRIED]:
+            if match := pattern.pattern.match(lines[index]):
+                found.append(_found(pattern, match, index, lines))
                 break
     return found
 
 
-def _of_traceback(lines: Sequence[str]) -> Found | None:
+def _traceback_error(lines: Sequence[str]) -> FoundError | None:
     """Return the exception of the last traceback: the first line after its header that is not indented under it."""
     start = max(index for index, line in enumerate(lines) if HEADER in line)
     grouped = "Exception Group" in lines[start]
@@ -71,32 +71,32 @@ def _of_traceback(lines: Sequence[str]) -> Found | None:
     return None
 
 
-def generic_error(lines: Sequence[str]) -> Found | None:
-    """Return the first line with a word for an error in it, or else the last line."""
+def generic_error(lines: Sequence[str]) -> FoundError | None:
+    """Return the first line that contains a word for an error, else the last line."""
     for index, line in enumerate(lines):
         lowered = line.lower()
-        for word in _WORDS:
+        for word in _ERROR_WORDS:
             if word in lowered:
                 match = _CLASS.match(line)
                 error, message = (match["error"], match["message"] or "") if match else (word, line.strip())
-                return Found(ANY, error, message[:400], index, "text")
-    return Found(ANY, "", lines[-1].strip()[:400], len(lines) - 1, "text") if lines else None
+                return FoundError(ANY, error, message[:400], index, "text")
+    return FoundError(ANY, "", lines[-1].strip()[:400], len(lines) - 1, "text") if lines else None
 
 
-def _found(shape: Shape, match: re.Match[str], index: int, lines: Sequence[str]) -> Found:
+def _found(pattern: ErrorPattern, match: re.Match[str], index: int, lines: Sequence[str]) -> FoundError:
     groups = match.groupdict()
-    error, message = groups.get("error") or shape.error, groups.get("message") or ""
+    error, message = groups.get("error") or pattern.error, groups.get("message") or ""
     where = groups.get("where") or ""
-    language = shape.language or _SUFFIX.get(where.rpartition(".")[2].lower(), "compiler")
-    if not message and shape.language in ("rust", "cmake", "cpp") and index + 1 < len(lines):
-        message = lines[index + 1].strip()  # these print the message on a line of its own
-    if shape.basis == "test_summary" and where:
-        error, message = _of_test(where, message or _first_of_pytest(lines))
-    elif shape.basis == "test_summary" and shape.language not in ("tap", "python"):
-        message = f"{message}: {_detail(lines, index)}"
-    if not shape.language and (code := re.search(r"\[(-W[\w=+-]{1,80}|[a-z][a-z-]{2,60})\]$", message)):
+    language = pattern.language or _SUFFIX.get(where.rpartition(".")[2].lower(), "compiler")
+    if not message and pattern.language in ("rust", "cmake", "cpp") and index + 1 < len(lines):
+        message = lines[index + 1].strip()  # these print the message on the next line
+    if pattern.basis == "test_summary" and where:
+        error, message = _test_error(where, message or _first_pytest_exception(lines))
+    elif pattern.basis == "test_summary" and pattern.language not in ("tap", "python"):
+        message = f"{message}: {_test_reason(lines, index)}"
+    if not pattern.language and (code := re.search(r"\[(-W[\w=+-]{1,80}|[a-z][a-z-]{2,60})\]$", message)):
         error, message = code[1], message[: code.start()].rstrip()
-    return Found(shape, error, message, index, language, groups.get("prog") or "")
+    return FoundError(pattern, error, message, index, language, groups.get("prog") or "")
 
 
 _EXCEPTION = re.compile(
@@ -104,23 +104,23 @@ _EXCEPTION = re.compile(
 )
 
 
-def _of_test(where: str, message: str) -> tuple[str, str]:
-    """Return the class and message of a failed test: its name, and what pytest says of it in short."""
+def _test_error(where: str, message: str) -> tuple[str, str]:
+    """Return the class and message of a failed test from pytest's short summary."""
     name = where.rpartition("::")[2].partition("[")[0] if "::" in where else "collection"
     if match := _EXCEPTION.match(message):
         return match["error"], f"{name}: {match['message'] or ''}"
     return ("AssertionError" if message.startswith("assert") else "failed"), f"{name}: {message}"
 
 
-def _first_of_pytest(lines: Sequence[str]) -> str:
-    """Return what pytest shows of the first exception, for its summary names only the file that did not import."""
+def _first_pytest_exception(lines: Sequence[str]) -> str:
+    """Return the first exception that pytest prints: its summary names only the file that did not import."""
     return next(
         (line[1:].strip() for line in lines if line.startswith("E   ") and _EXCEPTION.match(line[1:].strip())), ""
     )
 
 
-def _detail(lines: Sequence[str], index: int) -> str:
-    """Return the line in which a test says why it failed: the first after its name that is not another heading."""
+def _test_reason(lines: Sequence[str], index: int) -> str:
+    """Return the reason of a failed test: the first line after its name that is no heading."""
     for line in lines[index + 1 : index + 12]:
         bare = line.strip()
         if bare and not bare.startswith(("---", "===", "thread ", "FAIL", "test ", "failures:", "running")):

@@ -1,4 +1,4 @@
-"""A stream of tasks through memory in this process: the decisions of the server without its round trips."""
+"""A stream of tasks through memory in this process: the server's decisions without its round trips."""
 
 from __future__ import annotations
 
@@ -27,41 +27,41 @@ Upstream = Callable[[Mapping[str, Any]], str]
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """One way to answer a stream: what is asked of memory, and from which similarity on its top hit is the answer."""
+class Variant:
+    """One way to answer a stream: the request's `agent_memory` field, and the similarity from which `top1` serves."""
 
     name: str
     field: Mapping[str, Any]
     top1: float | None = None
 
 
-class Remembering:
-    """An encoder that has encoded these texts already: several runs on the same tasks need it once."""
+class CachedEncoder:
+    """An encoder with a cache: several runs on the same tasks encode them once."""
 
     def __init__(self, encoder: Encoder, texts: Sequence[str]) -> None:
-        """Encode the keys of all texts."""
+        """Encode the keys of all texts in batches."""
         self._encoder = encoder
         self.fingerprint = encoder.fingerprint
-        self._known: dict[str, Any] = {}
+        self._cache: dict[str, Any] = {}
         keys = list(dict.fromkeys(key_of(text) for text in texts))
         for start in range(0, len(keys), _ENCODED_AT_ONCE):
             batch = keys[start : start + _ENCODED_AT_ONCE]
-            self._known.update(zip(batch, encoder.encode(batch), strict=True))
+            self._cache.update(zip(batch, encoder.encode(batch), strict=True))
 
     def encode(self, texts: Sequence[str]) -> Vectors:
-        """Return what is known, and encode what is not."""
-        fresh = [text for text in texts if text not in self._known]
+        """Return the vectors from the cache, and encode what is not in it."""
+        fresh = [text for text in texts if text not in self._cache]
         if fresh:
-            self._known.update(zip(fresh, self._encoder.encode(fresh), strict=True))
-        return np.stack([self._known[text] for text in texts])
+            self._cache.update(zip(fresh, self._encoder.encode(fresh), strict=True))
+        return np.stack([self._cache[text] for text in texts])
 
 
-def remembering(texts: Sequence[str]) -> Remembering:
-    """Load the encoder that is set and have it encode these texts. Raises EncoderUnavailable."""
+def cached_encoder(texts: Sequence[str]) -> CachedEncoder:
+    """Load the configured encoder and encode these texts. Raises EncoderUnavailable."""
     encoder = load_encoder(Settings.from_env().encoder)
     if encoder is None:
         raise EncoderUnavailable("the gate needs an encoder, and OPTILLM_AGENT_MEMORY_ENCODER is none")
-    return Remembering(encoder, texts)
+    return CachedEncoder(encoder, texts)
 
 
 @contextlib.contextmanager
@@ -75,33 +75,38 @@ def empty_memory(encoder: Encoder, **settings: Any) -> Iterator[Memory]:
 
 
 def run(
-    memory: Memory, tasks: Sequence[Task], upstream: Upstream, way: Way, *, tick: Callable[[], None] = lambda: None
+    memory: Memory,
+    tasks: Sequence[Task],
+    upstream: Upstream,
+    variant: Variant,
+    *,
+    tick: Callable[[], None] = lambda: None,
 ) -> Result:
-    """Ask for each task in turn, tell how it went and what would have been right, and ask for the next."""
+    """Ask for each task in turn, with feedback before the next; after a failure it has the right answer."""
     result = Result()
     started = time.perf_counter()
     for task in tasks:
-        turn, answer, action = ask(memory, task.input, upstream, way)
+        turn, answer, action = ask(memory, task.input, upstream, variant)
         right = answer.strip() == task.output
         result.add(right=right, action=action)
-        if action != "reuse":  # nobody looks at an answer that was reused
-            tell(memory, turn, task, right=right)
+        if action != "reuse":  # nobody checks an answer that was reused
+            send_feedback(memory, turn, task, right=right)
         tick()
     result.seconds = time.perf_counter() - started
     return result
 
 
-def ask(memory: Memory, text: str, upstream: Upstream, way: Way) -> tuple[Turn, str, str]:
+def ask(memory: Memory, text: str, upstream: Upstream, variant: Variant) -> tuple[Turn, str, str]:
     """Ask for one task; return (turn, answer, action)."""
     messages = [{"role": "user", "content": text}]
     body = {"model": "bench", "messages": messages, "max_tokens": MAX_TOKENS, "temperature": 0.0}
-    turn = memory.begin({**body, "agent_memory": dict(way.field)})
+    turn = memory.begin({**body, "agent_memory": dict(variant.field)})
     if turn.action == "reuse":
         completion = turn.reused()
         memory.finish(turn, completion)
         return turn, str(completion["choices"][0]["message"]["content"]), "reuse"
-    nearest = memory.recall(text, limit=1) if way.top1 is not None else []
-    if nearest and way.top1 is not None and (nearest[0].cosine or 0.0) >= way.top1:
+    nearest = memory.recall(text, limit=1) if variant.top1 is not None else []
+    if nearest and variant.top1 is not None and (nearest[0].cosine or 0.0) >= variant.top1:
         return turn, nearest[0].memory.answer, "reuse"
     answer = upstream({"messages": turn.messages})
     message = {"role": "assistant", "content": answer}
@@ -109,9 +114,9 @@ def ask(memory: Memory, text: str, upstream: Upstream, way: Way) -> tuple[Turn, 
     return turn, answer, turn.action
 
 
-def tell(memory: Memory, turn: Turn, task: Task, *, right: bool) -> None:
-    """Give feedback as code that knows the answer."""
-    said: list[dict[str, Any]] = [{"trace_id": turn.trace_id, "metric": "success", "value": right, "source": "code"}]
+def send_feedback(memory: Memory, turn: Turn, task: Task, *, right: bool) -> None:
+    """Submit feedback with source `code`: the right answer is known."""
+    items: list[dict[str, Any]] = [{"trace_id": turn.trace_id, "metric": "success", "value": right, "source": "code"}]
     if not right:
-        said.append({"trace_id": turn.trace_id, "metric": "demonstration", "value": task.output, "source": "code"})
-    memory.feedback(said)
+        items.append({"trace_id": turn.trace_id, "metric": "demonstration", "value": task.output, "source": "code"})
+    memory.feedback(items)

