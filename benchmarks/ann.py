@@ -11,7 +11,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,22 +51,26 @@ def questions(records: Records, count: int = QUERIES) -> Questions:
     some = records.block(0)[:changes]  # what comes later is like what is there
     blends = np.sqrt(np.float32(0.8)) * some + np.sqrt(np.float32(0.2)) * some[::-1]
     inserted = np.asarray(blends / np.linalg.norm(blends, axis=1, keepdims=True), dtype=np.float32)
-    wider = 4 * NEAREST
-    best = np.full((count, wider), -2.0, dtype=np.float32)
-    numbers = np.full((count, wider), -1, dtype=np.int64)
-    for start, block in [*records.blocks(), (records.size, inserted)]:
-        if start == records.size:
-            nearest = numbers  # before anything was inserted
-        scores = np.hstack([best, asked @ block.T])
-        named = np.hstack([numbers, np.broadcast_to(np.arange(start, start + len(block)), (count, len(block)))])
-        order = np.argsort(-scores, axis=1)[:, :wider]
-        best, numbers = np.take_along_axis(scores, order, 1), np.take_along_axis(named, order, 1)
+    nearest = nearest_of(asked, records.blocks(), NEAREST)
+    after = nearest_of(asked, chain(records.blocks(), [(records.size, inserted)]), 4 * NEAREST)
     # Half of what is deleted would be found otherwise, the rest is anything.
     rng = np.random.default_rng(5)
-    hit = rng.permutation(np.unique(nearest[:, :NEAREST]))[: changes // 2]
+    hit = rng.permutation(np.unique(nearest))[: changes // 2]
     deleted = np.unique(np.concatenate([hit, rng.integers(records.size, size=changes - len(hit))]))
-    after = np.stack([row[~np.isin(row, deleted)][:NEAREST] for row in numbers])
-    return Questions(asked, nearest[:, :NEAREST], inserted, deleted, after)
+    after = np.stack([row[~np.isin(row, deleted)][:NEAREST] for row in after])
+    return Questions(asked, nearest, inserted, deleted, after)
+
+
+def nearest_of(asked: Vectors, blocks: Iterable[tuple[int, Vectors]], count: int) -> NDArray[np.int64]:
+    """Return the numbers of the `count` rows nearest to each question, best first, by comparing with every row."""
+    best = np.full((len(asked), count), -2.0, dtype=np.float32)
+    numbers = np.full((len(asked), count), -1, dtype=np.int64)
+    for start, block in blocks:
+        scores = np.hstack([best, asked @ block.T])
+        named = np.hstack([numbers, np.broadcast_to(np.arange(start, start + len(block)), (len(asked), len(block)))])
+        order = np.argpartition(-scores, count, axis=1)[:, :count]
+        best, numbers = np.take_along_axis(scores, order, 1), np.take_along_axis(named, order, 1)
+    return np.take_along_axis(numbers, np.argsort(-best, axis=1), 1)
 
 
 # -- the whole -------------------------------------------------------------------------------------
@@ -85,7 +90,7 @@ def run(
     figures: dict[str, Any] = {}
     present = [name for name in names if version_of(name) is not None]
     for name in set(names) - set(present):
-        say(f"{name} is not installed: pip install {PACKAGES[name]}")
+        say(f"{name} is not installed: pip install {PACKAGES[name.partition('-')[0]]}")
     for size in sizes:
         say(f"{size} rows: the true neighbours of {count} questions")
         asked = questions(Records(size, seed), count)
@@ -204,7 +209,8 @@ def verdict(figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[st
 _COLUMNS = {
     "p50 / p99 ms": ("all_p50_ms", "all_p99_ms"), "AVX2": ("avx2_p50_ms", "avx2_p99_ms"),
     "changed": ("changed_p50_ms", "changed_p99_ms"), "recall@10": ("all_recall_at_10",),
-    "RSS MB, changed": ("all_rss_mb", "changed_rss_mb"), "build s / CPU s": ("build_s", "build_cpu_s"),
+    "RSS MB, changed": ("all_rss_mb", "changed_rss_mb"), "private MB while purged": ("purge_private_mb",),
+    "build s / CPU s": ("build_s", "build_cpu_s"),
     "bytes a row": ("bytes_per_row",), "open s / first ms": ("all_open_s", "all_first_ms"),
     "insert / delete ms": ("insert_ms", "delete_ms"),
     "left of 20: saved / purged": ("left_after_save", "left_after_purge"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -44,12 +45,13 @@ class Worker:
             pass
         generating, generating_cpu = time.perf_counter() - started, time.process_time() - processor
         started, processor = time.perf_counter(), time.process_time()
-        self._index.build(records)
+        with _peak_of_private_memory() as peak:
+            self._index.build(records)
         seconds = time.perf_counter() - started - generating
         size_on_disk = sum(path.stat().st_size for path in self._folder.iterdir())
         return {
             "build_s": seconds, "build_cpu_s": time.process_time() - processor - generating_cpu,
-            "build_peak_mb": _peak_mb(), "bytes_per_row": size_on_disk / size,
+            "build_private_mb": peak[0] - self._baseline[1], "bytes_per_row": size_on_disk / size,
         }  # fmt: skip
 
     def open(self, query: Vectors, *, writable: bool) -> Figures:
@@ -118,11 +120,13 @@ class Worker:
         save = time.perf_counter() - started
         left = found_in(self._folder, patterns)
         started, processor = time.perf_counter(), time.process_time()
-        self._index.purge()
+        with _peak_of_private_memory() as peak:
+            self._index.purge()
         purge, purge_cpu = time.perf_counter() - started, time.process_time() - processor
         return {
             "known_on_disk": there, "left_after_save": left, "left_after_purge": found_in(self._folder, patterns),
             "save_s": save, "purge_s": purge, "purge_cpu_s": purge_cpu,
+            "purge_private_mb": peak[0] - self._baseline[1],
         }  # fmt: skip
 
     def memory(self) -> Figures:
@@ -209,7 +213,21 @@ def _memory_of(pid: int) -> tuple[float, float]:
     return fields["VmRSS"], fields["RssAnon"]
 
 
-def _peak_mb() -> float:
-    import resource
+@contextlib.contextmanager
+def _peak_of_private_memory() -> Iterator[list[float]]:
+    """Yield a list that holds at the end, in MB, the most memory that was not of files meanwhile."""
+    peak, done = [0.0], threading.Event()
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    def watch() -> None:
+        while True:
+            peak[0] = max(peak[0], _memory_of(os.getpid())[1])
+            if done.wait(0.02):
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()

@@ -21,8 +21,9 @@ FIGURES = {
     *(f"{kind}_{figure}" for kind in ("all", "avx2", "changed") for figure in
       ("p50_ms", "p99_ms", "recall_at_10", "rss_mb", "private_mb", "ratio")),
     *(f"{kind}_{figure}" for kind in ("all", "avx2") for figure in ("open_s", "first_ms", "masked")),
-    "build_s", "build_cpu_s", "build_peak_mb", "bytes_per_row", "effort", "insert_ms", "delete_ms",
+    "build_s", "build_cpu_s", "build_private_mb", "bytes_per_row", "effort", "insert_ms", "delete_ms",
     "deleted_but_found", "known_on_disk", "left_after_save", "left_after_purge", "save_s", "purge_s", "purge_cpu_s",
+    "purge_private_mb",
 }  # fmt: skip
 
 
