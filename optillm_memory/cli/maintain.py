@@ -152,9 +152,9 @@ def reembed(db: str | None, *, prune: bool, as_json: bool) -> None:
 def compact(db: str | None, *, as_json: bool) -> None:
     """Rewrite the database without what was deleted, and give the disk space back; others wait meanwhile."""
     with opened(db) as memory, progress() as told:
-        before = memory.store.size_bytes()
+        before = memory.stats()["bytes"]
         left = memory.compact(progress=told)
-        found = {"bytes_before": before, "bytes": memory.store.size_bytes(), "left": left}
+        found = {"bytes_before": before, "bytes": memory.stats()["bytes"], "left": left}
     for line in left:
         click.echo(line, err=True)
     printed(found, as_json=as_json, text=lambda: mapping(found))
