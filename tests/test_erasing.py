@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import ask, hashing_memory, lexical_memory, teach, tell, trace
+from builders import ask, body, hashing_memory, lexical_memory, response, teach, tell, trace
 from postgres import Server
 
 from optillm_memory import NotFound, Scope, StoreUnavailable
 from optillm_memory.records import Trace
+from optillm_memory.store.maintenance import forget as deletion
 from optillm_memory.store.maintenance.erase import erase, forget, forget_rows
 from optillm_memory.store.maintenance.selection import Selection
 from optillm_memory.store.sqlite import connection as connections
@@ -194,6 +195,59 @@ def test_who_writes_waits_for_no_deletion(tmp_path: Path) -> None:
     assert len(waits) > 20
     assert waits[len(waits) // 2] < 0.1
     assert waits[-1] < 2.0  # on a machine that does much else; in one commit it were many seconds
+
+
+@pytest.mark.parametrize("kind", ["rows", "copies"])
+def test_no_statement_of_a_deletion_reads_a_whole_table(tmp_path: Path, kind: str) -> None:
+    """Whatever the size of the store, a commit that deletes finds its rows by an index."""
+    with hashing_memory(tmp_path) as memory:
+        said: list[Any] = ["install it"]
+        for number, output in enumerate(("ERROR: no such package here\nexit code: 1", "ok\nexit code: 0", "done")):
+            call = {
+                "id": f"c{number}",
+                "type": "function",
+                "function": {"name": "bash", "arguments": f'{{"command": "pip {number}"}}'},
+            }
+            made = {"role": "assistant", "content": None, "tool_calls": [call]}
+            turn = memory.begin(body(*said))
+            memory.finish(turn, response(made))
+            said += [made, {"role": "tool", "tool_call_id": f"c{number}", "content": output}]
+        taught = teach(memory, "what is the codename?", SECRET)
+        copied = memory.begin(body("what is the codename?"))
+        memory.finish(copied, response("I do not know"))
+        memory.settle()
+        ids = [t["trace_id"] for t in memory.store.traces(None)]
+        assert len(ids) == 5
+        assert memory.trace(copied.trace_id)["injected"]
+
+        def traced(tx: Transaction) -> list[str]:
+            statements: list[str] = []
+            if kind == "copies":
+                deletion.delete_traces(tx, [taught.trace_id], time.time())
+            tx.db.set_trace_callback(statements.append)
+            try:
+                if kind == "rows":
+                    deletion.delete_traces(tx, ids, time.time())
+                else:
+                    assert deletion.withdraw_copies(tx, [copied.trace_id], time.time()) == 1
+            finally:
+                tx.db.set_trace_callback(None)
+            return [sql for sql in statements if not sql.startswith("--")]
+
+        statements = memory.store.write(traced).result(LONG_S)
+        assert len(statements) > 15
+        with memory.store._readers.borrow() as db:
+            plans = {sql: [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}")] for sql in statements}
+    scanned = {
+        sql: plan for sql, plan in plans.items() for step in plan if re.match(rf"SCAN ({'|'.join(LARGE)})\b", step)
+    }
+    assert scanned == {}
+
+
+LARGE = (
+    *("traces", "steps", "attempts", "feedback", "prefixes", "ledger", "injections", "contributions", "outcomes"),
+    *("memories", "vectors", "proposals", "labels", "decisions", "rewards", "exposures", "calls", "fix_evidence"),
+)
 
 
 def test_jobs_of_a_closed_writer_are_refused(tmp_path: Path) -> None:

@@ -174,11 +174,11 @@ def test_a_server_is_only_looked_at(postgres: Server) -> None:
         with pytest.raises(StoreUnavailable, match="read-only"):
             store.write(lambda tx: tx.counters.probe())
     with psycopg.connect(url) as connection:
-        connection.execute("DELETE FROM agent_memory.migrations WHERE name LIKE 'p004%'")
+        connection.execute("DELETE FROM agent_memory.migrations WHERE name LIKE 'p005%'")
     with pytest.raises(StoreTooOld, match="optillm-memory migrate"):
         read_only(url)
     with psycopg.connect(url) as connection:
-        assert connection.execute("SELECT count(*) FROM agent_memory.migrations").fetchone() == (3,)
+        assert connection.execute("SELECT count(*) FROM agent_memory.migrations").fetchone() == (4,)
 
 
 def test_migrate_brings_the_schema_up(tmp_path: Path) -> None:

@@ -324,6 +324,16 @@ def _transact(
     return results
 
 
+def fulfil(future: Future[T], work: Callable[[], T]) -> None:
+    """Do some work, and give its result, or the error that it ended in, to whoever waits for it."""
+    try:
+        result = work()
+    except Exception as error:  # noqa: BLE001 - it is raised where the result is awaited
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
 def _settle(future: Future[Any] | None, result: Any) -> None:
     if future is None:
         return

@@ -17,7 +17,7 @@ BATCH = 100  # rows in one commit: others write in between
 WAIT_S = 120.0
 ERASED_WITHIN_S = 60  # from the answer until no byte is left, where nobody reads the same state for longer
 _AT_ONCE = 1_000  # traces that are looked up together
-_FEW, _COMMIT_S = 4, 0.02  # traces in the first commit; how long each commit should take
+_COMMIT_S = 0.01  # how long each commit should take
 Progress = Callable[[str], None]
 
 
@@ -54,7 +54,7 @@ def forget_rows(store: Store, selection: Selection, *, progress: Progress = lamb
     forget_warnings(store, store.forgetting.errors_of(selection))
     done = 0
     while batch := store.forgetting.chosen(selection, _AT_ONCE):
-        done += in_small_commits(store, batch, lambda tx, part: deletion.delete_traces(tx, part, time.time()))
+        done += _in_small_commits(store, batch, lambda tx, part: deletion.delete_traces(tx, part, time.time()))
         progress(f"{done} of {counts['traces']} traces forgotten")
     forget_copies(store)
     waiting = 0
@@ -89,8 +89,8 @@ def erasure(store: Store, receipt: str) -> dict[str, Any]:
 def forget_copies(store: Store) -> None:
     """Take what was copied from forgotten memories out of other requests; they lose the insertion or the proposal."""
     if store.forgetting.has_copies():
-        copied = store.forgetting.copied()
-        in_small_commits(store, copied or [""], lambda tx, part: deletion.withdraw_copies(tx, part, time.time()))
+        copied = store.forgetting.copied() or [""]  # at least once, for what was noted long ago
+        _in_small_commits(store, _singly(copied), lambda tx, part: deletion.withdraw_copies(tx, part, time.time()))
 
 
 def forget_warnings(store: Store, errors: Mapping[int, Collection[str]]) -> None:
@@ -102,15 +102,22 @@ def forget_warnings(store: Store, errors: Mapping[int, Collection[str]]) -> None
             store.write(partial(deletion.delete_placements, scope_id=scope_id, places=part)).result(WAIT_S)
 
 
-def in_small_commits(store: Store, ids: Sequence[str], forget_some: Callable[[Transaction, Sequence[str]], int]) -> int:
-    """Run an operation on a few ids at a time, so that each commit is short; return the sum of what it returned."""
-    total, place, size = 0, 0, _FEW
-    while place < len(ids):
-        part = ids[place : place + size]
-        count, took_s = store.write(partial(_timed, forget_some, part)).result(WAIT_S)
-        total, place = total + count, place + len(part)
+def _in_small_commits(
+    store: Store, groups: Sequence[Sequence[str]], operation: Callable[[Transaction, Sequence[str]], int]
+) -> int:
+    """Run an operation on ids, few groups at a time, so that each commit is short; return the sum of its results."""
+    parts = [group[start : start + BATCH] for group in groups for start in range(0, len(group), BATCH)]
+    total, place, size = 0, 0, 1
+    while place < len(parts):
+        ids = [one for part in parts[place : place + size] for one in part]
+        count, took_s = store.write(partial(_timed, operation, ids)).result(WAIT_S)
+        total, place = total + count, place + size
         size = max(1, min(BATCH, 2 * size, int(size * _COMMIT_S / max(took_s, 1e-4))))
     return total
+
+
+def _singly(ids: Sequence[str]) -> list[list[str]]:
+    return [[one] for one in ids]
 
 
 def _timed(
@@ -123,7 +130,7 @@ def _timed(
 def tidy(store: Store) -> dict[str, int]:
     """Delete the vectors that nothing uses and the names of scopes that nothing is left of; return how many."""
     keys, last = store.vectors.unused()
-    vectors = in_small_commits(store, keys, lambda tx, part: tx.vectors.drop(part, last))
+    vectors = _in_small_commits(store, _singly(keys), lambda tx, part: tx.vectors.drop(part, last))
     scopes = 0
     if store.forgetting.has_empty_scopes():
         scopes = store.write(deletion.delete_empty_scopes).result(WAIT_S)

@@ -44,7 +44,7 @@ def delete_traces(
     fixes = _fixes_of(tx, episodes)
     closed = [key for key in episodes if tx.traces.closing(*key) in {t.trace_id for t in traces}]
     steps = _delete_steps(tx, [t.trace_id for t in traces], errors if errors is not None else {})
-    delete_feedback(tx, *_in("feedback_id", [inferred_id(*step) for step in steps]))
+    _delete_inferred(tx, steps)
     delete_feedback(tx, *_in("trace_id", [t.trace_id for t in traces]))
     for table in _BY_TRACE:
         _delete(tx, table, *_in("trace_id", [t.trace_id for t in traces]))
@@ -202,6 +202,13 @@ def _delete_steps(
     return [(Scope(*row[:4]), row[4], row[5]) for row in found]
 
 
+def _delete_inferred(tx: Transaction, steps: Sequence[tuple[Scope, str, str]]) -> None:
+    """Delete the feedback that was inferred from these steps, with what retracts it."""
+    condition, ids = _in("feedback_id", [inferred_id(*step) for step in steps])
+    of_tenants, tenants = _in("tenant", ["", *{scope.tenant for scope, _, _ in steps}])
+    delete_feedback(tx, f"{of_tenants} AND {condition}", [*tenants, *ids])
+
+
 def _delete_episode_feedback(tx: Transaction, scope: Scope, episode_id: str) -> None:
     scope_id = tx.scopes.number(scope)
     delete_feedback(tx, _OF_EPISODE, [episode_id, scope_id, scope.tenant, scope_id])
@@ -273,7 +280,7 @@ def _in(column: str, values: Sequence[Any]) -> tuple[str, list[Any]]:
 # Feedback that came before any trace of its episode names no scope: another scope's episode may bear the same name.
 _OF_EPISODE = """episode_id = ? AND (scope_id = ? OR (scope_id IS NULL AND tenant IN ('', ?) AND NOT EXISTS (
     SELECT 1 FROM traces WHERE traces.episode_id = feedback.episode_id AND traces.scope_id <> ?)))"""
-_GONE_INSIDE = f"trace_id IN (SELECT trace_id FROM injections WHERE {GONE})"
+_GONE_INSIDE = f"EXISTS (SELECT 1 FROM injections WHERE injections.trace_id = calls.trace_id AND {GONE})"
 COPIED = f"SELECT trace_id FROM injections WHERE {GONE} UNION SELECT trace_id FROM proposals WHERE {GONE}"
 # What a trace asked for is in its own episode, as is what it brought.
 STEPS_OF_TRACES = """traces JOIN scopes ON scopes.id = traces.scope_id JOIN steps ON steps.scope_id = traces.scope_id

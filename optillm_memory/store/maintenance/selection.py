@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import groupby
 from typing import Any
 
 from optillm_memory.errors import InvalidField
@@ -137,16 +138,16 @@ class ForgettingReads:
             ).fetchall()
         return [(row[0], row[1], row[2]) for row in found if any(text in row[3] for text in quoted)]
 
-    def chosen(self, selection: Selection, limit: int) -> list[str]:
-        """Return up to `limit` traces of a selection, whole episodes together."""
+    def chosen(self, selection: Selection, limit: int) -> list[list[str]]:
+        """Return up to `limit` traces of a selection, those of an episode together."""
         condition, values = selection.traces()
         with self.readers.borrow() as db:
             found = db.execute(
-                f"SELECT traces.trace_id FROM traces JOIN scopes ON scopes.id = scope_id WHERE {condition} "
-                "ORDER BY scope_id, traces.episode_id LIMIT ?",
+                "SELECT scope_id, traces.episode_id, traces.trace_id FROM traces "
+                f"JOIN scopes ON scopes.id = scope_id WHERE {condition} ORDER BY scope_id, traces.episode_id LIMIT ?",
                 (*values, limit),
             ).fetchall()
-        return [str(row[0]) for row in found]
+        return [[str(row[2]) for row in rows] for _, rows in groupby(found, key=lambda row: row[:2])]
 
     def chosen_counts(self, selection: Selection) -> dict[str, int]:
         """Return how much a selection names: traces, episodes, scopes, and feedback that waits."""

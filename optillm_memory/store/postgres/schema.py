@@ -211,4 +211,5 @@ _MIGRATIONS: dict[str, tuple[str, ...]] = {
         *(f"ALTER TABLE traces ADD COLUMN {column}" for column in _CONTINUATIONS),
         f"ALTER TABLE steps ADD COLUMN {_MADE}",
     ),
+    "p005_fewer_indexes": migrations.FEWER_INDEXES,
 }

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ from optillm_memory.store.sqlite.connection import (
     wal_bytes,
 )
 from optillm_memory.store.sqlite.turnstile import Turnstile
-from optillm_memory.store.writer import Writer, start_thread
+from optillm_memory.store.writer import Writer, fulfil, start_thread
 
 logger = logging.getLogger(__name__)
 
@@ -135,12 +136,7 @@ class SqliteWriter(Writer):
             self._cut_off_wal(self._connection, size)
         while not self._jobs.empty():
             job, done = self._jobs.get_nowait()
-            try:
-                result = self._done(job)
-            except Exception as error:  # noqa: BLE001 - it goes to whoever asked for the job
-                done.set_exception(error)
-            else:
-                done.set_result(result)
+            fulfil(done, partial(self._done, job))
 
     def _done(self, job: Callable[[Connection], T]) -> T:
         if self._connection is None:
