@@ -156,8 +156,8 @@ class Faiss:
         self._index: Any = None
 
     def build(self, records: Records) -> None:
-        """Train 4 sqrt(rows) lists on a sample, then add everything."""
-        lists, waiting = round(4 * math.sqrt(records.size)), list[tuple[int, Vectors]]()
+        """Train 6 sqrt(rows) lists on a sample, then add everything."""
+        lists, waiting = round(6 * math.sqrt(records.size)), list[tuple[int, Vectors]]()
         inner, flat = self._faiss.METRIC_INNER_PRODUCT, self._faiss.IndexFlatIP(DIMENSION)
         coarse = self._faiss.IndexHNSWFlat(DIMENSION, 32, inner) if lists > _GRAPH_FROM else flat
         bits, residual = getattr(self._faiss.ScalarQuantizer, self._bits), self._bits == "QT_8bit"
