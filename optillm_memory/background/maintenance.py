@@ -161,6 +161,8 @@ def _embed(store: Store, encoder: EncoderService, rows: Missing) -> None:
     """Give memories their vectors: those of the same encoder under a former fingerprint, else new ones."""
     if encoder.former_fingerprints:
         rows = store.write(lambda tx: _renamed(tx, encoder, rows)).result(WAIT_S)
+    if not rows:
+        return
     vectors = encoder.encode([key for _, key, _ in rows])
     if vectors is None:
         raise EncoderUnavailable(f"the encoder is {encoder.state}: {encoder.reason}")
