@@ -293,8 +293,26 @@ class Memory:
     def forget(
         self, selection: Selection, *, with_set_aside: bool = False, progress: Callable[[str], None] = lambda _: None
     ) -> dict[str, Any]:
-        """Delete a selection for good; return counts and, under `left`, what still holds text. Raises NotFound."""
+        """Delete a selection for good, and wait until its bytes are out of all files.
+
+        Returns counts and, under `left`, what still holds text. Raises NotFound.
+        """
         return erase.forget(self.store, selection, with_set_aside=with_set_aside, progress=progress)
+
+    def delete(self, selection: Selection) -> dict[str, Any]:
+        """Delete a selection at once; its bytes are removed from all files in the background.
+
+        Nothing of it is recalled or shown from now on. Returns what was deleted, and the receipt by which `erasure`
+        tells whether its bytes are gone. Raises NotFound.
+        """
+        deleted = erase.forget_rows(self.store, selection)
+        receipt = str(deleted.pop("receipt"))
+        self._maintenance.erase_soon()
+        return {"deleted": deleted, **self.erasure(receipt), "left": self.store.set_aside(delete=False)}
+
+    def erasure(self, receipt: str) -> dict[str, Any]:
+        """Return whether the bytes of what was deleted with a receipt are out of all files. Raises NotFound."""
+        return erase.erasure(self.store, receipt)
 
     def reembed(self, *, progress: Callable[[str], None] = lambda _: None) -> int:
         """Give every memory its vector by this encoder; return how many had none.
@@ -309,7 +327,7 @@ class Memory:
 
     def compact(self, *, progress: Callable[[str], None] = lambda _: None) -> list[str]:
         """Give the disk back what was deleted; return what kept it from that."""
-        return self.store.give_back((), progress=progress)
+        return self.store.compact(progress=progress)
 
     def mend(self) -> dict[str, int]:
         """Delete rows that belong to nothing, and vectors of a wrong length; return how many by table."""

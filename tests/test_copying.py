@@ -137,7 +137,7 @@ def test_a_source_is_only_read(file: str, tmp_path: Path) -> None:
     assert set(source.parent.iterdir()) - made == files
     assert source.read_bytes() == before
     with contextlib.closing(connect(source)) as db:
-        db.execute("DELETE FROM _sqlite_migrations WHERE name >= 'm008'")
+        db.execute("DELETE FROM _sqlite_migrations WHERE name >= 'm007'")
     before = source.read_bytes()
     with pytest.raises(StoreError, match="optillm-memory migrate"):
         copy(file, str(tmp_path / "other.db"))

@@ -20,10 +20,8 @@ from optillm_memory import InvalidField, Memory, NotFound, Scope
 from optillm_memory.cli import main
 from optillm_memory.conversation.options import Options
 from optillm_memory.settings import is_url
-from optillm_memory.store.maintenance import forget as deletion
-from optillm_memory.store.maintenance.erase import forget
+from optillm_memory.store.maintenance.erase import erase, forget, forget_copies, forget_rows
 from optillm_memory.store.maintenance.selection import Selection
-from optillm_memory.store.maintenance.shrink import shrink
 from optillm_memory.store.sqlite.connection import sqlite3
 
 BOTH = pytest.mark.parametrize("memory", ["sqlite", "postgres"], indirect=True)
@@ -181,8 +179,12 @@ def test_earlier_versions_in_free_pages_are_gone(memory: Memory, tmp_path: Path)
     done = forget(memory.store, Selection(before=time.time() + 1))
     assert done["traces"] == 41
     assert holding(tmp_path) == []
-    assert memory.store.stats()["bytes"] < 500_000
     assert memory.store.derived() == []
+    before = memory.store.size_bytes()
+    assert memory.compact() == []
+    assert memory.store.size_bytes() < before
+    assert memory.store.stats()["bytes"] < 500_000
+    assert holding(tmp_path) == []
 
 
 # -- copies ----------------------------------------------------------------------------------------
@@ -364,18 +366,22 @@ def test_another_process_stops_using_it_at_once(memory: Memory, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_reader_that_holds_the_journal_back_is_named(memory: Memory, tmp_path: Path) -> None:
+def test_a_reader_that_holds_the_journal_back_is_named(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While somebody reads an earlier state the journal cannot be emptied: that is said; done again, it is."""
     turn = ask(memory, f"say {SECRET}")
     memory.settle()
     reader = sqlite3.connect(tmp_path / "memory.db", isolation_level=None)
     reader.execute("BEGIN")
     reader.execute("SELECT count(*) FROM traces").fetchone()
-    assert memory.store.write(lambda tx: deletion.delete_traces(tx, [turn.trace_id], time.time())).result(10) == 1
-    assert "journal" in shrink(tmp_path / "memory.db", patience_s=0.2)
+    forget_rows(memory.store, Selection(trace_id=turn.trace_id))
+    monkeypatch.setattr("optillm_memory.store.sqlite.erase._PATIENCE_S", 0.2)
+    (left,) = erase(memory.store)["left"]
+    assert "journal" in left
     assert holding(tmp_path)
     reader.execute("COMMIT")
-    assert shrink(tmp_path / "memory.db") == ""
+    assert erase(memory.store)["left"] == []
     assert holding(tmp_path) == []
     reader.close()
 
@@ -400,7 +406,7 @@ def test_an_interrupted_one_is_finished_by_the_next(
     memory.settle()
     chosen = Selection(trace_id=turn.trace_id)
     with monkeypatch.context() as patch:
-        patch.setattr("optillm_memory.store.sqlite.store.shrink", lambda *_, **__: pytest.fail("killed"))
+        patch.setattr("optillm_memory.store.sqlite.store.Eraser.erase", lambda _: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
             forget(memory.store, chosen)
     assert holding(tmp_path)
@@ -453,8 +459,7 @@ def test_what_was_under_way_leaves_no_copy(memory: Memory) -> None:
     memory.finish(turn, response("hm"))
     memory.settle()
     assert memory.store.forgetting.has_copies()
-    while memory.store.write(lambda tx: deletion.withdraw_copies(tx, 10, time.time())).result(10):
-        pass
+    forget_copies(memory.store)
     assert memory.trace(turn.trace_id)["injected"] == []
     assert SECRET not in json.dumps([asdict(p) for p in memory.store.episodes.ledger(turn.scope, turn.episode_id)])
     assert same_as_rebuilt(memory)

@@ -342,7 +342,7 @@ def test_what_was_deleted_is_in_no_statistics(postgres: Server, url: str, rest: 
             store.flush()
         before = counts(own)
         assert before["traces"] == before["vectors"] == rest
-        assert store.give_back((), progress=lambda _: None) == []
+        assert store.compact(progress=lambda _: None) == []
         assert told_by_statistics(url) == set()
         assert not in_the_catalogs_file(url)
         assert indexes(own) == [("of_vectors", True)]
@@ -353,14 +353,14 @@ def test_what_a_role_cannot_write_anew_is_said(postgres: Server, url: str) -> No
     """The tables' owner is told that the server's own catalog is another's; a role that owns neither, of both."""
     tables = owned(postgres, url, database=False)
     with closing(opened_at(tables)) as store:
-        (left,) = store.give_back((), progress=lambda _: None)
+        (left,) = store.compact(progress=lambda _: None)
         assert "pg_statistic: only the database's owner" in left
     with on(url) as db:
         db.execute("CREATE ROLE guest LOGIN")
         db.execute("GRANT ALL ON SCHEMA agent_memory TO guest")
         db.execute("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA agent_memory TO guest")
     with closing(opened_at(tables.replace(tables[: tables.index("@")], "postgresql://guest"))) as store:
-        in_tables, _ = store.give_back((), progress=lambda _: None)
+        in_tables, _ = store.compact(progress=lambda _: None)
         assert "traces" in in_tables
 
 
@@ -370,7 +370,7 @@ def test_vectors_are_written_anew_when_their_index_is_built(url: str) -> None:
     said: list[str] = []
     with closing(opened_at(url)) as store, on(url) as builder:
         builder.execute("SELECT pg_advisory_lock(%s)", (search.BUILDERS_LOCK,))
-        gives = threading.Thread(target=lambda: said.extend(store.give_back((), progress=said.append)))
+        gives = threading.Thread(target=lambda: said.extend(store.compact(progress=said.append)))
         gives.start()
         until(lambda: said[:1] == ["waiting until an index of vectors is built"])
         builder.execute("SELECT pg_advisory_unlock_all()")

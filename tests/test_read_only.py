@@ -13,7 +13,7 @@ from builders import SCOPE, lexical_memory, teach, trace
 from click.testing import CliRunner
 from postgres import Server
 
-from optillm_memory import NotFound, StoreError, StoreTooNew, StoreTooOld, StoreUnavailable
+from optillm_memory import NotFound, Scope, StoreError, StoreTooNew, StoreTooOld, StoreUnavailable
 from optillm_memory.cli import main
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.store.base import Store
@@ -100,10 +100,22 @@ def test_an_earlier_schema_is_named_and_left_alone(tmp_path: Path) -> None:
     assert state(tmp_path) == before
 
 
+def test_the_schema_before_is_read_where_only_indexes_changed(tmp_path: Path) -> None:
+    """A file that lacks nothing that is read is read as it is."""
+    path = tmp_path / "memory.db"
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript((SCHEMAS / "m008.sql").read_text())
+    before = state(tmp_path)
+    with closing(read_only(path)) as store:
+        assert store.recall.lexical(Scope("local"), ["nginx"], 5, alone=True)
+        assert store.stats()["traces"] > 5
+    assert state(tmp_path) == before
+
+
 def test_a_later_schema_is_refused(path: Path) -> None:
     """A file of a later release is not read: nobody knows what its columns mean."""
     with closing(sqlite3.connect(path)) as db:
-        db.execute("UPDATE _sqlite_migrations SET name = 'm999_later' WHERE name LIKE 'm008%'")
+        db.execute("UPDATE _sqlite_migrations SET name = 'm999_later' WHERE name LIKE 'm009%'")
         db.commit()
     with pytest.raises(StoreTooNew, match="m999_later"):
         read_only(path)

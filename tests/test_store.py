@@ -258,7 +258,8 @@ def test_every_read_for_recall_takes_a_scope(store: Store) -> None:
         "derived", "missing", "coverage", "unused",  # upkeep: rebuild's comparison, and the encoder's
         "numbers_of", "last_number",
         "chosen", "chosen_counts", "chosen_scopes", "episodes_before", "held", "has_copies",  # forgetting: no texts
-        "is_unfinished", "forgotten", "unforgotten", "give_back", "set_aside",
+        "erasures", "is_unfinished", "copied", "has_empty_scopes", "errors_of", "warnings_of", "forgotten",
+        "unforgotten", "outdate_indexes", "erase", "compact", "set_aside",
         "index_files", "size_bytes", "read_ahead",
     }  # fmt: skip
 

@@ -12,8 +12,7 @@ from optillm_memory.background.threads import start_thread
 from optillm_memory.errors import EncoderUnavailable
 from optillm_memory.settings import Settings
 from optillm_memory.store.base import Store
-from optillm_memory.store.maintenance import forget as deletion
-from optillm_memory.store.maintenance.erase import BATCH, WAIT_S
+from optillm_memory.store.maintenance.erase import BATCH, ERASED_WITHIN_S, WAIT_S, erase, forget_copies
 from optillm_memory.store.maintenance.retention import Limits, retain
 from optillm_memory.store.transaction import Transaction
 
@@ -23,13 +22,14 @@ _ROWS = 64  # memories embedded in one commit
 _GATHER_S = 0.02  # what was learned meanwhile is looked at together, and does not slow down who learns it
 _REST = 9.0  # times as long as it looked at what is there already
 _LOOK_S = 60.0  # between two looks at what is to go, and at what other processes learned
+_TOGETHER_S, _ERASE_AGAIN_S = 1.0, 5.0  # for which forgetting gathers, and after which an erasure is tried again
 _REPEAT_S = 3_600.0  # after which everything is looked through again: what was no memory yet may be one now
 _CLOSING_S = 10.0
 Missing = Sequence[tuple[int, str, str]]
 
 
 class Maintenance:
-    """Two threads: one fills in missing vectors, woken when something was learned; one deletes what is to go."""
+    """Three threads: for missing vectors, for what is to be deleted, and for the bytes of what was forgotten."""
 
     def __init__(self, store: Store, encoder: EncoderService, settings: Settings) -> None:
         """Join what `start` needs; the settings say how much is kept."""
@@ -38,6 +38,7 @@ class Maintenance:
         self._limits = Limits(settings.retention_days, settings.max_traces, settings.max_bytes)
         self._closing = threading.Event()
         self._missing = threading.Event()
+        self._forgotten = threading.Event()
         self._caught_up = False  # every memory has its vector, but for what was learned this moment
         self._arrived: set[str] = set()  # keys of vectors that came with requests before that
         self._lock = threading.Lock()
@@ -47,6 +48,7 @@ class Maintenance:
         """Start the threads."""
         self._threads.append(start_thread("agent-memory-vectors", self._fill))
         self._threads.append(start_thread("agent-memory-retention", self._delete))
+        self._threads.append(start_thread("agent-memory-erasure", self._erase))
 
     def wake(self) -> None:
         """Look for memories without a vector."""
@@ -58,10 +60,15 @@ class Maintenance:
             if not self._caught_up:
                 self._arrived.add(key)
 
+    def erase_soon(self) -> None:
+        """Remove the bytes of what was just forgotten from all files."""
+        self._forgotten.set()
+
     def close(self) -> None:
         """Stop the threads."""
         self._closing.set()
         self._missing.set()
+        self._forgotten.set()
         for thread in self._threads:
             thread.join(_CLOSING_S)
 
@@ -122,12 +129,36 @@ class Maintenance:
         while not self._closing.wait(_LOOK_S):
             try:
                 now = time.time()
-                if self._store.forgetting.has_copies():
-                    self._store.write(lambda tx: deletion.withdraw_copies(tx, BATCH, time.time())).result(WAIT_S)
+                forget_copies(self._store)
                 if self._limits and (gone := retain(self._store, self._limits, now, closing=self._closing.is_set)):
                     logger.info("agent_memory: deleted, for it was beyond the limits: %s", gone)
             except Exception:
                 logger.exception("agent_memory: what is beyond the limits could not be deleted; trying again")
+
+    def _erase(self) -> None:
+        """Remove the bytes of what was forgotten from all files, for several requests together.
+
+        Also what an earlier process left unfinished, and then all vectors in files, for it is not known whose they are.
+        """
+        resumed, failing_since = True, 0.0
+        while not self._closing.is_set():
+            self._forgotten.clear()
+            left: list[str] = []
+            try:
+                if self._store.forgetting.is_unfinished():
+                    if resumed:
+                        self._store.outdate_indexes(None)
+                    left = erase(self._store)["left"]
+                resumed = False
+            except Exception:
+                left = ["the log says why"]
+                logger.exception("agent_memory: what was forgotten could not be erased; trying again")
+            failing_since = (failing_since or time.monotonic()) if left else 0.0
+            if left and time.monotonic() - failing_since > ERASED_WITHIN_S:
+                failing_since = time.monotonic()
+                logger.warning("agent_memory: what was forgotten is still in files: %s", left)
+            self._forgotten.wait(_ERASE_AGAIN_S if left else _LOOK_S)
+            self._closing.wait(_TOGETHER_S)
 
 
 def reembed(store: Store, encoder: EncoderService, *, progress: Callable[[str], None] = lambda _: None) -> int:

@@ -1,4 +1,4 @@
-"""Looking after the database: verify, migrate, backup, forget, reembed."""
+"""Looking after the database: verify, migrate, backup, forget, compact, reembed."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def backup(destination: Path, db: str | None, *, as_json: bool) -> None:
 def forget(
     db: str | None, *, days: float | None, with_set_aside: bool, dry_run: bool, yes: bool, as_json: bool, **named: Any
 ) -> None:
-    """Delete for good what all the options given have in common: rows, vectors, words, free pages, journal."""
+    """Delete for good what all the options given have in common, and wait until its bytes are out of all files."""
     from optillm_memory.store.maintenance.selection import Selection
 
     selection = Selection(**named, before=None if days is None else time.time() - days * _DAY_S)
@@ -147,4 +147,19 @@ def reembed(db: str | None, *, prune: bool, as_json: bool) -> None:
     printed(found, as_json=as_json, text=lambda: mapping(found))
 
 
-COMMANDS: tuple[click.Command, ...] = (verify, migrate, backup, forget, reembed)
+@click.command()
+@database
+def compact(db: str | None, *, as_json: bool) -> None:
+    """Rewrite the database without what was deleted, and give the disk space back; others wait meanwhile."""
+    with opened(db) as memory, progress() as told:
+        before = memory.stats()["bytes"]
+        left = memory.compact(progress=told)
+        found = {"bytes_before": before, "bytes": memory.stats()["bytes"], "left": left}
+    for line in left:
+        click.echo(line, err=True)
+    printed(found, as_json=as_json, text=lambda: mapping(found))
+    if left:
+        sys.exit(1)
+
+
+COMMANDS: tuple[click.Command, ...] = (verify, migrate, backup, forget, compact, reembed)

@@ -101,21 +101,27 @@ def one_memory(memory_id: str) -> Answer:
 
 @blueprint.delete("/memories/<memory_id>")
 def forget_memory(memory_id: str) -> Answer:
-    """Delete for good what a memory is based on, and so the memory."""
+    """Delete for good what a memory is based on, and so the memory; 202 with the receipt of its erasure."""
     return _forgotten(memory_id=memory_id)
 
 
 @blueprint.delete("/traces/<trace_id>")
 def forget_trace(trace_id: str) -> Answer:
-    """Delete a trace for good, with its feedback and everything derived or copied from it."""
+    """Delete a trace for good, with its feedback and everything derived or copied from it; 202 with a receipt."""
     return _forgotten(trace_id=trace_id)
 
 
 @blueprint.delete("/namespaces/<name>")
 def forget_namespace(name: str) -> Answer:
-    """Delete for good everything of the caller in a namespace; `?user_id=` and `?agent_id=` narrow it."""
+    """Delete for good everything of the caller in a namespace; `?user_id=` and `?agent_id=` narrow it; 202."""
     narrowed = {key: value for key in ("user_id", "agent_id") if (value := flask.request.args.get(key)) is not None}
     return _forgotten(namespace=name, **narrowed)
+
+
+@blueprint.get("/erasures/<receipt>")
+def erasure(receipt: str) -> Answer:
+    """Return whether the bytes of what a DELETE deleted are out of all files by now."""
+    return flask.jsonify(_memory().erasure(receipt)), 200
 
 
 @blueprint.get("/uplift")
@@ -152,7 +158,7 @@ def ready() -> Answer:
 
 
 def _forgotten(**named: Any) -> Answer:
-    return flask.jsonify(_memory().forget(Selection(tenant=_visible(), **named))), 200
+    return flask.jsonify(_memory().delete(Selection(tenant=_visible(), **named))), 202
 
 
 def _memory() -> Memory:

@@ -70,8 +70,14 @@ class Location(Protocol):
     def used_bytes(self, db: Connection, traces: int) -> int:
         """Return how many bytes of it are in use by so many traces and all that belongs to them."""
 
-    def give_back(self, scopes: Iterable[Scope] | None, *, progress: Callable[[str], None]) -> list[str]:
-        """Give back the space of what was deleted in these scopes, None being all; return what prevented it."""
+    def outdate_indexes(self, scopes: Iterable[Scope] | None) -> None:
+        """Note that files of vectors hold forgotten ones of these scopes, None being all: `erase` removes them."""
+
+    def erase(self, *, progress: Callable[[str], None]) -> list[str]:
+        """Remove what was deleted from all files, while others read and write; return what prevented it."""
+
+    def compact(self, *, progress: Callable[[str], None]) -> list[str]:
+        """Rewrite everything without what was deleted, and give back its space; return what prevented it."""
 
     def set_aside(self, *, delete: bool) -> list[str]:
         """Delete the databases that were set aside as corrupt, or return what they may still contain."""

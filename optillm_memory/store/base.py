@@ -119,9 +119,20 @@ class Store:
             count = int(db.execute("SELECT count(*) FROM traces").fetchone()[0])
             return {"traces": count, "bytes": self._location.used_bytes(db, count)}
 
-    def give_back(self, scopes: Iterable[Scope] | None, *, progress: Callable[[str], None]) -> list[str]:
-        """Give back the space of what was deleted in these scopes, None being all; return what prevented it."""
-        return self._location.give_back(scopes, progress=progress)
+    def outdate_indexes(self, scopes: Iterable[Scope] | None) -> None:
+        """Note that files of vectors hold forgotten ones of these scopes, None being all: `erase` removes them."""
+        self._location.outdate_indexes(scopes)
+
+    def erase(self, *, progress: Callable[[str], None]) -> list[str]:
+        """Remove what was deleted from all files, while others read and write; return what prevented it."""
+        return self._location.erase(progress=progress)
+
+    def compact(self, *, progress: Callable[[str], None]) -> list[str]:
+        """Rewrite everything without what was deleted, and give back its space; return what prevented it.
+
+        Others wait to write meanwhile: this is for whoever operates it.
+        """
+        return self._location.compact(progress=progress)
 
     def set_aside(self, *, delete: bool) -> list[str]:
         """Delete the databases that were set aside as corrupt, or return what they may still contain."""

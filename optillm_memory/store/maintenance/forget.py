@@ -17,9 +17,8 @@ from optillm_memory.store.tables.memories import NO_MEMORY
 from optillm_memory.store.transaction import Transaction
 
 NOTED_S = 7 * 86_400.0  # what is under way may hold a copy for as long
-UNFINISHED = "forgetting"
+ASKED, ERASED = "forgetting", "erased"  # in `meta`: the last erasure that was asked for, and the last that was done
 _REPLACEMENT = "(forgotten)"
-_TELLING, _QUOTED = 8, 60  # characters of an error that tell it from others
 _STEP = "scope_id = ? AND episode_id = ? AND step_id = ?"
 _PLACE = "scope_id = ? AND episode_id = ? AND anchor = ? AND form = ?"
 _MEMORY_ID = re.compile(r"(?:mem|fix)-[0-9a-f]+")
@@ -31,17 +30,20 @@ _BY_TRACE = (
 _BY_EPISODE = ("prefixes", "ledger")
 
 
-def delete_traces(tx: Transaction, trace_ids: Sequence[str], now: float) -> int:
+def delete_traces(
+    tx: Transaction, trace_ids: Sequence[str], now: float, errors: dict[int, set[str]] | None = None
+) -> int:
     """Delete traces, and memories that rest on nothing else; return how many traces there were.
 
-    What is left of their episodes, and of other episodes that share a fix with them, is folded again.
+    What is left of their episodes, and of other episodes that share a fix with them, is folded again. `errors` takes up
+    the error messages of their steps by scope number: insertions elsewhere may quote them.
     """
     traces = [t for t in map(tx.traces.get, dict.fromkeys(trace_ids)) if t is not None]
     episodes = list(dict.fromkeys((t.scope, t.episode_id) for t in traces))
     named = _named_by(tx, traces)
     fixes = _fixes_of(tx, episodes)
     closed = [key for key in episodes if tx.traces.closing(*key) in {t.trace_id for t in traces}]
-    steps = _delete_steps(tx, [t.trace_id for t in traces])
+    steps = _delete_steps(tx, [t.trace_id for t in traces], errors if errors is not None else {})
     delete_feedback(tx, *_in("feedback_id", [inferred_id(*step) for step in steps]))
     delete_feedback(tx, *_in("trace_id", [t.trace_id for t in traces]))
     for table in _BY_TRACE:
@@ -65,19 +67,19 @@ def delete_traces(tx: Transaction, trace_ids: Sequence[str], now: float) -> int:
 
 def delete_episodes(
     tx: Transaction, episodes: Sequence[tuple[int, str]], worth: int, before: float, most: int, now: float
-) -> int:
+) -> tuple[int, dict[int, set[str]]]:
     """Delete episodes that are worth so much at most and ended before a moment, until `most` traces are gone.
 
-    Returns how many episodes went.
+    Returns how many episodes went, and the error messages of their steps by scope number.
     """
-    gone = 0
+    gone, errors = 0, dict[int, set[str]]()
     for key in episodes:  # one after another: each may make the next one's evidence the last of a memory
         found, last = tx.db.execute(_WORTH, (*key,) * 9).fetchone()
         if most > 0 and last is not None and found <= worth and last < before:
             traces = tx.db.execute("SELECT trace_id FROM traces WHERE scope_id = ? AND episode_id = ?", key)
-            most -= delete_traces(tx, [row[0] for row in traces.fetchall()], now)
+            most -= delete_traces(tx, [row[0] for row in traces.fetchall()], now, errors)
             gone += 1
-    return gone
+    return gone, errors
 
 
 def delete_feedback(tx: Transaction, condition: str, values: Sequence[Any]) -> int:
@@ -89,14 +91,12 @@ def delete_feedback(tx: Transaction, condition: str, values: Sequence[Any]) -> i
     return len(named)
 
 
-def withdraw_copies(tx: Transaction, limit: int, now: float) -> int:
-    """Take what was copied from forgotten memories out of up to `limit` other requests; return how many.
+def withdraw_copies(tx: Transaction, trace_ids: Sequence[str], now: float) -> int:
+    """Take what was copied from forgotten memories out of these requests; return how many there were.
 
     They lose the insertion, the proposal, and the answer where it was reused.
     """
     _delete(tx, "forgotten", "at < ?", [now - NOTED_S])
-    found = tx.db.execute(_COPIED, (limit,)).fetchall()
-    trace_ids = [row[0] for row in found]
     episodes = []
     for trace in map(tx.traces.get, trace_ids):
         if trace is None:
@@ -112,23 +112,30 @@ def withdraw_copies(tx: Transaction, limit: int, now: float) -> int:
     for key in dict.fromkeys(episodes):
         _delete_placements(tx, *key)
     _fold(tx, dict.fromkeys(episodes))
-    return len(found)
+    return len(episodes)
 
 
-def begin(tx: Transaction) -> None:
-    """Note that something is being forgotten: until it is gone from all files that is unfinished."""
-    tx.db.execute(f"INSERT INTO meta VALUES ('{UNFINISHED}', 1) ON CONFLICT (key) DO NOTHING")
+def begin(tx: Transaction) -> int:
+    """Note that something is forgotten that is still in files; return the number of its erasure."""
+    sql = f"INSERT INTO meta VALUES ('{ASKED}', 1) ON CONFLICT (key) DO UPDATE SET value = meta.value + 1"
+    return int(tx.db.execute(f"{sql} RETURNING value").fetchone()[0])
 
 
-def end(tx: Transaction) -> None:
-    """Note that what was forgotten is in no file any more."""
-    tx.db.execute(f"DELETE FROM meta WHERE key = '{UNFINISHED}'")
+def end(tx: Transaction, erasure: int) -> None:
+    """Note that nothing of what was forgotten up to an erasure is in any file."""
+    sql = f"INSERT INTO meta VALUES ('{ERASED}', ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
+    tx.db.execute(f"{sql} WHERE meta.value < excluded.value", (erasure,))
+
+
+def delete_placements(tx: Transaction, scope_id: int, places: Sequence[tuple[str, str, str]]) -> int:
+    """Delete insertions of a scope by their episode, anchor and form; return how many."""
+    return sum(_delete(tx, "ledger", _PLACE, [scope_id, *place]) for place in places)
 
 
 def delete_empty_scopes(tx: Transaction) -> int:
     """Delete the names of scopes that nothing is left of; return how many there were."""
     tx.scopes.clear_cache()
-    return _delete(tx, "scopes", _EMPTY_SCOPE, ())
+    return _delete(tx, "scopes", EMPTY_SCOPE, ())
 
 
 def delete_rows(tx: Transaction, table: str, condition: str) -> int:
@@ -180,41 +187,19 @@ def _episodes_with(tx: Transaction, fixes: Sequence[str]) -> list[tuple[Scope, s
     return [(Scope(*row[:4]), row[4]) for row in found]
 
 
-def _delete_steps(tx: Transaction, trace_ids: Sequence[str]) -> list[tuple[Scope, str, str]]:
+def _delete_steps(
+    tx: Transaction, trace_ids: Sequence[str], errors: dict[int, set[str]]
+) -> list[tuple[Scope, str, str]]:
     """Delete the steps that these traces asked for or brought; return them."""
-    asked, brought = _in("made_by", trace_ids), _in("trace_id", trace_ids)
-    found = tx.db.execute(
-        "SELECT tenant, namespace, user_id, agent_id, episode_id, step_id, scope_id FROM steps "
-        f"JOIN scopes ON scopes.id = scope_id WHERE {asked[0]} UNION "
-        "SELECT tenant, namespace, user_id, agent_id, steps.episode_id, step_id, steps.scope_id FROM traces "
-        "JOIN scopes ON scopes.id = traces.scope_id JOIN steps ON steps.scope_id = traces.scope_id "
-        f"AND steps.episode_id = traces.episode_id AND steps.trace_id = traces.trace_id WHERE traces.{brought[0]}",
-        (*asked[1], *brought[1]),
-    ).fetchall()
-    errors: dict[int, set[str]] = {}
+    condition, values = _in("traces.trace_id", trace_ids)
+    found = tx.db.execute(f"{_STEPS} WHERE {condition}", values).fetchall()
     for *_, episode_id, step_id, scope_id in found:
         key = (scope_id, episode_id, step_id)
         failed = tx.db.execute(f"SELECT message FROM attempts WHERE {_STEP} AND verdict = 'failure'", key)
         errors.setdefault(scope_id, set()).update(row[0] for row in failed.fetchall())
         for table in ("steps", "attempts"):
             _delete(tx, table, _STEP, key)
-    for scope_id, messages in errors.items():
-        _delete_warnings(tx, scope_id, messages)
     return [(Scope(*row[:4]), row[4], row[5]) for row in found]
-
-
-def _delete_warnings(tx: Transaction, scope_id: int, messages: Iterable[str]) -> None:
-    """Delete the insertions that warned of failures with these errors: they quote them."""
-    quoted = [json.dumps(m.partition("\n")[0][:_QUOTED])[1:-1] for m in messages if len(m) >= _TELLING]
-    if not quoted:
-        return
-    found = tx.db.execute(
-        "SELECT episode_id, anchor, form, payload FROM ledger WHERE scope_id = ? AND items NOT LIKE '%\"mem-%'",
-        (scope_id,),
-    ).fetchall()
-    for episode_id, anchor, form, payload in found:
-        if any(text in payload for text in quoted):
-            _delete(tx, "ledger", _PLACE, [scope_id, episode_id, anchor, form])
 
 
 def _delete_episode_feedback(tx: Transaction, scope: Scope, episode_id: str) -> None:
@@ -268,9 +253,10 @@ def _scrub(tx: Transaction, memory_ids: Sequence[str], now: float) -> None:
     ).fetchall()
     gone = sorted(set(memory_ids) - {row[0] for row in standing})
     condition, values = _in("memory_id", gone)
-    tx.db.execute(f"INSERT INTO forgotten SELECT * FROM ({_KNOWN.format(condition)}) AS known WHERE 1 = 1 "
-                     "ON CONFLICT (memory_id) DO UPDATE SET at = excluded.at",
-                     (now, *values, now, *values, now, *values))  # fmt: skip
+    tx.db.executemany(
+        "INSERT INTO forgotten VALUES (?, ?) ON CONFLICT (memory_id) DO UPDATE SET at = excluded.at",
+        [(memory_id, now) for memory_id in gone],
+    )
     tx.db.execute(
         f"UPDATE memories SET memory_id = CASE WHEN {_SPOKEN_OF} THEN memory_id "
         f"ELSE 'forgotten-' || CAST(number AS TEXT) END, status = CASE WHEN {_SPOKEN_OF} THEN 'unfounded' "
@@ -288,14 +274,15 @@ def _in(column: str, values: Sequence[Any]) -> tuple[str, list[Any]]:
 _OF_EPISODE = """episode_id = ? AND (scope_id = ? OR (scope_id IS NULL AND tenant IN ('', ?) AND NOT EXISTS (
     SELECT 1 FROM traces WHERE traces.episode_id = feedback.episode_id AND traces.scope_id <> ?)))"""
 _GONE_INSIDE = f"trace_id IN (SELECT trace_id FROM injections WHERE {GONE})"
-_COPIED = f"""
-    SELECT trace_id FROM injections WHERE {GONE} UNION SELECT trace_id FROM proposals WHERE {GONE} LIMIT ?"""
+COPIED = f"SELECT trace_id FROM injections WHERE {GONE} UNION SELECT trace_id FROM proposals WHERE {GONE}"
+# What a trace asked for is in its own episode, as is what it brought.
+STEPS_OF_TRACES = """traces JOIN scopes ON scopes.id = traces.scope_id JOIN steps ON steps.scope_id = traces.scope_id
+    AND steps.episode_id = traces.episode_id AND (steps.trace_id = traces.trace_id OR made_by = traces.trace_id)"""
+_STEPS = f"""
+    SELECT DISTINCT tenant, namespace, user_id, agent_id, steps.episode_id, step_id, steps.scope_id
+    FROM {STEPS_OF_TRACES}"""
 _SPOKEN_OF = "EXISTS (SELECT 1 FROM contributions WHERE contributions.number = memories.number)"
-# Of what was never a memory nothing needs to be noted.
-_KNOWN = """
-    SELECT memory_id, ? AS at FROM memories WHERE {0} AND status <> 'unfounded'
-    UNION SELECT memory_id, ? FROM injections WHERE {0} UNION SELECT memory_id, ? FROM proposals WHERE {0}"""
-_EMPTY_SCOPE = f"""
+EMPTY_SCOPE = f"""
     NOT EXISTS (SELECT 1 FROM traces WHERE traces.scope_id = scopes.id)
     AND NOT EXISTS (SELECT 1 FROM memories WHERE memories.scope_id = scopes.id
                     AND status NOT IN {NO_MEMORY})

@@ -15,7 +15,7 @@ from functools import partial
 
 from optillm_memory.store.base import Store
 from optillm_memory.store.maintenance import forget as deletion
-from optillm_memory.store.maintenance.erase import WAIT_S, tidy
+from optillm_memory.store.maintenance.erase import WAIT_S, forget_warnings, tidy
 from optillm_memory.store.transaction import Transaction
 
 BATCH = 10  # episodes in one commit: nobody who writes waits for long
@@ -77,11 +77,15 @@ def _trim(store: Store, before: float, worth: int, surplus: Callable[[], int], c
     for batch in _batches(store, before):
         if closing() or (most := surplus()) <= 0:
             break
-        gone += store.write(partial(_forget, batch, worth, before, most)).result(WAIT_S)
+        went, errors = store.write(partial(_forget, batch, worth, before, most)).result(WAIT_S)
+        forget_warnings(store, errors)
+        gone += went
     return gone
 
 
-def _forget(batch: list[tuple[int, str]], worth: int, before: float, most: int, tx: Transaction) -> int:
+def _forget(
+    batch: list[tuple[int, str]], worth: int, before: float, most: int, tx: Transaction
+) -> tuple[int, dict[int, set[str]]]:
     return deletion.delete_episodes(tx, batch, worth, before, most, time.time())
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from optillm_memory.errors import InvalidField
 from optillm_memory.records import Scope
 from optillm_memory.store.backend import Pool
-from optillm_memory.store.maintenance.forget import UNFINISHED
+from optillm_memory.store.maintenance.forget import ASKED, COPIED, EMPTY_SCOPE, ERASED, STEPS_OF_TRACES
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +84,58 @@ class ForgettingReads:
             found = db.execute(_ENDED, (before, *(after or (0.0, 0, "")), limit)).fetchall()
         return [(float(end), int(scope_id), str(episode_id)) for end, scope_id, episode_id in found]
 
+    def erasures(self) -> tuple[int, int]:
+        """Return the numbers of the last erasure that was asked for, and of the last that was done."""
+        with self.readers.borrow() as db:
+            found = dict(db.execute(f"SELECT key, value FROM meta WHERE key IN ('{ASKED}', '{ERASED}')").fetchall())
+        return int(found.get(ASKED, 0)), int(found.get(ERASED, 0))
+
     def is_unfinished(self) -> bool:
         """Whether something was forgotten that may still be in a file."""
-        with self.readers.borrow() as db:
-            return db.execute(f"SELECT 1 FROM meta WHERE key = '{UNFINISHED}'").fetchone() is not None
+        asked, erased = self.erasures()
+        return asked > erased
 
     def has_copies(self) -> bool:
         """Whether requests that were under way may have copied what was forgotten meanwhile."""
         with self.readers.borrow() as db:
             return db.execute("SELECT 1 FROM forgotten LIMIT 1").fetchone() is not None
+
+    def copied(self) -> list[str]:
+        """Return the traces that hold what was copied from memories that were forgotten."""
+        with self.readers.borrow() as db:
+            return [str(row[0]) for row in db.execute(COPIED).fetchall()]
+
+    def has_empty_scopes(self) -> bool:
+        """Whether there are scopes that nothing is left of."""
+        with self.readers.borrow() as db:
+            return db.execute(f"SELECT 1 FROM scopes WHERE {EMPTY_SCOPE} LIMIT 1").fetchone() is not None
+
+    def errors_of(self, selection: Selection) -> dict[int, set[str]]:
+        """Return by scope number the error messages of the steps that a selection's traces asked for or brought."""
+        condition, values = selection.traces()
+        errors: dict[int, set[str]] = {}
+        with self.readers.borrow() as db:
+            found = db.execute(
+                f"SELECT DISTINCT steps.scope_id, message FROM {STEPS_OF_TRACES} JOIN attempts "
+                "ON attempts.scope_id = steps.scope_id AND attempts.episode_id = steps.episode_id "
+                f"AND attempts.step_id = steps.step_id WHERE {condition} AND verdict = 'failure'",
+                values,
+            ).fetchall()
+        for scope_id, message in found:
+            errors.setdefault(int(scope_id), set()).add(message)
+        return errors
+
+    def warnings_of(self, scope_id: int, messages: Iterable[str]) -> list[tuple[str, str, str]]:
+        """Return (episode, anchor, form) of the insertions of a scope that warn of failures with these errors."""
+        quoted = [json.dumps(m.partition("\n")[0][:_QUOTED])[1:-1] for m in messages if len(m) >= _TELLING]
+        if not quoted:
+            return []
+        with self.readers.borrow() as db:
+            found = db.execute(
+                "SELECT episode_id, anchor, form, payload FROM ledger WHERE scope_id = ? AND items NOT LIKE '%\"mem-%'",
+                (scope_id,),
+            ).fetchall()
+        return [(row[0], row[1], row[2]) for row in found if any(text in row[3] for text in quoted)]
 
     def chosen(self, selection: Selection, limit: int) -> list[str]:
         """Return up to `limit` traces of a selection, whole episodes together."""
@@ -135,6 +179,7 @@ class ForgettingReads:
         return [Scope(*row) for row in found]
 
 
+_TELLING, _QUOTED = 8, 60  # characters of an error that tell it from others
 _RESTS_ON = """traces.trace_id IN (SELECT trace_id FROM contributions JOIN memories USING (number)
     WHERE memory_id = ? AND role = 'evidence')"""
 _RESTS_ON_FIX = """EXISTS (SELECT 1 FROM fix_evidence WHERE memory_id = ? AND role <> 'followed'

@@ -47,12 +47,26 @@ class Server:
             self._weighed = (time.monotonic(), each)
         return int(traces * each)
 
-    def give_back(
-        self,
-        scopes: Iterable[Scope] | None,  # noqa: ARG002 - it is all in one place
-        *,
-        progress: Callable[[str], None],
-    ) -> list[str]:
+    def outdate_indexes(self, scopes: Iterable[Scope] | None) -> None:
+        """Do nothing: the vectors are in the tables."""
+
+    def erase(self, *, progress: Callable[[str], None]) -> list[str]:
+        """Have the server remove deleted rows from its tables and statistics, while others read and write.
+
+        Their bytes stay in pages until those are used again, or until `compact`; the server's write-ahead log and its
+        backups are its operator's.
+        """
+        try:
+            with closing(PostgresConnection(self._url)) as connection:
+                for table in TABLES:
+                    progress(f"removing deleted rows from {table}")
+                    connection.execute(f"VACUUM (ANALYZE) {table}")
+                    _drop_old_statistics(connection, table)
+        except DatabaseError as error:
+            return [f"deleted rows may be left in the tables: {error}"]
+        return []
+
+    def compact(self, *, progress: Callable[[str], None]) -> list[str]:
         """Rewrite the tables without what was deleted, one at a time, each locked meanwhile, and their statistics.
 
         The server's write-ahead log and its backups are its operator's.

@@ -29,12 +29,14 @@ Connection: TypeAlias = stdlib_sqlite3.Connection  # the type; the object may be
 DatabaseError: type[Exception] = sqlite3.DatabaseError
 OperationalError: type[Exception] = sqlite3.OperationalError
 IntegrityError: type[Exception] = sqlite3.IntegrityError
-LATEST = "m008_prefixes_by_trace"  # the last of the numbered migrations
+LATEST = "m009_fewer_indexes"  # the last of the numbered migrations
 BUSY_TIMEOUT_S = 10.0
 _AWAY_S, _REOPENED_S = 5.0, 0.1  # how long who opens a file again waits for those who read, and they for that
 _TELL_S = 0.2
 _CHECKED_BYTES = 64 << 20  # a check reads the whole file: a larger one would delay the start
 WAL_BYTES = 16 << 20  # a larger WAL is copied into the file and cut off after the commit that made it so
+WORDS_LEFT = "words_left"  # in `meta`: the full-text index may hold words of rows that were deleted
+_WORDS_SECURE = "SELECT 1 FROM memories_fts_config WHERE k = 'secure-delete' AND v = 1"
 _JOURNALS = ("-shm", "-wal", "-journal")
 _CORRUPT = ("malformed", "not a database", "disk image", "file is encrypted")
 
@@ -91,10 +93,12 @@ def _open_writer(path: Path, *, thorough: bool = False) -> Connection:
         # The writer copies the WAL into the file itself, when what it wrote has been acknowledged.
         connection.execute("PRAGMA wal_autocheckpoint=0")
         connection.execute(f"PRAGMA journal_size_limit={WAL_BYTES}")
+        connection.execute("PRAGMA secure_delete=ON")  # what is deleted is overwritten
         if thorough or path.stat().st_size <= _CHECKED_BYTES:
             _check(connection, thorough=thorough)
         if not current:
             _migrate(connection)
+        _secure_words(connection)
     except BaseException:
         connection.close()
         raise
@@ -195,6 +199,21 @@ def _migrate(connection: Connection) -> None:
                 generation = (secrets.randbits(32),)
                 connection.execute("UPDATE meta SET value = ? WHERE key = 'generation'", generation)
         connection.execute("COMMIT")
+
+
+def words_are_secure() -> bool:
+    """Whether this SQLite takes a deleted row's words out of the full-text index at once, not with a later merge."""
+    return tuple(int(part) for part in sqlite_version().split(".")) >= (3, 42)
+
+
+def _secure_words(connection: Connection) -> None:
+    """Have the full-text index overwrite what is deleted in it; note whether it holds words of earlier deletions."""
+    if not words_are_secure() or connection.execute(_WORDS_SECURE).fetchone():
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute(f"INSERT INTO meta SELECT '{WORDS_LEFT}', 1 FROM memories_fts_docsize LIMIT 1")
+    connection.execute("INSERT INTO memories_fts(memories_fts, rank) VALUES ('secure-delete', 1)")
+    connection.execute("COMMIT")
 
 
 def connect(path: Path, *, read_only: bool = False, immutable: bool = False) -> Connection:

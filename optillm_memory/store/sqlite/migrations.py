@@ -77,6 +77,13 @@ def m008_prefixes_by_trace(db: Database) -> None:
         db.execute(statement)
 
 
+@migrations()
+def m009_fewer_indexes(db: Database) -> None:
+    """Drop indexes of random keys that only forgetting used: each made every request write pages of its own."""
+    for name in ("steps_step_id", "steps_made_by", "injections_memory"):
+        db.execute(f"DROP INDEX {name}")
+
+
 _NUMBERED = re.compile(r"m\d{3}_")
 _M001 = (
     "CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID",

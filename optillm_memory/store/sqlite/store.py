@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -10,12 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from optillm_memory.errors import StoreUnavailable
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.records import Scope, ThreadStarter
 from optillm_memory.store.backend import Dialect
 from optillm_memory.store.base import Store
-from optillm_memory.store.maintenance.shrink import remove_indexes, set_aside_files, shrink
 from optillm_memory.store.sqlite.connection import Connection, OperationalError, Readers
+from optillm_memory.store.sqlite.erase import Eraser
 from optillm_memory.store.sqlite.index_files import IndexFiles, folder_of
 from optillm_memory.store.sqlite.reading import reading
 from optillm_memory.store.sqlite.writer import SqliteWriter
@@ -54,7 +56,7 @@ class SqliteStore(Store):
             writer = SqliteWriter(path, queue_size=queue_size, within=within, alone=readers.away, start=start)
             readers.on_corruption, readers.on_change = writer.distrust, writer.look
         search = SearchBeside(path, readers, read_only=read_only)
-        super().__init__(writer, readers, dialect=DIALECT, search=search, location=DatabaseFile(path))
+        super().__init__(writer, readers, dialect=DIALECT, search=search, location=DatabaseFile(path, writer))
 
     def pause(self, timeout_s: float) -> bool:
         """Start nothing until `resume`, and read nothing; return whether no commit is under way any more."""
@@ -70,11 +72,14 @@ class SqliteStore(Store):
         super().resume()
 
 
-@dataclass(frozen=True)
 class DatabaseFile:
     """The file, with its WAL and the files of vectors beside it."""
 
-    path: Path
+    def __init__(self, path: Path, writer: SqliteWriter | ReadOnlyWriter) -> None:
+        self.path = path
+        self._writer = writer
+        self._lock = threading.Lock()
+        self._outdated: set[Scope | None] = set()  # whose vectors in files hold forgotten ones; None: everybody's
 
     @property
     def place(self) -> str:
@@ -93,14 +98,31 @@ class DatabaseFile:
         )
         return (pages - free) * size
 
-    def give_back(self, scopes: Iterable[Scope] | None, *, progress: Callable[[str], None]) -> list[str]:
-        """Write the file anew without what was deleted; return what may still hold some of it, and why."""
-        remove_indexes(self.path, scopes)
-        return [fault] if (fault := shrink(self.path, progress=progress)) else []
+    def outdate_indexes(self, scopes: Iterable[Scope] | None) -> None:
+        """Note that files of vectors hold forgotten ones of these scopes, None being all: `erase` removes them."""
+        with self._lock:
+            self._outdated.update((None,) if scopes is None else scopes)
+
+    def erase(self, *, progress: Callable[[str], None]) -> list[str]:
+        """Remove what was deleted from all files, while others read and write; return what prevented it."""
+        with self._lock:
+            outdated, self._outdated = self._outdated, set()
+        for scope in outdated:
+            IndexFiles(folder_of(self.path)).forget(scope)
+        return [fault] if (fault := self._eraser(progress).erase()) else []
+
+    def compact(self, *, progress: Callable[[str], None]) -> list[str]:
+        """Write the file anew without what was deleted; return what prevented it."""
+        return [fault] if (fault := self._eraser(progress).compact()) else []
+
+    def _eraser(self, progress: Callable[[str], None]) -> Eraser:
+        if isinstance(self._writer, ReadOnlyWriter):
+            raise StoreUnavailable(f"{self.path} was opened read-only")
+        return Eraser(self.path, self._writer, progress)
 
     def set_aside(self, *, delete: bool) -> list[str]:
         """Delete the databases that were set aside as corrupt, or say what they may hold."""
-        aside = set_aside_files(self.path)
+        aside = sorted(self.path.parent.glob(f"{self.path.name}.corrupt-*"))
         if delete:
             for path in aside:
                 path.unlink(missing_ok=True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import queue
 import secrets
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from optillm_memory.errors import StoreUnavailable
 from optillm_memory.records import ThreadStarter
@@ -31,6 +33,8 @@ from optillm_memory.store.sqlite.turnstile import Turnstile
 from optillm_memory.store.writer import Writer, start_thread
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 # How long writing waits for readers that hold the WAL back: at first, and where it has a quarter more than its bound.
 _READERS_S, _MORE_READERS_S = 0.02, 0.5
 _REST = 4.0  # times as long as it waited, until it tries again
@@ -58,6 +62,7 @@ class SqliteWriter(Writer):
         self._alone = alone
         self._vouched = False  # the file was checked throughout, and nothing was written since
         self._suspect = threading.Event()
+        self._jobs: queue.SimpleQueue[tuple[Callable[[Connection], Any], Future[Any]]] = queue.SimpleQueue()
         self._checkpoint_at = 0.0
         self._held_back = False  # the WAL grew far beyond its bound, and that was logged
         self._turnstile = Turnstile(path.with_name(path.name + "-turnstile"), start)
@@ -72,10 +77,19 @@ class SqliteWriter(Writer):
         with suppress(StoreUnavailable):  # who has enough to do looks anyway
             self.submit(lambda _: None)
 
+    def apart(self, job: Callable[[Connection], T]) -> Future[T]:
+        """Run a job between two commits, outside of a transaction; raises StoreUnavailable when the queue is full."""
+        done: Future[T] = Future()
+        self._jobs.put((job, done))
+        self.submit(lambda _: None)
+        return done
+
     def close(self) -> None:
         """Write what is queued, then close; nothing is taken after this."""
         super().close()
         self._turnstile.close()
+        while not self._jobs.empty():
+            self._jobs.get_nowait()[1].set_exception(StoreUnavailable("the memory is closed"))
 
     def _passing(self) -> AbstractContextManager[None]:
         return self._turnstile.passing()
@@ -119,6 +133,19 @@ class SqliteWriter(Writer):
         # With the turnstile still ours: while others write a checkpoint has no end.
         if self._connection is not None and (size := wal_bytes(self.path)) > WAL_BYTES:
             self._cut_off_wal(self._connection, size)
+        while not self._jobs.empty():
+            job, done = self._jobs.get_nowait()
+            try:
+                result = self._done(job)
+            except Exception as error:  # noqa: BLE001 - it goes to whoever asked for the job
+                done.set_exception(error)
+            else:
+                done.set_result(result)
+
+    def _done(self, job: Callable[[Connection], T]) -> T:
+        if self._connection is None:
+            raise StoreUnavailable(self.fault)
+        return job(self._connection)
 
     def _cut_off_wal(self, connection: Connection, size: int) -> None:
         if time.monotonic() < self._checkpoint_at:
