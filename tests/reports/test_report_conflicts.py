@@ -9,7 +9,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from builders import ask, body, hashing_memory, hit, lexical_memory, teach, tell
+from builders import ask, body, hit, lexical_memory, settings, teach, tell
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,6 +36,13 @@ class Clock:
         return self.now
 
 
+def timed_memory(tmp_path: Path) -> Memory:
+    """Open a memory whose clock is set by hand, with its encoder ready."""
+    memory = Memory(settings(tmp_path, encoder="hashing"), clock=Clock())
+    assert memory.encoder.wait(10) == "ready"
+    return memory
+
+
 def prompt(memory: Memory, task: str, *, text_only: bool = False) -> str:
     """Return what goes upstream for a task."""
     return str(memory.begin(body(task), text_only=text_only).messages)
@@ -45,8 +52,7 @@ def prompt(memory: Memory, task: str, *, text_only: bool = False) -> str:
 @pytest.mark.parametrize("text_only", [False, True], ids=["turns", "block"])
 def test_the_later_answer_is_shown_alone(tmp_path: Path, later: str, *, text_only: bool) -> None:
     """19 % and then 16 %: only the latter goes into the prompt, as turns and as a block, and again after a rebuild."""
-    with hashing_memory(tmp_path) as memory:
-        memory._clock = Clock()
+    with timed_memory(tmp_path) as memory:
         teach(memory, TASK, "19 percent")
         teach(memory, later, "16 percent")
         for _ in range(2):
@@ -58,8 +64,7 @@ def test_the_later_answer_is_shown_alone(tmp_path: Path, later: str, *, text_onl
 
 def test_what_is_verified_again_is_the_later_one(tmp_path: Path) -> None:
     """An old answer that was verified once more since is the newer evidence."""
-    with hashing_memory(tmp_path) as memory:
-        memory._clock = Clock()
+    with timed_memory(tmp_path) as memory:
         for answer in ("19 percent", "16 percent", "19 percent"):
             teach(memory, TASK, answer)
         said = prompt(memory, TASK)
@@ -69,8 +74,7 @@ def test_what_is_verified_again_is_the_later_one(tmp_path: Path) -> None:
 
 def test_the_earlier_one_is_back_when_the_later_one_fails(tmp_path: Path) -> None:
     """A later answer that turned out wrong, or whose feedback was taken back, hides nothing."""
-    with hashing_memory(tmp_path) as memory:
-        memory._clock = Clock()
+    with timed_memory(tmp_path) as memory:
         teach(memory, TASK, "19 percent")
         turn = ask(memory, TASK, "16 percent")
         tell(memory, turn, feedback_id="later")
