@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing_extensions import Self
 from optillm_memory.errors import AgentMemoryError
 from optillm_memory.memory import Memory
 from optillm_memory.settings import Settings
-from optillm_memory.store.sqlite.audit import feedback_in, integrity
+from optillm_memory.store.sqlite.connection import DatabaseError, connect
 
 
 @dataclass
@@ -36,7 +38,7 @@ def opened(path: Path) -> Memory:
 def damage(path: Path) -> Faults:
     """Check the file itself with SQLite's own check."""
     aside = list(path.parent.glob(f"{path.name}.corrupt-*"))
-    return Faults(corrupt=int(bool(aside) or (path.exists() and integrity(path) != "ok")))
+    return Faults(corrupt=int(bool(aside) or (path.exists() and _integrity(path) != "ok")))
 
 
 def check(path: Path, acknowledged: Mapping[str, str]) -> Faults:
@@ -48,7 +50,7 @@ def check(path: Path, acknowledged: Mapping[str, str]) -> Faults:
     with opened(path) as memory:
         if memory.store.fault:
             return found + Faults(lost=len(acknowledged), corrupt=1)
-        present = feedback_in(path)
+        present = _feedback_in(path)
         found += Faults(
             lost=sum(not present[pair] for pair in acknowledged.items()), doubled=sum(n > 1 for n in present.values())
         )
@@ -73,3 +75,21 @@ def send_feedback(memory: Memory, trace_id: str) -> str:
     """Report success of a request; return the id of the feedback, which is now acknowledged."""
     (receipt,) = memory.feedback({"trace_id": trace_id, "metric": "success", "value": True, "source": "code"})
     return receipt.feedback_id
+
+
+def _integrity(path: Path) -> str:
+    """Return the result of SQLite's own check: `ok`, or the fault.
+
+    The connection may write: a journal that a crash left is rolled back first, as at any start.
+    """
+    try:
+        with contextlib.closing(connect(path)) as db:
+            return str(db.execute("PRAGMA integrity_check(1)").fetchone()[0])
+    except DatabaseError as error:
+        return str(error)
+
+
+def _feedback_in(path: Path) -> Counter[tuple[str, str]]:
+    """Return how often each feedback is stored with its trace: (feedback id, trace id)."""
+    with contextlib.closing(connect(path)) as db:
+        return Counter(db.execute("SELECT feedback_id, trace_id FROM feedback JOIN traces USING (trace_id)"))

@@ -32,16 +32,22 @@ def run(
         place = folder / f"lost-{first}"
         place.mkdir()
         for life in range(first, min(losses, first + LIVES)):
-            place = _life(place, f"life {life}", acknowledged, chance, honest=honest)
-            faults += damage(place / "memory.db")
+            place, found = _life(place, f"life {life}", acknowledged, chance, honest=honest)
+            faults += found + damage(place / "memory.db")
             tick()
         faults += check(place / "memory.db", acknowledged)
         total += len(acknowledged)
     return {"power_losses": losses, "acknowledged": total, **vars(faults)}
 
 
-def _life(place: Path, name: str, acknowledged: dict[str, str], chance: random.Random, *, honest: bool) -> Path:
-    """Write to a folder's file until the power fails; return a folder with what a restart finds."""
+def _life(
+    place: Path, name: str, acknowledged: dict[str, str], chance: random.Random, *, honest: bool
+) -> tuple[Path, Faults]:
+    """Write to a folder's file until the power fails; return a folder with what a restart finds, and the faults.
+
+    An error while the power lasts is a fault: the file was damaged before.
+    """
+    faults = Faults()
     # The first operations, which start and migrate, are as likely as the many later ones.
     disk = PowerFailure(int(10 ** chance.uniform(0, 3.6)), chance.random, honest=honest)
     closes, wal = chance.random() < _CLOSES, chance.random() >= _ROLLBACK
@@ -54,11 +60,11 @@ def _life(place: Path, name: str, acknowledged: dict[str, str], chance: random.R
                 if closes and chance.random() < 1 / 20:
                     break
         except AgentMemoryError:
-            assert disk.failed
+            faults += Faults(corrupt=int(not disk.failed))
         finally:
             memory.close()
     disk.unregister()
     remaining = place.with_name(f"{place.name}+")
     remaining.mkdir()
     disk.write_remaining(remaining)
-    return remaining
+    return remaining, faults
