@@ -1,4 +1,4 @@
-"""Recall among many vectors: memory and files searched as one, written behind, checked when opened."""
+"""Recall among many vectors: memory and files searched as one, written in the background, checked when opened."""
 
 from __future__ import annotations
 

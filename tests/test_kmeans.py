@@ -1,4 +1,4 @@
-"""The lists of a large scope's file: each row in the one nearest to it, and rows that are alike in few of them."""
+"""The lists of an inverted file: each row in the list of its nearest centroid, similar rows in few lists."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Agreement(NamedTuple):
 
 
 def agreements(query: str, texts: Sequence[str]) -> list[Agreement]:
-    """Return how far each text agrees with a query; what is rare is told from the texts themselves."""
+    """Return how far each text agrees with a query; how rare a word is, is counted in the texts themselves."""
     language = language_of(query)
     asked, asked_grams = units(query, language), _trigrams(query)
     grams = [_trigrams(text) for text in texts]
