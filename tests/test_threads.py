@@ -462,10 +462,10 @@ def test_a_reader_that_cannot_be_opened_is_not_counted(tmp_path: Path, monkeypat
     with lexical_memory(tmp_path) as memory:
         readers = memory.store._readers
         assert isinstance(readers, Readers)
-        with readers.borrow():  # the idle one is lent: another has to be opened
-            failing_once(monkeypatch, connection, "connect", OSError("too many files"))
-            with pytest.raises(OSError, match="too many"), readers.borrow():
-                pass
+        readers.close()  # those that are idle: another has to be opened
+        failing_once(monkeypatch, connection, "connect", OSError("too many files"))
+        with pytest.raises(OSError, match="too many"), readers.borrow():
+            pass
         with readers.away():
             pass
         assert memory.stats()["traces"] == 0
