@@ -7,14 +7,12 @@ that is busy is busy for all of them, and what counts is the ratio of their time
 
 from __future__ import annotations
 
-import contextlib
 import json
-import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,20 +20,18 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks import ann_indexes
-from benchmarks.ann_indexes import KINDS, Vectors, avx2_environment, found_in, mask_newer_than_avx2, version_of
+from benchmarks.ann_indexes import KINDS, PACKAGES, Vectors, version_of
+from benchmarks.ann_worker import NEAREST, Contestant, Figures, recall_of, running
 from optillm_memory.bench.records import Records
 from optillm_memory.bench.report import quantile, report
 
-NEAREST, QUERIES, ROUNDS = 10, 400, 5
+QUERIES, ROUNDS = 400, 5
 _TUNED_ON = 200  # questions that the effort is chosen on; the figures are of all
 _SAME_RECALL = 0.005  # so much lower a recall counts as the same
-_OF_LIMIT = 0.002  # so much less than what the greatest effort finds is as good
 _CHANGES, _CHANGED_SHARE = 1_000, 0.01  # rows inserted, and deleted: so many, or this share of all
 _KNOWN = 20  # deleted rows that are looked for on disk
 _RATIO = 1.3  # of our time and of our memory, within which a library replaces ours
 SIMD = ("all", "avx2")
-Figures = dict[str, float]
 
 
 class Questions(NamedTuple):
@@ -51,200 +47,30 @@ class Questions(NamedTuple):
 def questions(records: Records, count: int = QUERIES) -> Questions:
     """Draw questions and changes, and compare each question with every row."""
     changes = min(_CHANGES, int(records.size * _CHANGED_SHARE))
-    vectors = np.stack([vector for _, vector in records.queries(count + changes)])
-    asked, inserted = vectors[:count], vectors[count:]
-    wider = 4 * NEAREST
-    best = np.full((count, wider), -2.0, dtype=np.float32)
-    numbers = np.full((count, wider), -1, dtype=np.int64)
-    for start, block in [*records.blocks(), (records.size, inserted)]:
-        if start == records.size:
-            before, nearest = best, numbers
-        scores = np.hstack([best, asked @ block.T])
-        named = np.hstack([numbers, np.broadcast_to(np.arange(start, start + len(block)), (count, len(block)))])
-        order = np.argsort(-scores, axis=1)[:, :wider]
-        best, numbers = np.take_along_axis(scores, order, 1), np.take_along_axis(named, order, 1)
-    del before
+    asked = np.stack([vector for _, vector in records.queries(count)])
+    some = records.block(0)[:changes]  # what comes later is like what is there
+    blends = np.sqrt(np.float32(0.8)) * some + np.sqrt(np.float32(0.2)) * some[::-1]
+    inserted = np.asarray(blends / np.linalg.norm(blends, axis=1, keepdims=True), dtype=np.float32)
+    nearest = nearest_of(asked, records.blocks(), NEAREST)
+    after = nearest_of(asked, chain(records.blocks(), [(records.size, inserted)]), 4 * NEAREST)
     # Half of what is deleted would be found otherwise, the rest is anything.
     rng = np.random.default_rng(5)
-    hit = rng.permutation(np.unique(nearest[:, :NEAREST]))[: changes // 2]
+    hit = rng.permutation(np.unique(nearest))[: changes // 2]
     deleted = np.unique(np.concatenate([hit, rng.integers(records.size, size=changes - len(hit))]))
-    after = np.stack([row[~np.isin(row, deleted)][:NEAREST] for row in numbers])
-    return Questions(asked, nearest[:, :NEAREST], inserted, deleted, after)
+    after = np.stack([row[~np.isin(row, deleted)][:NEAREST] for row in after])
+    return Questions(asked, nearest, inserted, deleted, after)
 
 
-# -- one contestant in its process -----------------------------------------------------------------
-
-
-class Worker:
-    """A contestant in a process of its own; every method is called from the parent by its name."""
-
-    def __init__(self, name: str, folder: Path, simd: str) -> None:
-        """Load the contestant's library."""
-        self._masked = simd == "all" or mask_newer_than_avx2(name, folder)
-        self._folder = folder
-        self._index = KINDS[name](folder)
-        self._baseline = _memory_of(os.getpid())
-
-    def masked(self) -> bool:
-        """Whether the process is kept to the instructions that were asked for."""
-        return self._masked
-
-    def build(self, size: int, seed: int) -> Figures:
-        """Build the index; what generating the vectors takes is taken off."""
-        records = Records(size, seed)
-        started, processor = time.perf_counter(), time.process_time()
-        for _ in records.blocks():
-            pass
-        generating, generating_cpu = time.perf_counter() - started, time.process_time() - processor
-        started, processor = time.perf_counter(), time.process_time()
-        self._index.build(records)
-        seconds = time.perf_counter() - started - generating
-        size_on_disk = sum(path.stat().st_size for path in self._folder.iterdir())
-        return {
-            "build_s": seconds, "build_cpu_s": time.process_time() - processor - generating_cpu,
-            "build_peak_mb": _peak_mb(), "bytes_per_row": size_on_disk / size,
-        }  # fmt: skip
-
-    def open(self, query: Vectors, *, writable: bool) -> Figures:
-        """Open the index and ask one question."""
-        started = time.perf_counter()
-        self._index.open(writable=writable)
-        self._index.set_effort(self._index.efforts[0])
-        opened = time.perf_counter()
-        self._index.search(query, NEAREST)
-        return {"open_s": opened - started, "first_ms": (time.perf_counter() - opened) * 1000}
-
-    def tune(self, queries: Vectors, nearest: NDArray[np.int64], target: float) -> int:
-        """Choose the least effort that finds the target's share, or nearly what the greatest finds where that is less.
-
-        Rows of 8 bits have a limit, which more effort does not move.
-        """
-        efforts = self._index.efforts
-
-        def recall(effort: int) -> float:
-            self._index.set_effort(effort)
-            return recall_of([self._index.search(query, NEAREST) for query in queries], nearest)
-
-        low, high = 0, len(efforts) - 1
-        target = min(target, recall(efforts[high]) - _OF_LIMIT)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if recall(efforts[middle]) >= target else (middle + 1, high)
-        return efforts[low]
-
-    def set_effort(self, effort: int) -> None:
-        """Set what was chosen in another process."""
-        self._index.set_effort(effort)
-
-    def ask(self, queries: Vectors) -> tuple[list[float], list[list[int]]]:
-        """Ask some questions one by one; return the milliseconds of each and what was found."""
-        times, found = [], []
-        for query in queries:
-            started = time.perf_counter()
-            found.append(self._index.search(query, NEAREST))
-            times.append((time.perf_counter() - started) * 1000)
-        return times, found
-
-    def change(self, inserted: Vectors, deleted: NDArray[np.int64], first: int) -> Figures:
-        """Insert and delete rows one by one, as requests do."""
-        started = time.perf_counter()
-        for number, vector in enumerate(inserted, first):
-            self._index.insert(number, vector)
-        between = time.perf_counter()
-        for number in deleted.tolist():
-            self._index.delete(number)
-        ended = time.perf_counter()
-        return {
-            "insert_ms": (between - started) * 1000 / len(inserted),
-            "delete_ms": (ended - between) * 1000 / len(deleted),
-        }
-
-    def stored(self, numbers: NDArray[np.int64], vectors: Vectors) -> list[bytes]:
-        """Return the bytes by which rows would be recognised on disk."""
-        return self._index.stored(numbers, vectors)
-
-    def forget(self, patterns: Sequence[bytes]) -> Figures:
-        """Put the deletions on disk, at first quickly and then for good; see each time whether the bytes are gone."""
-        there = found_in(self._folder, patterns)
-        started = time.perf_counter()
-        self._index.save()
-        save = time.perf_counter() - started
-        left = found_in(self._folder, patterns)
-        started, processor = time.perf_counter(), time.process_time()
-        self._index.purge()
-        purge, purge_cpu = time.perf_counter() - started, time.process_time() - processor
-        return {
-            "known_on_disk": there, "left_after_save": left, "left_after_purge": found_in(self._folder, patterns),
-            "save_s": save, "purge_s": purge, "purge_cpu_s": purge_cpu,
-        }  # fmt: skip
-
-    def memory(self) -> Figures:
-        """Return what the index takes of memory, beyond what the process took without it."""
-        now = _memory_of(os.getpid())
-        return {"rss_mb": now[0] - self._baseline[0], "private_mb": now[1] - self._baseline[1]}
-
-
-def _serve(connection: Connection, name: str, folder: Path, simd: str) -> None:
-    worker = Worker(name, folder, simd)
-    with contextlib.suppress(EOFError):
-        while True:
-            method, given, named = connection.recv()
-            try:
-                connection.send((getattr(worker, method)(*given, **named), None))
-            except Exception as error:  # noqa: BLE001 - told to the parent, which goes on without this contestant
-                connection.send((None, f"{type(error).__name__}: {error}"))
-
-
-class Contestant:
-    """The parent's end of a contestant's process."""
-
-    def __init__(self, name: str, folder: Path, simd: str = "all") -> None:
-        """Start the process, with the environment that masks instructions where that is asked for."""
-        self.name = name
-        # One question at a time is too little work for several threads of a BLAS: they would only wait for one another.
-        variables = {"OPENBLAS_NUM_THREADS": "1", **(avx2_environment() if simd == "avx2" else {})}
-        before = {key: os.environ.get(key) for key in variables}
-        self._end, theirs = multiprocessing.get_context("spawn").Pipe()
-        os.environ.update(variables)
-        try:
-            self._process = multiprocessing.get_context("spawn").Process(
-                target=_serve, args=(theirs, name, folder, simd), daemon=True
-            )
-            self._process.start()
-        finally:
-            for key, value in before.items():
-                os.environ.pop(key, None) if value is None else os.environ.update({key: value})
-        theirs.close()
-
-    def do(self, method: str, *given: Any, **named: Any) -> Any:
-        """Call a method there. Raises RuntimeError where it failed or the process ended."""
-        try:
-            self._end.send((method, given, named))
-            found, fault = self._end.recv()
-        except (EOFError, OSError) as error:
-            raise RuntimeError(f"{self.name}: the process ended: is there memory enough?") from error
-        if fault:
-            raise RuntimeError(f"{self.name}: {method}: {fault}")
-        return found
-
-    def close(self) -> None:
-        """End the process."""
-        self._end.close()
-        self._process.join(30)
-        if self._process.is_alive():
-            self._process.kill()
-
-
-@contextlib.contextmanager
-def _running(names: Sequence[str], folder: Path, simd: str = "all") -> Iterator[list[Contestant]]:
-    running: list[Contestant] = []
-    try:
-        for name in names:
-            running.append(Contestant(name, folder / name, simd))  # noqa: PERF401 - each is closed if the next fails
-        yield running
-    finally:
-        for contestant in running:
-            contestant.close()
+def nearest_of(asked: Vectors, blocks: Iterable[tuple[int, Vectors]], count: int) -> NDArray[np.int64]:
+    """Return the numbers of the `count` rows nearest to each question, best first, by comparing with every row."""
+    best = np.full((len(asked), count), -2.0, dtype=np.float32)
+    numbers = np.full((len(asked), count), -1, dtype=np.int64)
+    for start, block in blocks:
+        scores = np.hstack([best, asked @ block.T])
+        named = np.hstack([numbers, np.broadcast_to(np.arange(start, start + len(block)), (len(asked), len(block)))])
+        order = np.argpartition(-scores, count, axis=1)[:, :count]
+        best, numbers = np.take_along_axis(scores, order, 1), np.take_along_axis(named, order, 1)
+    return np.take_along_axis(numbers, np.argsort(-best, axis=1), 1)
 
 
 # -- the whole -------------------------------------------------------------------------------------
@@ -264,7 +90,7 @@ def run(
     figures: dict[str, Any] = {}
     present = [name for name in names if version_of(name) is not None]
     for name in set(names) - set(present):
-        say(f"{name} is not installed: pip install {ann_indexes.PACKAGES[name]}")
+        say(f"{name} is not installed: pip install {PACKAGES[name.partition('-')[0]]}")
     for size in sizes:
         say(f"{size} rows: the true neighbours of {count} questions")
         asked = questions(Records(size, seed), count)
@@ -274,7 +100,7 @@ def run(
             for name in present:
                 say(f"{size} rows: {name}: build")
                 (folder / name).mkdir()
-                with _running([name], folder) as (contestant,):
+                with running([name], folder) as (contestant,):
                     found[name] = contestant.do("build", size, seed)
             for kind in simd:
                 say(f"{size} rows: questions, instructions: {kind}")
@@ -293,7 +119,7 @@ def _ask(found: dict[str, Figures], folder: Path, asked: Questions, simd: str, r
     """Open all contestants in fresh processes, have each find as much as ours does, and ask them in turns."""
     for name in found:
         _out_of_page_cache(folder / name)
-    with _running(list(found), folder, simd) as contestants:
+    with running(list(found), folder, simd) as contestants:
         for each in contestants:
             own = found[each.name]
             own[f"{simd}_masked"] = float(each.do("masked"))
@@ -316,7 +142,7 @@ def _change(
 ) -> None:  # fmt: skip
     known = asked.deleted[:_KNOWN]
     vectors = _rows(Records(size, seed), known)
-    with _running(list(found), folder) as contestants:
+    with running(list(found), folder) as contestants:
         patterns = {}
         for each in contestants:
             each.do("open", asked.queries[0], writable=True)
@@ -380,16 +206,11 @@ def verdict(figures: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[st
     return {name: "; ".join(why) or "replaces ours" for name, why in reasons.items()}
 
 
-def recall_of(found: Sequence[Sequence[int]], nearest: NDArray[np.int64]) -> float:
-    """Return the share of the true nearest that was found."""
-    hits = sum(len(set(mine) & set(true.tolist())) for mine, true in zip(found, nearest, strict=True))
-    return hits / nearest.size
-
-
 _COLUMNS = {
     "p50 / p99 ms": ("all_p50_ms", "all_p99_ms"), "AVX2": ("avx2_p50_ms", "avx2_p99_ms"),
     "changed": ("changed_p50_ms", "changed_p99_ms"), "recall@10": ("all_recall_at_10",),
-    "RSS MB, changed": ("all_rss_mb", "changed_rss_mb"), "build s / CPU s": ("build_s", "build_cpu_s"),
+    "RSS MB, changed": ("all_rss_mb", "changed_rss_mb"), "private MB while purged": ("purge_private_mb",),
+    "build s / CPU s": ("build_s", "build_cpu_s"),
     "bytes a row": ("bytes_per_row",), "open s / first ms": ("all_open_s", "all_first_ms"),
     "insert / delete ms": ("insert_ms", "delete_ms"),
     "left of 20: saved / purged": ("left_after_save", "left_after_purge"),
@@ -404,8 +225,13 @@ def table(figures: Mapping[str, Any]) -> str:
         if size == "verdict":
             continue
         for name, own in found.items():
-            cells = [" / ".join(f"{own[key]:.3g}" if key in own else "-" for key in keys) for keys in _COLUMNS.values()]
-            lines.append(f"| {int(size):,} | {name} | {' | '.join(cells)} |")
+            cells = {
+                column: " / ".join(f"{own[key]:.3g}" if key in own else "-" for key in keys)
+                for column, keys in _COLUMNS.items()
+            }
+            if not own.get("avx2_masked", 1.0):
+                cells["AVX2"] += " (not masked)"
+            lines.append(f"| {int(size):,} | {name} | {' | '.join(cells.values())} |")
     return "\n".join([*lines, "", *(f"{name}: {text}" for name, text in figures["verdict"].items())])
 
 
@@ -425,20 +251,6 @@ def _out_of_page_cache(folder: Path) -> None:
             os.fsync(file.fileno())
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _memory_of(pid: int) -> tuple[float, float]:
-    """Return the resident memory of a process, and how much of it is not of files, in MB."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    fields = {name: int(rest.split()[0]) / 1024 for name, _, rest in (line.partition(":") for line in lines)
-              if name in ("VmRSS", "RssAnon")}  # fmt: skip
-    return fields["VmRSS"], fields["RssAnon"]
-
-
-def _peak_mb() -> float:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 @click.command("ann")

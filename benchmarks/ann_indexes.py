@@ -1,7 +1,8 @@
 """The contestants of `benchmarks ann`: our own index, faiss, usearch and hnswlib behind one small interface.
 
-Each is used as its documentation advises for rows on disk: ours and faiss as inverted lists of 8-bit rows, usearch as a
-graph over 8-bit rows, hnswlib, which has neither, as a graph over floats. All compare unit vectors by inner product.
+Each is used as suits rows on disk best: ours as inverted lists of rows in two planes of bytes, faiss as inverted lists
+of 8 bits a number and, as 8 bits have a limit to what they find, of 16; usearch as a graph over rows of 8 bits,
+hnswlib, which has no such rows, as a graph over floats. All compare unit vectors by inner product.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ Vectors = NDArray[np.float32]
 Numbers = NDArray[np.int64]
 _FINGERPRINT, _NAME = "bench", "rows"
 _PER_CENTROID = 40  # rows that faiss trains each centroid on: the least it does not warn of
+_GRAPH_FROM = 2_048  # lists from which on a graph over the centroids is faster than to compare them all
 _ROOM = 4_096  # rows that may be added to a graph whose size is fixed
 
 
@@ -142,8 +144,9 @@ class Ours:
 
 
 class Faiss:
-    """faiss: inverted lists of rows of 8 bits a number; mapped from disk it cannot be changed."""
+    """faiss: inverted lists of rows of 16-bit floats; mapped from disk it cannot be changed."""
 
+    _bits = "QT_fp16"
     efforts: Sequence[int] = tuple(dict.fromkeys(round(1.25**n) for n in range(40)))
 
     def __init__(self, folder: Path) -> None:
@@ -155,12 +158,14 @@ class Faiss:
     def build(self, records: Records) -> None:
         """Train 4 sqrt(rows) lists on a sample, then add everything."""
         lists, waiting = round(4 * math.sqrt(records.size)), list[tuple[int, Vectors]]()
-        inner = self._faiss.METRIC_INNER_PRODUCT
-        coarse = self._faiss.IndexFlatIP(DIMENSION)
-        index = self._faiss.IndexIVFScalarQuantizer(
-            coarse, DIMENSION, lists, self._faiss.ScalarQuantizer.QT_8bit, inner
-        )
+        inner, flat = self._faiss.METRIC_INNER_PRODUCT, self._faiss.IndexFlatIP(DIMENSION)
+        coarse = self._faiss.IndexHNSWFlat(DIMENSION, 32, inner) if lists > _GRAPH_FROM else flat
+        bits, residual = getattr(self._faiss.ScalarQuantizer, self._bits), self._bits == "QT_8bit"
+        index = self._faiss.IndexIVFScalarQuantizer(coarse, DIMENSION, lists, bits, inner, residual)
         index.cp.spherical = True
+        if coarse is not flat:
+            index.quantizer_trains_alone, index.clustering_index = 2, flat
+            coarse.hnsw.efSearch = 64
         wanted = min(_PER_CENTROID * lists, records.size)
         for start, vectors in records.blocks():
             waiting.append((start, vectors))
@@ -177,6 +182,8 @@ class Faiss:
         self._faiss.omp_set_num_threads(1)  # one query at a time: more threads only wait for one another
         flags = 0 if writable else self._faiss.IO_FLAG_MMAP | self._faiss.IO_FLAG_READ_ONLY
         self._index = self._faiss.read_index(self._path, flags)
+        if not writable:  # threads that read lists ahead take longer than a search of what is in the page cache
+            self._faiss.downcast_InvertedLists(self._index.invlists).prefetch_nthread = 0
 
     def set_effort(self, effort: int) -> None:
         """Set how many lists are looked into."""
@@ -212,6 +219,12 @@ class Faiss:
     def purge(self) -> None:
         """Write everything: removed rows are in no list any more. A centroid may still be one of them."""
         self.save()
+
+
+class FaissBytes(Faiss):
+    """The same with 8 bits a number: of the distance to the centroid, which is smaller than the vector."""
+
+    _bits = "QT_8bit"
 
 
 class Usearch:
@@ -346,12 +359,15 @@ class Hnswlib:
         return importlib.import_module("hnswlib").Index(space="ip", dim=DIMENSION)
 
 
-KINDS: dict[str, type[Index]] = {"ours": Ours, "faiss": Faiss, "usearch": Usearch, "hnswlib": Hnswlib}
+KINDS: dict[str, type[Index]] = {
+    "ours": Ours, "faiss": Faiss, "faiss-8bit": FaissBytes, "usearch": Usearch, "hnswlib": Hnswlib,
+}  # fmt: skip
 PACKAGES = {"ours": "optillm-memory", "faiss": "faiss-cpu", "usearch": "usearch", "hnswlib": "hnswlib"}
 
 
 def version_of(name: str) -> str | None:
     """Return the version of a contestant's package, None where it is not installed."""
+    name = name.partition("-")[0]
     if name != "ours" and importlib.util.find_spec(name) is None:
         return None
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -379,7 +395,7 @@ def avx2_environment() -> dict[str, str]:
 
 def mask_newer_than_avx2(name: str, folder: Path) -> bool:
     """Keep this process's contestant from instructions newer than AVX2; return whether that could be done."""
-    if name == "faiss":
+    if name.startswith("faiss"):
         faiss = importlib.import_module("faiss")
         return bool(faiss.SIMDConfig.get_level_name() == "AVX2")
     if name == "hnswlib" or importlib.util.find_spec("numkong") is None:

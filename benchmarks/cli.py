@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
 import click
@@ -20,10 +19,10 @@ class _Benchmarks(click.Group):
     """Loads some commands only when they are used, and prints our errors in one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*super().list_commands(ctx), *(name for name in _LAZY if _exists(name))})
+        return sorted({*super().list_commands(ctx), *_LAZY})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in _LAZY and _exists(cmd_name):
+        if cmd_name in _LAZY:
             found = getattr(importlib.import_module(f"benchmarks.{cmd_name}"), cmd_name)
             assert isinstance(found, click.Command)
             return found
@@ -36,13 +35,9 @@ class _Benchmarks(click.Group):
             raise click.ClickException(str(error)) from error
 
 
-def _exists(name: str) -> bool:
-    return importlib.util.find_spec(f"benchmarks.{name}") is not None
-
-
 @click.group(cls=_Benchmarks)
 def main() -> None:
-    """Measure the project itself: beside other memories, under faults, with agents."""
+    """Measure the project itself: compared with other memories, under faults, with agents."""
 
 
 @main.command()

@@ -1,4 +1,4 @@
-"""The words of the design as frozen values: what the rooms hand to each other."""
+"""The vocabulary of the design as frozen values, which the packages pass to each other."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Feedback:
 
 @dataclass(frozen=True, slots=True)
 class FeedbackReceipt:
-    """What became of one feedback; given only after it is on disk."""
+    """What became of one feedback; returned once it is on disk."""
 
     feedback_id: str
     status: FeedbackStatus

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import ann
 from benchmarks.ann_indexes import KINDS, version_of
+from benchmarks.ann_worker import NEAREST, recall_of
 from optillm_memory.bench.records import Records
 
 SIZE = 2_000
@@ -20,8 +21,9 @@ FIGURES = {
     *(f"{kind}_{figure}" for kind in ("all", "avx2", "changed") for figure in
       ("p50_ms", "p99_ms", "recall_at_10", "rss_mb", "private_mb", "ratio")),
     *(f"{kind}_{figure}" for kind in ("all", "avx2") for figure in ("open_s", "first_ms", "masked")),
-    "build_s", "build_cpu_s", "build_peak_mb", "bytes_per_row", "effort", "insert_ms", "delete_ms",
+    "build_s", "build_cpu_s", "build_private_mb", "bytes_per_row", "effort", "insert_ms", "delete_ms",
     "deleted_but_found", "known_on_disk", "left_after_save", "left_after_purge", "save_s", "purge_s", "purge_cpu_s",
+    "purge_private_mb",
 }  # fmt: skip
 
 
@@ -54,13 +56,14 @@ def test_the_truth_is_that_of_all_rows_and_knows_the_changes() -> None:
     records = Records(1_000, 3)
     asked = ann.questions(records, 20)
     rows = np.concatenate([block for _, block in records.blocks()])
-    before = np.argsort(-(asked.queries @ rows.T), axis=1)[:, : ann.NEAREST]
-    assert ann.recall_of(before.tolist(), asked.nearest) == 1
+    before = np.argsort(-(asked.queries @ rows.T), axis=1)[:, :NEAREST]
+    assert recall_of(before.tolist(), asked.nearest) == 1
     scores = asked.queries @ np.concatenate([rows, asked.inserted]).T
     scores[:, asked.deleted] = -2
-    after = np.argsort(-scores, axis=1)[:, : ann.NEAREST]
-    assert ann.recall_of(after.tolist(), asked.nearest_after) == 1
+    after = np.argsort(-scores, axis=1)[:, :NEAREST]
+    assert recall_of(after.tolist(), asked.nearest_after) == 1
     assert np.isin(asked.deleted, asked.nearest).any()
+    assert (asked.nearest_after >= records.size).any()
 
 
 OURS = {

@@ -6,6 +6,7 @@ import contextlib
 import json
 import sqlite3
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -20,7 +21,7 @@ from optillm_memory.store.postgres.schema import is_there
 
 ON_WHAT_IS_THERE = {
     "stats": (), "traces": (), "show": ("t1",), "why": ("t1",), "memories": (), "uplift": (), "policy": (),
-    "recall": ("a task",), "rebuild": (), "verify": (), "migrate": (), "backup": ("copy.db",),
+    "recall": ("a task",), "rebuild": (), "compact": (), "verify": (), "migrate": (), "backup": ("copy.db",),
     "forget": ("--trace", "t1", "--yes"), "reembed": (),
 }  # fmt: skip
 
@@ -110,12 +111,22 @@ def test_feedback_makes_the_database_it_waits_in(tmp_path: Path) -> None:
     assert json.loads(CliRunner().invoke(main, ["stats", *where]).stdout)["feedback"] == 1
 
 
+def leaves(group: click.Group) -> Iterator[click.Command]:
+    """Yield every command that is not a group of commands."""
+    for command in group.commands.values():
+        if isinstance(command, click.Group):
+            yield from leaves(command)
+        else:
+            yield command
+
+
 def test_json_is_a_flag_and_output_a_file() -> None:
-    """Every command that prints a result has `--json` as a flag and `--output` as a file."""
-    names = {*ON_WHAT_IS_THERE, "feedback", "install", "doctor", "settings", "copy"}
-    for name in names:
-        options = {opt: parameter for parameter in main.commands[name].params for opt in parameter.opts}
-        assert isinstance(options["--json"], click.Option)
+    """Every command but `serve`, those of `bench` too, has `--json` as a flag and `--output` as a file."""
+    found = [command for command in leaves(main) if command.name != "serve"]
+    assert len(found) > 20
+    for command in found:
+        options = {opt: parameter for parameter in command.params for opt in parameter.opts}
+        assert isinstance(options["--json"], click.Option), command.name
         assert options["--json"].is_flag
         assert isinstance(options["--output"].type, click.Path)
 

@@ -167,6 +167,24 @@ def test_a_rebuild_reads_every_step_however_long_the_episode(tmp_path: Path, mon
         assert len(memory.trace(agent.turns[-1].trace_id)["steps"]) == 5
 
 
+def test_reading_attempts_writes_nothing(tmp_path: Path) -> None:
+    """What observations tell is written by `interpret`; to read it changes nothing, also where it is not there yet."""
+
+    def read(tx: Transaction, episode_id: str) -> tuple[int, int, int]:
+        tx.db.execute("DELETE FROM attempts")
+        before = tx.db.total_changes
+        known = len(tx.steps.attempts(Scope("local"), episode_id))
+        written = tx.db.total_changes - before
+        tx.steps.interpret(Scope("local"), episode_id)
+        return known, written, len(tx.steps.attempts(Scope("local"), episode_id))
+
+    with lexical_memory(tmp_path) as memory:
+        agent = work(memory, [(WRONG, ERROR), (RIGHT, DONE)])
+        memory.settle()
+        episode_id = agent.turns[-1].episode_id
+        assert memory.store.write(lambda tx: read(tx, episode_id)).result(10) == (0, 0, 2)
+
+
 def test_a_day_of_agents_is_the_same_after_a_rebuild(tmp_path: Path) -> None:
     """Through the public calls: mined, followed, judged and taken back, a rebuild gives what was there."""
     with lexical_memory(tmp_path) as memory:

@@ -109,7 +109,7 @@ def test_no_module_imports_in_a_circle() -> None:
 
 @pytest.mark.parametrize("path", [*MODULES, *RESEARCH], ids=lambda path: path.relative_to(PACKAGE.parent).as_posix())
 def test_modules_stay_small(path: Path) -> None:
-    """No module is far over 400 lines, where one asks whether it holds two ideas; no function scrolls; each has a docstring."""
+    """No module is far over 400 lines, where one asks if it holds two ideas; no function scrolls; all say what for."""
     text = path.read_text()
     tree = ast.parse(text)
     assert text.count("\n") <= 480
@@ -258,6 +258,6 @@ def test_one_place_fails_open() -> None:
     handed_on = {
         "host/doctor.py", "host/runtime.py", "adapters/pytest_report.py", "recall/openvino.py",
         "background/encoder_service.py", "background/maintenance.py", "background/worker.py", "background/threads.py",
-        "store/writer.py", "learn/forms.py",
+        "store/writer.py", "store/sqlite/writer.py", "learn/forms.py",
     }  # fmt: skip
     assert rooms <= {"host/failopen.py", *handed_on}

@@ -41,7 +41,7 @@ def test_maintenance_goes_on_after_a_fault_and_sees_what_others_learn(
 ) -> None:
     """A read that failed is tried again, and what another process learned gets its vector though nobody says so."""
     monkeypatch.setattr("optillm_memory.background.maintenance._LOOK_S", 0.05)
-    monkeypatch.setattr("optillm_memory.background.maintenance._ANEW_S", 0.05)
+    monkeypatch.setattr("optillm_memory.background.maintenance._REPEAT_S", 0.05)
     failures, look = [StoreError("broken off")], VectorReads.missing
 
     def failing(store: VectorReads, fingerprint: str, after: int, limit: int) -> Any:

@@ -336,20 +336,20 @@ LABELS = st.lists(
 @given(LABELS, st.randoms(use_true_random=False))
 def test_the_gate_does_not_depend_on_the_order_of_arrival(labels: list[Label], chance: random.Random) -> None:
     """Labels that come late, change or are taken back leave the gate that a fold in the order of requests gives."""
-    keeper = GateUpdater(start_thread)
+    updater = GateUpdater(start_thread)
     rows = [Change(f"{i:04d}", label, served=label.correct is None) for i, label in enumerate(labels)]
     arriving = sorted(rows, key=lambda row: int(row.trace_id) + chance.choice([0, 0, 0, 5, 90]))
     for change in arriving:
-        keeper.take(keeper.since, 0, [replace(change, label=replace(change.label, correct=None))])
+        updater.take(updater.since, 0, [replace(change, label=replace(change.label, correct=None))])
         if chance.random() < 0.2:
-            keeper.take(
-                keeper.since, 0, [replace(change, label=replace(change.label, correct=not change.label.correct))]
+            updater.take(
+                updater.since, 0, [replace(change, label=replace(change.label, correct=not change.label.correct))]
             )
     chance.shuffle(arriving)
     for start in range(0, len(arriving), 40):
-        keeper.take(keeper.since, 0, arriving[start : start + 40])
+        updater.take(updater.since, 0, arriving[start : start + 40])
     whole = Gate(labels)
-    assert {name: book.rows for name, book in keeper.gate.logs.items()} == {
+    assert {name: book.rows for name, book in updater.gate.logs.items()} == {
         name: book.rows for name, book in whole.logs.items()
     }
 

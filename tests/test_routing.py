@@ -103,14 +103,14 @@ def test_rebuild_brings_back_rewards_and_beliefs(memory: Memory, tmp_path: Path)
         turn = ask(memory, f"task number {number}")
         tell(memory, number % 3 > 0, trace_id=turn.trace_id)
     memory.settle()
-    before, believed = memory.store.derived(), memory.policy()
+    before, report = memory.store.derived(), memory.policy()
     assert len({memory.why(trace_id)["policy"]["arm"] for trace_id in rewards(memory)}) == 3
     memory.rebuild()
     assert memory.store.derived() == before
-    assert memory.policy() == believed
+    assert memory.policy() == report
     memory.close()
     with opened(tmp_path) as again:
-        assert again.policy() == believed
+        assert again.policy() == report
 
 
 def test_a_request_that_reads_slowly_undoes_no_reward(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,8 +161,8 @@ def test_cost_is_tokens_at_the_arms_price(memory: Memory) -> None:
     for number in range(40):
         ask(memory, f"question {number}", tokens=3000)
     memory.settle()
-    believed = memory.policy()["all"]
-    assert {name: arm["cost"] for name, arm in believed.items()} == pytest.approx(
+    report = memory.policy()["all"]
+    assert {name: arm["cost"] for name, arm in report.items()} == pytest.approx(
         {"none@default": 3.0, "none@small": 0.3, "moa@default": 6.0}, abs=0.01
     )
 
@@ -173,9 +173,9 @@ def test_an_arm_that_left_the_settings_is_forgotten(memory: Memory, tmp_path: Pa
     gone = next(turn for turn in turns if turn.arm == "none@small")
     memory.close()
     with opened(tmp_path, arms="none@default, re2@default") as changed:
-        believed = changed.policy()
-        assert (believed["choices"], set(believed["all"])) == (12, {"none@default", "re2@default"})
-        assert ask(changed, "go on", episode_id=gone.episode_id).arm in believed["all"]
+        report = changed.policy()
+        assert (report["choices"], set(report["all"])) == (12, {"none@default", "re2@default"})
+        assert ask(changed, "go on", episode_id=gone.episode_id).arm in report["all"]
 
 
 def test_the_model_default_is_the_one_that_was_asked_for(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optillm_memory.conversation.signature import Signature, normalised, signature_of, similarity
+from optillm_memory.conversation.signature import normalised, signature_of
 
 ANY_TEXT = st.text(st.characters())  # with lone surrogates and NUL
 NAMES = st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12)
@@ -149,7 +149,6 @@ def test_different_errors_differ() -> None:
     left, right = signature_of(python("/a", 1, "KeyError: 'x'")), signature_of(python("/a", 1, "TypeError: 'x'"))
     assert left is not None
     assert right is not None
-    assert similarity(left, right) == 0
 
 
 def test_slots_hold_what_stood_there() -> None:
@@ -228,22 +227,3 @@ def test_any_text_has_a_signature_or_none(text: str) -> None:
     signature = signature_of(text)
     assert signature is None or signature.key.count("|") >= 2
     assert signature_of(" \n") is None
-
-
-@given(st.sampled_from([text for _, text in KNOWN]), st.sampled_from([text for _, text in KNOWN]))
-def test_similarity_is_a_symmetric_share(one: str, other: str) -> None:
-    """It lies in [0, 1], does not mind the order, and is 1 for the same error."""
-    a, b = signature_of(one), signature_of(other)
-    assert a is not None
-    assert b is not None
-    assert 0 <= similarity(a, b) <= 1
-    assert similarity(a, b) == similarity(b, a)
-    assert similarity(a, a) == 1
-
-
-def test_similarity_grows_with_shared_words() -> None:
-    """Of two errors of one class the one that shares more words is the more alike."""
-    base = Signature("python", "ValueError", "cannot parse row <num> of table", ())
-    near = Signature("python", "ValueError", "cannot parse row <num> of sheet", ())
-    far = Signature("python", "ValueError", "negative size", ())
-    assert 1 > similarity(base, near) > similarity(base, far)

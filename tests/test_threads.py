@@ -6,13 +6,13 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import body, hashing_memory, lexical_memory, response, teach
+from builders import SCOPE, body, hashing_memory, lexical_memory, response, teach
 from hosting import until
 from test_durability import passing, says_in
 
@@ -32,6 +32,7 @@ from optillm_memory.learn.suggester import Suggester
 from optillm_memory.recall.encoder import HashingEncoder
 from optillm_memory.recall.vectors.scope_index import Limits, ScopeIndex
 from optillm_memory.records import Arm
+from optillm_memory.store.postgres.search import HnswSearch
 from optillm_memory.store.sqlite import connection
 from optillm_memory.store.sqlite.connection import Readers
 from optillm_memory.store.sqlite.turnstile import Turnstile
@@ -468,3 +469,40 @@ def test_a_reader_that_cannot_be_opened_is_not_counted(tmp_path: Path, monkeypat
         with readers.away():
             pass
         assert memory.stats()["traces"] == 0
+
+
+class NoIndex:
+    """A server's connections, on which no index is found."""
+
+    @contextlib.contextmanager
+    def borrow(self) -> Iterator[Any]:
+        """Lend a connection."""
+        yield self
+
+    def execute(self, *_given: Any) -> Any:
+        """Find nothing."""
+        return self
+
+    def fetchone(self) -> None:
+        """Return no row."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def test_an_index_that_no_thread_could_build_is_built_later() -> None:
+    """On a server, too, the next request has the index of vectors built."""
+    started: list[str] = []
+
+    def start(name: str, work: Callable[[], None]) -> threading.Thread:
+        started.append(name)
+        return no_more_threads(name, work) if len(started) == 1 else threading.Thread()
+
+    readers: Any = NoIndex()
+    search = HnswSearch("postgresql://nowhere", readers, start)
+    vector = HashingEncoder().encode(["a text"])[0]
+    with pytest.raises(RuntimeError):
+        search.nearest(SCOPE, "encoder", vector, 3)
+    for _ in range(3):
+        assert search.nearest(SCOPE, "encoder", vector, 3) == []
+    assert started == ["agent-memory-hnsw"] * 2

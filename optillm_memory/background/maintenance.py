@@ -23,7 +23,7 @@ _GATHER_S = 0.02  # what was learned meanwhile is looked at together, and does n
 _REST = 9.0  # times as long as it looked at what is there already
 _LOOK_S = 60.0  # between two looks at what is to go, and at what other processes learned
 _TOGETHER_S, _ERASE_AGAIN_S = 1.0, 5.0  # for which forgetting gathers, and after which an erasure is tried again
-_ANEW_S = 3_600.0  # after which everything is looked through again: what was no memory yet may be one now
+_REPEAT_S = 3_600.0  # after which everything is looked through again: what was no memory yet may be one now
 _CLOSING_S = 10.0
 Missing = Sequence[tuple[int, str, str]]
 
@@ -82,14 +82,16 @@ class Maintenance:
             pass
         generation = -1
         latest = looked = before = 0
-        anew_at = next_at = 0.0
+        repeat_at = next_at = 0.0
         while not self._closing.is_set() and self._encoder.state == "ready":
             try:
-                if (current := self._store.recall.revision().generation) != generation:  # a rebuild numbers them anew
-                    generation, anew_at, self._caught_up = current, 0.0, False
+                if (
+                    current := self._store.recall.revision().generation
+                ) != generation:  # a rebuild numbers memories again
+                    generation, repeat_at, self._caught_up = current, 0.0, False
                     latest = self._store.vectors.last_number()
-                if time.monotonic() >= anew_at:
-                    looked, before, anew_at = 0, latest, time.monotonic() + _ANEW_S
+                if time.monotonic() >= repeat_at:
+                    looked, before, repeat_at = 0, latest, time.monotonic() + _REPEAT_S
                 upto, _ = self._look(latest)
                 if upto > latest:
                     latest = upto
@@ -190,6 +192,8 @@ def _embed(store: Store, encoder: EncoderService, rows: Missing) -> None:
     """Give memories their vectors: those of the same encoder under a former fingerprint, else new ones."""
     if encoder.former_fingerprints:
         rows = store.write(lambda tx: _renamed(tx, encoder, rows)).result(WAIT_S)
+    if not rows:
+        return
     vectors = encoder.encode([key for _, key, _ in rows])
     if vectors is None:
         raise EncoderUnavailable(f"the encoder is {encoder.state}: {encoder.reason}")

@@ -1,4 +1,4 @@
-"""`bench decide`: how fast memory decides to answer by itself, in process and over HTTP."""
+"""`bench decide`: decisions per second where memory answers by itself, in process and over HTTP."""
 
 from __future__ import annotations
 

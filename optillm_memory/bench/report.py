@@ -34,7 +34,7 @@ class Output:
 
 
 def report(figures: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the figures as keys of one object, and beside them the settings, versions and machine."""
+    """Return the figures as keys of one object, together with the settings, versions and machine."""
     versions = {"python": platform.python_version(), "sqlite": sqlite_version()}
     for package in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""The rows of a JSONL file; whatever is wrong with one is reported with its file and line."""
+"""The rows of a JSONL file; errors name the file and the line."""
 
 from __future__ import annotations
 

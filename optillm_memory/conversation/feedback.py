@@ -93,12 +93,13 @@ def _optional_name(item: Mapping[str, Any], key: str, param: str) -> str | None:
     value = item.get(key)
     if value is None:
         return None
-    if not isinstance(value, str) or not value.strip() or len(value) > _NAME_LIMIT or not _encodable(value):
+    if not isinstance(value, str) or not value.strip() or len(value) > _NAME_LIMIT or not is_unicode(value):
         raise InvalidField(f"{param}.{key}", f"must be a text of 1 to {_NAME_LIMIT} characters")
     return value
 
 
-def _encodable(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a text is valid Unicode, without lone surrogates."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
-from optillm_memory.conversation.feedback import parse_feedback
+from optillm_memory.conversation.feedback import is_unicode, parse_feedback
 from optillm_memory.errors import InvalidField
 from optillm_memory.records import Feedback, Mode
 
@@ -101,17 +101,9 @@ def as_utf8(header: str) -> str:
 
 
 def _short(name: str) -> str:
-    if len(name) <= NAME_LIMIT and _is_unicode(name):
+    if len(name) <= NAME_LIMIT and is_unicode(name):
         return name
     return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _from_headers(headers: Mapping[str, str]) -> dict[str, Any]:
@@ -133,7 +125,7 @@ def _from_headers(headers: Mapping[str, str]) -> dict[str, Any]:
 def _name(param: str, value: Any, _now: float) -> str:
     if not isinstance(value, str) or not value.strip() or len(value) > NAME_LIMIT:
         raise InvalidField(param, f"must be a text of 1 to {NAME_LIMIT} characters")
-    if not _is_unicode(value):
+    if not is_unicode(value):
         raise InvalidField(param, "holds a lone surrogate; send valid Unicode")
     return value
 

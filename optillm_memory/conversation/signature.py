@@ -9,7 +9,6 @@ from optillm_memory.conversation.error_search import FoundError, find_errors, ge
 from optillm_memory.conversation.wrapping import unwrap
 
 _LIMIT = 300
-_WORD = re.compile(r"<\w+>|\w+")
 _SLOT = re.compile(
     r"(?P<slot><(?:path|num|addr|hash|quoted|uuid|time|url|name)>)"
     r"|(?P<url>\b[a-z]{2,12}://[^\s'\"<>)]{1,300})"
@@ -99,13 +98,3 @@ def normalised(message: str) -> tuple[str, tuple[str, ...]]:
 
 def _valid(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8").replace("\0", "")
-
-
-def similarity(a: Signature, b: Signature) -> float:
-    """Return the similarity of two errors in [0, 1]: 0 for another language or class, else Jaccard of the words."""
-    if (a.language, a.error) != (b.language, b.error):
-        return 0.0
-    if a.message == b.message:
-        return 1.0
-    left, right = set(_WORD.findall(a.message.lower())), set(_WORD.findall(b.message.lower()))
-    return len(left & right) / len(left | right) if left | right else 1.0

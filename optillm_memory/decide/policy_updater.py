@@ -91,10 +91,10 @@ class PolicyUpdater:
             thread.join(timeout_s)
 
     def report(self) -> tuple[dict[str, Any], dict[int, str]]:
-        """Return the state of the policy for people, and the trace id of the latest request of each task cluster."""
+        """Return the policy's figures for people, and the trace id of the latest request of each task cluster."""
         with self._lock:
             policy, examples = self.policy, dict(self._examples)
-            shown = {
+            figures = {
                 "choices": policy.count,
                 "budget_left": round(policy.budget, 4),
                 "all": _rounded(policy.estimates()),
@@ -104,7 +104,7 @@ class PolicyUpdater:
                     if c >= 0
                 ],
             }
-        return shown, examples
+        return figures, examples
 
     def _fold_many(self, rows: Iterable[Row], since: int) -> None:
         # The policy is not read while it grows: a copy grows, and the present one answers meanwhile.

@@ -193,7 +193,7 @@ class Exchange:
         self.fail_open.quietly(note)
 
     def _see_what_went_out(self) -> None:
-        # Most approaches are given words alone: what memory put beside a tool's result stays behind with it.
+        # Most approaches are given words alone: what memory put beside a tool's result is left out with it.
         turn, asked = self.turn, self.calls.asked()
         out = [p for p in turn.placements if any(spaced(text) in asked for text in texts_of(p))]
         if asked and len(out) < len(turn.placements):
@@ -259,9 +259,9 @@ class Exchange:
     def respond(self, response: flask.Response) -> flask.Response:
         """Set the headers, say in the body what the host left out of it, and have the trace recorded."""
         if self.incoming.adds_to_query:
-            mended: list[flask.Response] = []
-            self.fail_open.quietly(lambda: mended.append(self._once_more_as_sent(response)))
-            response = mended[0] if mended else response
+            repeated: list[flask.Response] = []
+            self.fail_open.quietly(lambda: repeated.append(self._once_more_as_sent(response)))
+            response = repeated[0] if repeated else response
         response.headers["X-Agent-Memory-Trace-Id"] = self.turn.trace_id
         response.headers["X-Agent-Memory-Action"] = self.turn.action
         self.fail_open.quietly(lambda: self._mend(response))

@@ -16,13 +16,7 @@ def still_anchored(placements: Sequence[Placement], prefixes: Sequence[str]) -> 
 
 def place(messages: Sequence[Message], placements: Sequence[Placement]) -> list[Message]:
     """Return the client's messages with every insertion; the messages are not modified in place."""
-    turns: dict[int, list[Message]] = {}
-    blocks: dict[int, list[str]] = {}
-    for placement in placements:
-        if isinstance(placement.payload, str):
-            blocks.setdefault(placement.position, []).append(placement.payload)
-        else:
-            turns.setdefault(placement.position, []).extend(placement.payload)
+    turns, blocks = _by_position(placements)
     placed: list[Message] = []
     for index, message in enumerate(messages):
         placed += [dict(turn) for turn in turns.get(index, [])]
@@ -32,24 +26,30 @@ def place(messages: Sequence[Message], placements: Sequence[Placement]) -> list[
 
 def strip(messages: Sequence[Message], placements: Sequence[Placement]) -> list[Message]:
     """Undo `place`: `strip(place(m, p), p) == m`."""
-    turns: dict[int, int] = {}
-    blocks: dict[int, list[str]] = {}
-    for placement in placements:
-        if isinstance(placement.payload, str):
-            blocks.setdefault(placement.position, []).append(placement.payload)
-        else:
-            turns[placement.position] = turns.get(placement.position, 0) + len(placement.payload)
+    turns, blocks = _by_position(placements)
     stripped: list[Message] = []
     index = skip = 0
     for message in messages:
         if skip == 0 and index in turns:
-            skip = turns.pop(index)
+            skip = len(turns.pop(index))
         if skip:
             skip -= 1
             continue
         stripped.append(_without_text(message, blocks[index]) if index in blocks else message)
         index += 1
     return stripped
+
+
+def _by_position(placements: Sequence[Placement]) -> tuple[dict[int, list[Message]], dict[int, list[str]]]:
+    """Return the inserted turns and the appended blocks by the index of the message before or in which they are."""
+    turns: dict[int, list[Message]] = {}
+    blocks: dict[int, list[str]] = {}
+    for placement in placements:
+        if isinstance(placement.payload, str):
+            blocks.setdefault(placement.position, []).append(placement.payload)
+        else:
+            turns.setdefault(placement.position, []).extend(placement.payload)
+    return turns, blocks
 
 
 def append_text(text: str, block: str) -> str:

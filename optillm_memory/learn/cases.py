@@ -169,18 +169,16 @@ class Case:
         `where` is suggested, output or known; `any` takes the best of the three, with a bonus for suggested words and
         for words known of the same program.
         """
-        found = self._nearest(word, where)
-        return found[0] if found else None
-
-    def _nearest(self, word: str, where: str) -> tuple[str, float] | None:
         key = (word, where)
         if key not in self._near:
-            self._near[key] = max(self._near_words(word, where), key=lambda found: found[1], default=None)
+            found = max(self._near_words(word, where), key=lambda pair: pair[1], default=None)
+            self._near[key] = found[0] if found else None
         return self._near[key]
 
     def _near_words(self, word: str, where: str) -> Iterator[tuple[str, float]]:
         if where == "any":
-            yield from (f for source in ("suggested", "output", "known") if (f := self._nearest(word, source)))
+            for source in ("suggested", "output", "known"):
+                yield from self._near_words(word, source)
         elif where == "suggested":
             yield from most_similar(word, self.suggested, 0.3)
         elif where == "output":
@@ -197,7 +195,7 @@ class Case:
         return list(dict.fromkeys(w for w in (*self.words, *bare) if w))[:_POOL]
 
     @cached_property
-    def _near(self) -> dict[tuple[str, str], tuple[str, float] | None]:
+    def _near(self) -> dict[tuple[str, str], str | None]:
         return {}
 
 

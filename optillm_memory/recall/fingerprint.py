@@ -1,8 +1,8 @@
-"""Fingerprints: which encoder a vector is of, by the encoder's content and never by its name.
+"""Fingerprints of encoders, by their content and never by a name.
 
-A name on a model hub, or a folder's, stays the same while the weights under it change; and the same weights come by
-many names. So what decides the vectors is hashed: weights, vocabulary, what the tokenizer makes of sample texts,
-pooling. Names of tensors and modules are left out, since the libraries rename them from release to release.
+The weights behind a hub name or in a folder can change, and the same weights have many names. So everything that
+determines the vectors is hashed: weights, vocabulary, token ids of sample texts, pooling. Names of tensors and modules
+are not, since the libraries rename them from release to release.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-# Vectors of these encoders are in databases under fingerprints that earlier releases made of a name and the hash of
-# the weights' file. The encoder keeps the one that most databases have; vectors under the others are taken over.
-_SINCE_BEFORE = {
+# Databases contain vectors of these encoders under fingerprints of earlier releases (a name and a hash of the file).
+# The encoder keeps the most common one; vectors under the others are renamed by maintenance.
+_KEPT = {
     "st-7d124bd615e0bba053763524defa140a": "model:53aa51172d142c89",  # all-MiniLM-L6-v2
 }
 _FORMER = {"model:53aa51172d142c89": ("all-MiniLM-L6-v2:sentence-transformers/all-MiniLM-L6-v2",)}
-# How the transformer turns the weights into vectors, beside the weights.
+# Configuration of the transformer that determines the vectors, beside the weights.
 _CONFIG = ("hidden_act", "layer_norm_eps", "max_position_embeddings", "model_type", "num_attention_heads")
 
 
 def fingerprint_of(model: Any, texts: Sequence[str]) -> str:
     """Return the fingerprint of a loaded SentenceTransformer; `texts` are samples for its tokenizer.
 
-    It reads every weight once: some 0.1 s for 90 MB.
+    It reads every weight once: about 0.1 s for 90 MB.
     """
     digest = hashlib.blake2b(digest_size=16)
     for tensor in sorted(_tensors(model.state_dict().values())):
@@ -42,7 +42,7 @@ def fingerprint_of(model: Any, texts: Sequence[str]) -> str:
     }
     digest.update(json.dumps(settings, sort_keys=True).encode())
     found = f"st-{digest.hexdigest()}"
-    return _SINCE_BEFORE.get(found, found)
+    return _KEPT.get(found, found)
 
 
 def former_fingerprints(fingerprint: str, folder: Path) -> tuple[str, ...]:
@@ -59,7 +59,7 @@ def former_fingerprints(fingerprint: str, folder: Path) -> tuple[str, ...]:
 
 
 def _tensors(tensors: Iterable[Any]) -> list[bytes]:
-    """Return the digest of each tensor of weights; counters and positions, which no text changes, are none."""
+    """Return the digest of each tensor of weights; integer buffers, such as positions, are none."""
     import torch  # noqa: PLC0415 - whoever has a model has loaded it
 
     found = []
@@ -72,7 +72,7 @@ def _tensors(tensors: Iterable[Any]) -> list[bytes]:
 
 
 def _pooling(module: Any) -> str:
-    """Return how a module makes one vector of a text's tokens; nothing for the transformer and for the scaling to 1."""
+    """Return the pooling of a module; empty for the transformer and the normalisation, the name of any other module."""
     name = type(module).__name__
     if name != "Pooling":
         return "" if name in ("Transformer", "Normalize") else name

@@ -1,4 +1,4 @@
-"""The encoder through OpenVINO: the same model in half the time or less, where it can on one core."""
+"""The encoder through OpenVINO: the same model in half the time or less, on one core where possible."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from numpy.typing import NDArray
 from optillm_memory.recall.encoder import REFERENCE, Encoder, SentenceTransformerEncoder, Vectors
 
 logger = logging.getLogger(__name__)
-FIDELITY = 0.9999  # the least cosine to the original's vector that is taken as the same model
-_THREADS = 2  # a proxy's encoder leaves the other cores to the proxy
-_STEP = 8  # texts are padded to a multiple of so many tokens, since each new shape costs some ms once
-_TOKENS = 1_024  # so many run together; more would be no quicker, and take memory
+FIDELITY = 0.9999  # the least cosine to the original's vectors that is accepted
+_THREADS = 2  # the other cores are left to the proxy
+_STEP = 8  # texts are padded to a multiple of this number of tokens, since each new shape costs some ms once
+_TOKENS = 1_024  # in one batch; more would not be faster, and need memory
 
 
 class OpenVinoEncoder:
     """A mean-pooling sentence-transformers model, compiled for this processor.
 
-    Python's lock is free while it runs: in the caller's own thread where the processor multiplies whole matrices of
-    bfloat16 (AMX), which is quick enough and waits for no other core, else on `_THREADS` cores.
+    Inference releases the interpreter lock. With AMX (bfloat16 matrix products) it runs in the caller's thread, which
+    is fast enough and waits for no other core; else on `_THREADS` cores.
     """
 
     def __init__(self, original: SentenceTransformerEncoder, mode: str = "PERFORMANCE") -> None:
-        """Convert and compile the model, in the processor's quickest precision or, in mode ACCURACY, in its own.
+        """Convert and compile the model, in the processor's fastest precision or, in mode ACCURACY, in the model's own.
 
-        Raises ImportError without OpenVINO, and whatever its converter does.
+        Raises ImportError without OpenVINO, and the exceptions of its converter.
         """
         import torch  # noqa: PLC0415
 
         core = _openvino().Core()
-        known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since PyTorch 2.11
-        alone = mode == "PERFORMANCE" and known.get("amx_bf16", False)
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since PyTorch 2.11
+        alone = mode == "PERFORMANCE" and capabilities.get("amx_bf16", False)
         settings = {
             "EXECUTION_MODE_HINT": mode,
             "NUM_STREAMS": 1,
@@ -45,9 +45,9 @@ class OpenVinoEncoder:
             "ENABLE_CPU_PINNING": False,  # of many processes on a machine each would be bound to the same cores
         }
         self._run = core.compile_model(_converted(original.model), "CPU", settings).create_infer_request()
-        self._lock = threading.Lock()  # a run is one caller's at a time
+        self._lock = threading.Lock()  # an inference request serves one caller at a time
         fast = original.model.tokenizer.backend_tokenizer
-        self._tokenizer = type(fast).from_str(fast.to_str())  # our own, since how to pad and truncate is its state
+        self._tokenizer = type(fast).from_str(fast.to_str())  # a copy, since padding and truncation are its state
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(int(original.model.max_seq_length))
         self._dimension = int(original.model[0].auto_model.config.hidden_size)
@@ -66,7 +66,7 @@ class OpenVinoEncoder:
 
 
 def accelerated(original: SentenceTransformerEncoder) -> Encoder:
-    """Return the model through OpenVINO where that gives the same vectors, else as it is."""
+    """Return the model through OpenVINO if that gives the same vectors, else the original."""
     for mode in ("PERFORMANCE", "ACCURACY"):
         try:
             faster = OpenVinoEncoder(original, mode)
@@ -81,7 +81,7 @@ def accelerated(original: SentenceTransformerEncoder) -> Encoder:
 
 
 def _grouped(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Yield the texts' numbers in groups of like length, each of at most `_TOKENS` tokens or of one text."""
+    """Yield the indices of texts in batches of similar length, of at most `_TOKENS` tokens or one text."""
     group: list[int] = []
     for number in sorted(range(len(lengths)), key=lengths.__getitem__):
         if group and (len(group) + 1) * lengths[number] > _TOKENS:
@@ -93,7 +93,7 @@ def _grouped(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _padded(tokens: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the token numbers and their mask, both of shape (texts, tokens)."""
+    """Return the token ids and their mask, both of shape (texts, tokens)."""
     longest = max(map(len, tokens))
     ids = np.zeros((len(tokens), -(-longest // _STEP) * _STEP), dtype=np.int64)
     mask = np.zeros_like(ids)
@@ -110,7 +110,7 @@ def _means(hidden: NDArray[np.float32], mask: NDArray[np.int64]) -> Vectors:
 
 
 def _openvino() -> Any:
-    """Import OpenVINO without what would report the import to its makers over the network."""
+    """Import OpenVINO without its telemetry, which would report the import over the network."""
     absent = "openvino_telemetry" not in sys.modules
     if absent:
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment] # it is then taken as not installed
@@ -123,9 +123,9 @@ def _openvino() -> Any:
 
 
 def _converted(model: Any) -> Any:
-    """Return the transformer as an OpenVINO model of token numbers and mask, of any number of texts and tokens.
+    """Return the transformer as an OpenVINO model of token ids and mask, with dynamic shapes (texts, tokens).
 
-    By the frontend itself: `openvino.convert_model` would report each conversion.
+    It uses the frontend directly: `openvino.convert_model` would report each conversion.
     """
     import torch  # noqa: PLC0415
     from openvino import PartialShape, Type  # noqa: PLC0415
@@ -144,10 +144,10 @@ def _converted(model: Any) -> Any:
     example = model.tokenizer(["two texts of", "different lengths are traced"], padding=True, return_tensors="pt")
     frontend = FrontEndManager().load_by_framework("pytorch")
     before = talk.get_verbosity()
-    talk.set_verbosity_error()  # tracing touches attributes that warn of what nobody asked for
+    talk.set_verbosity_error()  # tracing reads attributes that emit irrelevant warnings
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of traced shapes
+            warnings.simplefilter("ignore")  # about traced shapes
             traced = TorchScriptPythonDecoder(
                 Hidden().eval(), example_input=(example["input_ids"], example["attention_mask"])
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from optillm_memory.background.threads import start_thread
 from optillm_memory.conversation.actions import Action, action_of, normal_action
@@ -19,44 +19,22 @@ from optillm_memory.inject.advice import Advice
 from optillm_memory.learn.attempts import environment_of, message_of
 from optillm_memory.learn.suggest import Example, Suggestion
 from optillm_memory.learn.suggester import Suggester
-from optillm_memory.records import KnownFix, PastAttempt, Scope
+from optillm_memory.records import KnownFix, PastAttempt
 from optillm_memory.request.turn import Turn
 from optillm_memory.settings import Settings
+from optillm_memory.store.tables.fixes import FixReads
 
 _NAME = re.compile(r"\w{2,}")
-_PROVEN = 0.5  # the value from which on a fix of this very action needs no other's word
-_LOOKED_AT = 16  # calls of one answer; a block holds a few items
-_REMEMBERED = 200  # steps back that a conversation is taken to remember what it tried
+_PROVEN = 0.5  # from this value on a fix of this very action is advised whatever others suggest
+_MOST_CALLS = 16  # of one answer that are looked at; a block holds a few items
+_STEPS_BACK = 200  # in which an action counts as tried in this conversation
 _DAY_S = 86_400.0
-
-
-class Source(Protocol):
-    """What advice is made from; every call is bound to one scope."""
-
-    def known_fixes(
-        self,
-        scope: Scope,
-        tool: str,
-        signature: str,
-        *,
-        environment: str,
-        episode_id: str,
-        start: str = "",
-        limit: int = 200,
-    ) -> list[KnownFix]:
-        """Return the fixes of a tool's failures that may be suggested; `start` is what their actions begin with."""
-
-    def worked(self, scope: Scope, action_key: str, *, environment: str, limit: int = 200) -> list[str]:
-        """Return the texts of actions that worked and start with the same word as this one."""
-
-    def past_attempts(self, scope: Scope, action_key: str, *, environment: str, limit: int = 50) -> list[PastAttempt]:
-        """Return the earlier tries of an action."""
 
 
 class Adviser:
     """Suggests fixes, in one scope at a time."""
 
-    def __init__(self, source: Source, settings: Settings, clock: Callable[[], float]) -> None:
+    def __init__(self, source: FixReads, settings: Settings, clock: Callable[[], float]) -> None:
         """Read from a source; what fixes teach is worked out when it is first asked for."""
         self._source = source
         self._settings = settings
@@ -71,7 +49,7 @@ class Adviser:
         found = []
         settled = set()
         tried = self._tried(turn)
-        for step in turn.parsed.observed[:_LOOKED_AT]:
+        for step in turn.parsed.observed[:_MOST_CALLS]:
             reading = read(step.observation or "", tool=step.tool, arguments=step.arguments)
             action = self._action(step.tool, step.arguments)
             if reading.verdict == "success":
@@ -95,7 +73,7 @@ class Adviser:
         """Return advice on the actions of an answer that are known to fail; empty where there are none."""
         found = []
         tried = self._tried(turn)
-        for tool, arguments in actions_in(message, turn.parsed)[:_LOOKED_AT]:
+        for tool, arguments in actions_in(message, turn.parsed)[:_MOST_CALLS]:
             action = self._action(tool, arguments)
             failures = self._failures(turn, action)
             if not failures:
@@ -142,7 +120,7 @@ class Adviser:
         return known_to_fail(past, turn.parsed.steps, episode_id=turn.episode_id, now=self._clock(), expiry_s=expiry_s)
 
     def _tried(self, turn: Turn) -> set[tuple[str, str, str]]:
-        actions = [self._action(s.tool, s.arguments) for s in turn.parsed.steps[-_REMEMBERED:]]
+        actions = [self._action(s.tool, s.arguments) for s in turn.parsed.steps[-_STEPS_BACK:]]
         return {_words(action, action.text) for action in actions}
 
     def _action(self, tool: str, arguments: str) -> Action:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from optillm_memory.background.encoder_service import EncoderService
 from optillm_memory.conversation import parse as conversations
@@ -17,20 +16,14 @@ from optillm_memory.inject.refusals import FORMS
 from optillm_memory.inject.render import Rendering, placement_at, render_fitting
 from optillm_memory.learn.conflicts import without_superseded
 from optillm_memory.recall.retriever import Retriever
-from optillm_memory.records import Hit, Placement, Scope
+from optillm_memory.records import Hit, Placement
 from optillm_memory.request.advise import Adviser
 from optillm_memory.request.locate import Locator
 from optillm_memory.request.reuse import ReuseDecider
 from optillm_memory.request.route import Router
 from optillm_memory.request.turn import Turn
 from optillm_memory.settings import Settings
-
-
-class Source(Protocol):
-    """What deciding reads by itself."""
-
-    def last_verified(self, scope: Scope, memory_ids: Sequence[str]) -> Mapping[str, float]:
-        """Return when each memory was verified last."""
+from optillm_memory.store.tables.memories import RecallReads
 
 
 class Decider:
@@ -38,7 +31,7 @@ class Decider:
 
     def __init__(
         self,
-        source: Source,
+        source: RecallReads,
         settings: Settings,
         encoder: EncoderService,
         salt: Callable[[], bytes],
@@ -78,14 +71,14 @@ class Decider:
         return replace(turn, recall_ms=(time.perf_counter() - started) * 1000)
 
     def _with_memory(self, turn: Turn, *, text_only: bool) -> Turn:
-        lot = assign(root_of(turn.episode_id), self._salt(), self._settings.holdout)
-        turn = replace(turn, held_out=lot.held_out, propensity=lot.propensity)
+        assignment = assign(root_of(turn.episode_id), self._salt(), self._settings.holdout)
+        turn = replace(turn, held_out=assignment.held_out, propensity=assignment.propensity)
         if turn.options.reuse:
             turn = self._reuse.consider(turn)
             if turn.action == "reuse":
                 return turn
         refused = self._locator.refused_forms(turn)
-        standing = [] if lot.held_out or text_only else self._locator.standing(turn, refused)
+        standing = [] if assignment.held_out or text_only else self._locator.standing(turn, refused)
         position = len(turn.parsed.messages) - 1
         if standing and standing[-1].position == position:
             rendering = None  # the very same request again: it gets what it got before
@@ -97,7 +90,7 @@ class Decider:
             turn, rendering = self._recalled(turn, standing, {*refused, "turns"} if text_only else refused)
         for memory_id in rendering.over_budget if rendering is not None else ():
             turn = turn.skip("over_budget", memory_id=memory_id)
-        if lot.held_out:
+        if assignment.held_out:
             withheld = rendering.injected if rendering is not None else ()
             return replace(turn, action="holdout", withheld=withheld) if withheld else turn
         fresh = placement_at(turn.parsed, position, rendering) if rendering is not None else None

@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from optillm_memory.conversation import parse as conversations
-from optillm_memory.conversation.episodes import Candidate, Located, locate, merged
+from optillm_memory.conversation.episodes import Located, locate, merged
 from optillm_memory.conversation.parse import Conversation
 from optillm_memory.conversation.recent import RecentEpisodes
 from optillm_memory.conversation.text import BLOCK_OPEN, text_of
 from optillm_memory.inject.advice import Advice
 from optillm_memory.inject.place import still_anchored
 from optillm_memory.inject.refusals import Refusals
-from optillm_memory.records import Placement, Scope
+from optillm_memory.records import Placement
 from optillm_memory.request.turn import Turn
-
-
-class Source(Protocol):
-    """What is on disk of episodes; every call is bound to one scope."""
-
-    def episodes_of(self, scope: Scope, prefix: str) -> list[Candidate]:
-        """Return the latest episodes that have a conversation prefix."""
-
-    def episode_with_step(self, scope: Scope, steps: Sequence[str]) -> Candidate | None:
-        """Return the latest episode that has one of these steps."""
-
-    def ledger(self, scope: Scope, episode_id: str) -> list[Placement]:
-        """Return what was injected in an episode before, in order."""
-
-    def unforgotten(self, placements: Sequence[Placement]) -> Sequence[Placement]:
-        """Return the placements less what has been forgotten since."""
-
-    def forgotten(self, memory_ids: Iterable[str]) -> set[str]:
-        """Return which of these memories have been forgotten."""
+from optillm_memory.store.tables.episodes import EpisodeReads
 
 
 class Locator:
     """Finds episodes and their insertions on disk, and among what this process has under way."""
 
-    def __init__(self, source: Source, clock: Callable[[], float]) -> None:
+    def __init__(self, source: EpisodeReads, clock: Callable[[], float]) -> None:
         """Start with nothing under way."""
         self._source = source
         self._clock = clock

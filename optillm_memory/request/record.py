@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from optillm_memory.background.encoder_service import EncoderService
 from optillm_memory.background.maintenance import Maintenance
@@ -28,6 +28,7 @@ from optillm_memory.request.response import (
 from optillm_memory.request.turn import Turn
 from optillm_memory.settings import Settings
 from optillm_memory.store import fold
+from optillm_memory.store.base import Store
 from optillm_memory.store.tables.calls import ModelCall
 from optillm_memory.store.tables.vectors import key_hash
 from optillm_memory.store.transaction import Transaction
@@ -35,22 +36,12 @@ from optillm_memory.store.transaction import Transaction
 T = TypeVar("T")
 
 
-class Log(Protocol):
-    """What writes to the log."""
-
-    def post(self, operation: Callable[[Transaction], Any]) -> None:
-        """Run an operation in the background, in the next commit."""
-
-    def write(self, operation: Callable[[Transaction], T]) -> Future[T]:
-        """Run an operation in the next commit; the future is set once it is on disk."""
-
-
 class Recorder:
     """Writes turns and feedback into the log, and folds what they teach."""
 
     def __init__(
         self,
-        log: Log,
+        log: Store,
         settings: Settings,
         encoder: EncoderService,
         locator: Locator,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,11 @@ from optillm_memory.background.threads import start_thread
 from optillm_memory.conversation.parse import key_of
 from optillm_memory.decide.agreement import NEAREST, Neighbour, propose
 from optillm_memory.decide.gate import CONFIDENT_AUDITS, Gate, is_audited
-from optillm_memory.decide.gate_updater import Change, GateUpdater
+from optillm_memory.decide.gate_updater import GateUpdater
 from optillm_memory.recall.retriever import NEVER, Retriever, Version
 from optillm_memory.records import Exemplar, Scope
 from optillm_memory.request.turn import Turn
+from optillm_memory.store.tables.proposals import ProposalReads
 
 _EXEMPLARS_KEPT = 20_000  # of one scope
 _SCOPES_KEPT = 64
@@ -28,25 +29,12 @@ _FORMS_KEPT = 8192  # answers in the form in which they are compared
 _SHADOW_ENCODER_S = 5.0  # in shadow mode nobody waits
 
 
-class Source(Protocol):
-    """What reuse reads; every call is bound to one scope."""
-
-    def revision(self, scope: Scope) -> Version:
-        """Return what is another one whenever any memory or label has changed."""
-
-    def exemplars(self, scope: Scope, numbers: Iterable[int]) -> Mapping[int, Exemplar]:
-        """Return the verified exemplars of the scope that have these numbers."""
-
-    def gate_changes(self, scope: Scope, since: int) -> tuple[int, list[Change]]:
-        """Return (revision, changes) of the proposals that came, or whose label changed, after a revision."""
-
-
 class ReuseDecider:
     """Proposes verified answers, and decides by each scope's gate whether they are good enough."""
 
     def __init__(
         self,
-        source: Source,
+        source: ProposalReads,
         retriever: Retriever,
         encoder: EncoderService,
         normal: Callable[[str], str],

@@ -7,43 +7,29 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, Protocol
+from typing import Any
 
 from optillm_memory.background.encoder_service import EncoderService
 from optillm_memory.background.threads import start_thread
 from optillm_memory.conversation.parse import key_of
 from optillm_memory.decide.policy import Situation, Terms
-from optillm_memory.decide.policy_updater import PolicyUpdater, Row
-from optillm_memory.recall.retriever import Version
+from optillm_memory.decide.policy_updater import PolicyUpdater
 from optillm_memory.records import Arm, Scope
 from optillm_memory.request.turn import Turn
 from optillm_memory.settings import Settings
+from optillm_memory.store.tables.decisions import DecisionReads
 
 _SCOPES_KEPT = 64
 _EPISODES_KEPT = 10_000
 _SHOWN = 160  # characters of an example task
 
 
-class Source(Protocol):
-    """What routing reads; every call is bound to one scope."""
-
-    def revision(self, scope: Scope) -> Version:
-        """Return what is of another origin when nothing that was read before holds any more."""
-
-    def choices(self, scope: Scope, since: int, fingerprint: str) -> tuple[int, list[Row]]:
-        """Return (revision, rows) of the choices that came, or of which more is known, after a revision, in order."""
-
-    def arm_of(self, scope: Scope, episode_id: str) -> str | None:
-        """Return the name of the arm that an episode was given."""
-
-    def task_of(self, scope: Scope, trace_id: str) -> str:
-        """Return the task of a trace."""
-
-
 class Router:
     """Chooses arms by each scope's policy."""
 
-    def __init__(self, source: Source, settings: Settings, encoder: EncoderService, salt: Callable[[], bytes]) -> None:
+    def __init__(
+        self, source: DecisionReads, settings: Settings, encoder: EncoderService, salt: Callable[[], bytes]
+    ) -> None:
         """Start with nothing known; without arms in the settings every request goes the way it names."""
         self.arms = settings.parsed_arms
         self._terms = Terms(

@@ -27,7 +27,7 @@ class Turn:
     """A request with what was decided for it; `messages` is what goes upstream.
 
     `placements` are all insertions in the prompt, `fresh` those that this request made, `withheld` what a held-out
-    request would have had. `conversation` is None where memory was not consulted. `calls` are the model calls behind
+    request would have had. `conversation` is None where memory was not consulted. `calls` are the model calls that made
     the answer, where that is not one plain call. `located` says by which prefix the episode was found, None where the
     conversation is new or the caller named it. `proposal` is what memory would answer by itself, `decision` what the
     gate says of it; where the action is `reuse`, that is the answer, and nothing goes upstream. `arm` is what answers a
@@ -180,18 +180,18 @@ class Turn:
         }
 
     def _policy(self) -> dict[str, Any]:
-        shown: dict[str, Any] = {"arm": self.arm}
+        policy: dict[str, Any] = {"arm": self.arm}
         if self.choice is not None:
-            shown |= {"propensity": round(self.choice.propensity, 4), "reason": self.choice.reason}
-        return shown
+            policy |= {"propensity": round(self.choice.propensity, 4), "reason": self.choice.reason}
+        return policy
 
     def _reuse(self) -> dict[str, Any]:
         assert self.decision is not None
-        shown: dict[str, Any] = {"served": self.decision.serve, "reason": self.decision.reason}
+        reuse: dict[str, Any] = {"served": self.decision.serve, "reason": self.decision.reason}
         if self.proposal is not None:
-            shown |= {"score": round(self.proposal.score, 4), "threshold": self.decision.threshold}
-            shown["memory_ids"] = list(self.proposal.memory_ids)
-        return shown
+            reuse |= {"score": round(self.proposal.score, 4), "threshold": self.decision.threshold}
+            reuse["memory_ids"] = list(self.proposal.memory_ids)
+        return reuse
 
 
 def _joined(before: Placement | None, new: Placement) -> Placement:

@@ -66,6 +66,7 @@ def relearn_steps(tx: Transaction, scope: Scope, episode_id: str) -> list[Attemp
     if not tx.steps.acted(scope, episode_id):
         return []
     evidence: list[FixEvidence] = []
+    tx.steps.interpret(scope, episode_id)
     if attempts := tx.steps.attempts(scope, episode_id):
         good = tx.traces.verdict(scope, episode_id) == "success"
         evidence += [

@@ -62,11 +62,10 @@ class StepTable:
         key = (self.scopes.number(scope), episode_id)
         return bool(self.db.execute(_ACTED, (*key, *key, *key, episode_id)).fetchone()[0])
 
-    def attempts(self, scope: Scope, episode_id: str) -> list[Attempt]:
-        """Return the observed steps of an episode with what their observations tell, in order.
+    def interpret(self, scope: Scope, episode_id: str) -> None:
+        """Bring up to date what an episode's observations tell: each is interpreted once.
 
-        An observation is interpreted once, and the result kept; where the feedback `inferred-<step id>-…` was
-        retracted, it counts as unknown.
+        Where the feedback `inferred-<step id>-…` was retracted, it counts as unknown.
         """
         key = (self.scopes.number(scope), episode_id)
         unread = self.db.execute(
@@ -75,25 +74,32 @@ class StepTable:
         for row in unread:
             self._interpret(key, *row)
         found = self.db.execute(
-            "SELECT steps.step_id, parent_id, coalesce(made_by, steps.trace_id), tool, arguments, output, verdict, "
-            f"basis, signature, message, at, coalesce(made_by, '') FROM {_OBSERVED} "
-            "ORDER BY created_at DESC, ordinal DESC, steps.step_id LIMIT ?",
+            "SELECT step_id FROM attempts WHERE scope_id = ? AND episode_id = ? AND verdict <> 'unknown' "
+            "ORDER BY at DESC LIMIT ?",
             (*key, STEPS_MOST),
-        ).fetchall()[::-1]
-        if not found:
-            return []
+        ).fetchall()
         names = {inferred_id(scope, episode_id, row[0]): row[0] for row in found}
-        sql = (
-            f"SELECT feedback_id FROM feedback WHERE tenant IN (?, '') AND retracts AND feedback_id IN ({marks(names)})"
-        )
-        retracted = {names[row[0]] for row in self.db.execute(sql, (scope.tenant, *names))}
-        attempts = []
-        for step_id, parent, trace_id, tool, arguments, output, verdict, *rest in found:
-            if step_id in retracted and verdict != "unknown":
-                verdict = "unknown"  # noqa: PLW2901
-                self.db.execute(f"UPDATE attempts SET verdict = 'unknown' WHERE {_STEP}", (*key, step_id))
-            attempts.append(Attempt(step_id, parent, trace_id, action_of(tool, arguments), output, verdict, *rest))
-        return attempts
+        if names:
+            retracted = self.db.execute(
+                "SELECT feedback_id FROM feedback WHERE tenant IN (?, '') AND retracts "
+                f"AND feedback_id IN ({marks(names)})",
+                (scope.tenant, *names),
+            ).fetchall()
+            for row in retracted:
+                self.db.execute(f"UPDATE attempts SET verdict = 'unknown' WHERE {_STEP}", (*key, names[row[0]]))
+
+    def attempts(self, scope: Scope, episode_id: str) -> list[Attempt]:
+        """Return the interpreted steps of an episode with what their observations tell, in order."""
+        found = self.db.execute(
+            "SELECT steps.step_id, parent_id, coalesce(made_by, steps.trace_id), tool, arguments, output, verdict, "
+            f"basis, signature, message, at, coalesce(made_by, '') FROM {_OBSERVED} AND verdict IS NOT NULL "
+            "ORDER BY created_at DESC, ordinal DESC, steps.step_id LIMIT ?",
+            (self.scopes.number(scope), episode_id, STEPS_MOST),
+        ).fetchall()[::-1]
+        return [
+            Attempt(step_id, parent, trace_id, action_of(tool, arguments), *rest)
+            for step_id, parent, trace_id, tool, arguments, *rest in found
+        ]
 
     def _interpret(
         self, key: tuple[int, str], step_id: str, tool: str, arguments: str, observation: str, at: float
