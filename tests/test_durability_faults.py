@@ -14,10 +14,10 @@ import pytest
 from builders import body, lexical_memory, response, teach
 from faults import asides, known, served, told
 
+from benchmarks.acknowledged import integrity
 from benchmarks.faultdisk import Disk, on
 from optillm_memory import Memory, StoreUnavailable
 from optillm_memory.store.sqlite import connection as store_connection
-from optillm_memory.store.sqlite.audit import integrity
 from optillm_memory.store.transaction import Transaction
 
 
