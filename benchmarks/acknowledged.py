@@ -38,7 +38,7 @@ def opened(path: Path) -> Memory:
 def damage(path: Path) -> Faults:
     """Check the file itself with SQLite's own check."""
     aside = list(path.parent.glob(f"{path.name}.corrupt-*"))
-    return Faults(corrupt=int(bool(aside) or (path.exists() and _integrity(path) != "ok")))
+    return Faults(corrupt=int(bool(aside) or (path.exists() and integrity(path) != "ok")))
 
 
 def check(path: Path, acknowledged: Mapping[str, str]) -> Faults:
@@ -77,7 +77,7 @@ def send_feedback(memory: Memory, trace_id: str) -> str:
     return receipt.feedback_id
 
 
-def _integrity(path: Path) -> str:
+def integrity(path: Path) -> str:
     """Return the result of SQLite's own check: `ok`, or the fault.
 
     The connection may write: a journal that a crash left is rolled back first, as at any start.

@@ -5,19 +5,21 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
+from typing import Any
 
 import apsw
 import pytest
 from builders import body, lexical_memory, response, teach
 from faults import asides, known, served, told
 
+from benchmarks.acknowledged import integrity
 from benchmarks.faultdisk import Disk, on
 from optillm_memory import Memory, StoreUnavailable
 from optillm_memory.store.sqlite import connection as store_connection
-from optillm_memory.store.sqlite.audit import integrity
 from optillm_memory.store.transaction import Transaction
 
 
@@ -165,7 +167,10 @@ def test_closing_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.Monk
     """A writer that hangs with a full queue keeps nobody from leaving."""
     monkeypatch.setattr("optillm_memory.store.writer._CLOSING_S", 0.05)
     memory = lexical_memory(tmp_path, queue_size=1)
-    memory.settle()
+    writer: Any = memory.store._writer
+    until = time.monotonic() + 60
+    while writer._queue.qsize() and time.monotonic() < until:
+        time.sleep(0.01)  # the first read has the writer look at its file
     go_on = paused(memory)
     memory.finish(memory.begin(body("a task")), response("done"))
     memory.close()

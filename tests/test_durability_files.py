@@ -14,10 +14,10 @@ from builders import SCOPE, ask, body, hashing_memory, lexical_memory, response,
 from faults import asides, known, served, told
 from hosting import until
 
+from benchmarks.acknowledged import integrity
 from optillm_memory import Memory, StoreError, StoreUnavailable, Turn
 from optillm_memory.decide.calibration import WRONG
 from optillm_memory.decide.gate import LabelLog
-from optillm_memory.store.sqlite.audit import integrity
 from optillm_memory.store.sqlite.connection import open_writer, sqlite3
 
 MANY = 60

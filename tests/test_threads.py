@@ -459,16 +459,16 @@ def test_a_turnstile_without_a_thread_lets_through(tmp_path: Path) -> None:
 
 def test_a_reader_that_cannot_be_opened_is_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever keeps a connection from being opened or closed, the writer can have the file to itself afterwards."""
-    with lexical_memory(tmp_path) as memory:
-        readers = memory.store._readers
-        assert isinstance(readers, Readers)
-        with readers.borrow():  # the idle one is lent: another has to be opened
-            failing_once(monkeypatch, connection, "connect", OSError("too many files"))
-            with pytest.raises(OSError, match="too many"), readers.borrow():
-                pass
-        with readers.away():
-            pass
-        assert memory.stats()["traces"] == 0
+    lexical_memory(tmp_path).close()
+    readers = Readers(tmp_path / "memory.db")
+    failing_once(monkeypatch, connection, "connect", OSError("too many files"))
+    with pytest.raises(OSError, match="too many"), readers.borrow():
+        pass
+    with readers.away():
+        pass
+    with readers.borrow() as db:
+        assert db.execute("SELECT count(*) FROM traces").fetchone() == (0,)
+    readers.close()
 
 
 class NoIndex:
