@@ -20,7 +20,7 @@ _LINK = 4  # bytes at the start of a freed part: where the next one is, and its 
 _MOST_PAGES = 1 << 24  # beyond, the first byte of an overflow page may be that of a page of a tree
 _PAGE_SIZE, _FIRST_FREE, _LARGEST_ROOT = slice(16, 18), slice(32, 36), slice(52, 56)  # in the file's header
 # Never closed: to close any handle on a file drops the locks that SQLite's connections of this process hold on it.
-_handles: dict[tuple[int, int], BinaryIO] = {}
+_handles: dict[tuple[int, int, int], BinaryIO] = {}  # of each process: after a fork a shared one has one position
 
 
 def unused(page: bytes, *, first: bool = False) -> list[tuple[int, int]]:
@@ -108,7 +108,7 @@ def _free_pages(file: BinaryIO, size: int, trunk: int, total: int) -> Iterator[i
 
 def _handle(path: Path) -> BinaryIO:
     status = path.stat()
-    key = (status.st_dev, status.st_ino)
+    key = (os.getpid(), status.st_dev, status.st_ino)
     if key not in _handles:
         _handles[key] = path.open("r+b", buffering=0)
     return _handles[key]
