@@ -124,6 +124,10 @@ def of_the_first_release(url: str, patching: pytest.MonkeyPatch) -> list[Any]:
         db.execute("ALTER TABLE prefixes DROP CONSTRAINT prefixes_pkey")
         db.execute("ALTER TABLE prefixes ADD PRIMARY KEY (scope_id, hash)")
         db.execute("ALTER TABLE prefixes ALTER COLUMN trace_id DROP NOT NULL")
+        db.execute("DROP INDEX prefixes_trace")
+        for index in ("steps_made_by ON steps(made_by)", "steps_step_id ON steps(step_id)"):
+            db.execute(f"CREATE INDEX {index}")
+        db.execute("CREATE INDEX injections_memory ON injections(memory_id)")
         db.execute("DELETE FROM migrations WHERE name <> 'p001_tables'")
     return before
 
