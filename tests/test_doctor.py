@@ -21,7 +21,7 @@ from optillm_memory.host.doctor import Finding, examine
 from optillm_memory.host.install import install, plugin_path
 from optillm_memory.settings import ENV_PREFIX
 from optillm_memory.store.postgres.schema import is_there
-from optillm_memory.store.sqlite.connection import sqlite3
+from optillm_memory.store.sqlite.connection import LATEST, sqlite3
 from optillm_memory.store.sqlite.store import SqliteStore
 
 SCHEMAS = Path(__file__).parent / "schemas"
@@ -103,7 +103,7 @@ def test_a_database_that_does_not_fit_is_named(tmp_path: Path, schema: str, leve
         if schema == "m006":
             db.executescript((SCHEMAS / "m006.sql").read_text())
         elif schema == "later":
-            db.execute("UPDATE _sqlite_migrations SET name = 'm999_later' WHERE name LIKE 'm008%'")
+            db.execute("UPDATE _sqlite_migrations SET name = 'm999_later' WHERE name = ?", (LATEST,))
         elif schema == "foreign":
             db.execute("CREATE TABLE theirs(x)")
         db.commit()

@@ -179,7 +179,8 @@ def test_the_store_is_composed_of_its_tables(tmp_path: Path) -> None:
                 assert node.name != "__getattr__", path
             elif isinstance(node, ast.Raise):
                 assert "NotImplementedError" not in ast.unparse(node), path
-    written = vars(Transaction(sqlite3.connect(":memory:"), DIALECT)).values()
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        written = list(vars(Transaction(db, DIALECT)).values())
     with contextlib.closing(SqliteStore(tmp_path / "memory.db")) as store:
         read = list(vars(store).values())
     for kind, parts in ((Transaction, written), (Store, read)):

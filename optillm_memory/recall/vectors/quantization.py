@@ -14,6 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+try:  # here, and not at the first search: a child that is forked meanwhile would wait for that import for ever
+    numkong: Any = importlib.import_module("numkong")
+except ImportError:
+    numkong = None
+
 logger = logging.getLogger(__name__)
 
 Vectors = NDArray[np.float32]
@@ -116,9 +121,7 @@ def _with_kernels(kernels: Any, rows: Bytes, query: Bytes) -> NDArray[Any]:
 @cache
 def _kernels() -> Any:
     """Return numkong, or None where it has no wheel or does not calculate right on this machine."""
-    try:
-        kernels = importlib.import_module("numkong")
-    except ImportError:
+    if (kernels := numkong) is None:
         logger.warning("agent_memory: numkong is not installed: recall among many memories takes longer")
         return None
     rows = np.arange(-120, 120, dtype=np.int8).reshape(3, 80)
