@@ -65,7 +65,7 @@ def test_every_long_command_tells_how_far_it_is(tmp_path: Path) -> None:
         (("backup", str(tmp_path / "backup.db"), "--db", db), "pages"),
         (("copy", db, str(tmp_path / "copy.db")), "rows"),
         (("reembed", "--prune", "--db", db), "1 memories"),
-        (("forget", "--namespace", "default", "--yes", "--db", db), "emptying"),
+        (("forget", "--namespace", "default", "--yes", "--db", db), "overwriting"),
     ):
         done = CliRunner().invoke(main, [*arguments, "--json"], env={"OPTILLM_AGENT_MEMORY_ENCODER": "hashing"})
         assert done.exit_code == 0, done.output
