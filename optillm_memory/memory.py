@@ -140,13 +140,16 @@ class Memory:
         tenant: str = "local",
         options: Options | None = None,
         approach: str = "none",
-        **keywords: Any,
+        size: int = 0,
+        text_only: bool = False,
+        approaches: Collection[str] | None = None,
     ) -> Turn:
         """Recall and decide for a request in OpenAI's form; send `turn.messages` upstream, then call `finish`.
 
-        The other keywords are those of `consult`. Raises InvalidField for a bad `agent_memory` field.
+        The last three are those of `consult`. Raises InvalidField for a bad `agent_memory` field.
         """
-        return self.consult(self.new_turn(body, tenant=tenant, options=options, approach=approach), **keywords)
+        turn = self.new_turn(body, tenant=tenant, options=options, approach=approach)
+        return self.consult(turn, size=size, text_only=text_only, approaches=approaches)
 
     def consult(
         self, turn: Turn, *, size: int = 0, text_only: bool = False, approaches: Collection[str] | None = None

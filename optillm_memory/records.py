@@ -24,7 +24,6 @@ Verdict = Literal["success", "failure", "unknown"]
 FeedbackStatus = Literal["applied", "pending", "duplicate", "retracted"]
 
 METRICS: tuple[Metric, ...] = ("success", "score", "comment", "demonstration", "error")
-SOURCES: tuple[Source, ...] = ("code", "human", "llm", "inferred")
 _USE_WEIGHT = 0.05
 VERIFYING: frozenset[Source] = frozenset(("code", "human"))
 

@@ -88,3 +88,22 @@ def test_what_is_learned_does_not_wait_until_all_is_looked_through(
     monkeypatch.setattr("optillm_memory.background.maintenance._REST", 0.0)
     with hashing_memory(tmp_path) as memory:
         assert until(lambda: memory.stats()["memories_without_vector"] == 0)
+
+
+def test_closing_is_not_missed_by_who_is_about_to_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closed in the moment in which the erasing thread forgets that it was woken, it ends, and nobody waits for it."""
+    monkeypatch.setattr("optillm_memory.background.maintenance._TOGETHER_S", 0.0)
+    with lexical_memory(tmp_path) as memory:
+        maintenance = memory._maintenance
+        (erasing,) = (t for t in maintenance._threads if t.name == "agent-memory-erasure")
+        clear = maintenance._forgotten.clear
+
+        def while_it_closes() -> None:
+            maintenance._closing.set()
+            maintenance._forgotten.set()
+            clear()
+
+        monkeypatch.setattr(maintenance._forgotten, "clear", while_it_closes)
+        maintenance.erase_soon()
+        erasing.join(30)
+        assert not erasing.is_alive()

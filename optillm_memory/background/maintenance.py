@@ -85,9 +85,8 @@ class Maintenance:
         repeat_at = next_at = 0.0
         while not self._closing.is_set() and self._encoder.state == "ready":
             try:
-                if (
-                    current := self._store.recall.revision().generation
-                ) != generation:  # a rebuild numbers memories again
+                current = self._store.recall.revision().generation
+                if current != generation:  # a rebuild numbers memories again
                     generation, repeat_at, self._caught_up = current, 0.0, False
                     latest = self._store.vectors.last_number()
                 if time.monotonic() >= repeat_at:
@@ -142,7 +141,6 @@ class Maintenance:
         """
         resumed, failing_since = True, 0.0
         while not self._closing.is_set():
-            self._forgotten.clear()
             left: list[str] = []
             try:
                 if self._store.forgetting.is_unfinished():
@@ -159,6 +157,7 @@ class Maintenance:
                 logger.warning("agent_memory: what was forgotten is still in files: %s", left)
             self._forgotten.wait(_ERASE_AGAIN_S if left else _LOOK_S)
             self._closing.wait(_TOGETHER_S)
+            self._forgotten.clear()  # before the look at whether this closes: its call to wake up must not be lost
 
 
 def reembed(store: Store, encoder: EncoderService, *, progress: Callable[[str], None] = lambda _: None) -> int:
