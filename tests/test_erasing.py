@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import subprocess
@@ -9,24 +10,27 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import ask, body, hashing_memory, lexical_memory, response, teach, tell, trace
+from builders import SCOPE, ask, body, feedback, hashing_memory, lexical_memory, response, teach, tell, trace
 from postgres import Server
 
 from optillm_memory import NotFound, Scope, StoreUnavailable
 from optillm_memory.records import Trace
+from optillm_memory.store import fold
+from optillm_memory.store.maintenance import erase as erasing
 from optillm_memory.store.maintenance import forget as deletion
 from optillm_memory.store.maintenance.erase import erase, forget, forget_rows
 from optillm_memory.store.maintenance.selection import Selection
 from optillm_memory.store.sqlite import connection as connections
-from optillm_memory.store.sqlite.connection import Connection, connect, sqlite3
+from optillm_memory.store.sqlite.connection import Connection, connect, copy_wal, sqlite3
 from optillm_memory.store.sqlite.pages import scrub, unused
 from optillm_memory.store.sqlite.store import SqliteStore
 from optillm_memory.store.sqlite.writer import SqliteWriter
@@ -197,6 +201,69 @@ def test_who_writes_waits_for_no_deletion(tmp_path: Path) -> None:
     assert waits[-1] < 2.0  # on a machine that does much else; in one commit it were many seconds
 
 
+def test_between_two_commits_of_a_deletion_others_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit of a deletion ends when its time is up; what was queued meanwhile is written before the next one."""
+    order: list[tuple[str, int]] = []
+    seconds = itertools.count(0.0, erasing._SLICE_S / 4)  # by the time of the test each episode takes a quarter
+    monkeypatch.setattr(erasing, "clock", lambda: next(seconds))
+    with closing(SqliteStore(tmp_path / "memory.db")) as store:
+        store.write(partial(put, [trace(f"task {n}", "no", episode_id=f"e{n // 2}") for n in range(50)])).result(10)
+        original = deletion.delete_traces
+
+        def observed(tx: Transaction, ids: Sequence[str], now: float) -> int:
+            order.append(("deletion", len(ids)))
+            store.post(lambda _: order.append(("other", 1)))
+            return original(tx, ids, now)
+
+        monkeypatch.setattr(deletion, "delete_traces", observed)
+        assert forget_rows(store, Selection(namespace="default"))["traces"] == 50
+    runs = [[size for _, size in run] for kind, run in itertools.groupby(order, key=itemgetter(0)) if kind != "other"]
+    assert runs == [[2] * 4] * 6 + [[2]]
+
+
+def test_feedback_that_waits_is_deleted_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of what waits for traces that never came no commit deletes more than a bounded number of rows."""
+    parts: list[int] = []
+    original = deletion.delete_waiting
+
+    def observed(tx: Transaction, numbers: Sequence[int]) -> int:
+        parts.append(len(numbers))
+        return original(tx, numbers)
+
+    monkeypatch.setattr(deletion, "delete_waiting", observed)
+    with closing(SqliteStore(tmp_path / "memory.db")) as store:
+
+        def wait(tx: Transaction) -> None:
+            for n in range(250):
+                given = feedback(feedback_id=f"f{n}", trace_id=None, episode_id=f"e{n}")
+                fold.feedback_arrived(tx, "local", SCOPE, given, received_at=1.0)
+
+        store.write(wait).result(10)
+        assert forget_rows(store, Selection(namespace="default"))["pending_feedback"] == 250
+    assert parts == [100, 100, 50]
+
+
+def test_who_deletes_copies_the_wal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written is copied and the WAL cut off without a commit that waits for it, unless somebody reads it."""
+    path = tmp_path / "memory.db"
+    wal = tmp_path / "memory.db-wal"
+    with closing(SqliteStore(path)) as store, closing(connect(path, read_only=True)) as reader:
+        store.write(partial(put, [trace("a task " * 1_000, episode_id="one")])).result(10)
+        store.copy_wal()
+        assert wal.stat().st_size > 0  # so little is left as it is
+        monkeypatch.setattr("optillm_memory.store.sqlite.store._COPIED_BYTES", 0)
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM traces").fetchone()
+        store.write(partial(put, [trace("another", episode_id="two")])).result(10)
+        store.copy_wal()
+        assert wal.stat().st_size > 0
+        reader.execute("COMMIT")
+        store.copy_wal()
+        assert wal.stat().st_size == 0
+    copy_wal(tmp_path / "missing.db")
+    assert not (tmp_path / "missing.db").exists()
+
+
 @pytest.mark.parametrize("kind", ["rows", "copies"])
 def test_no_statement_of_a_deletion_reads_a_whole_table(tmp_path: Path, kind: str) -> None:
     """Whatever the size of the store, a commit that deletes finds its rows by an index."""
@@ -229,7 +296,7 @@ def test_no_statement_of_a_deletion_reads_a_whole_table(tmp_path: Path, kind: st
                 if kind == "rows":
                     deletion.delete_traces(tx, ids, time.time())
                 else:
-                    assert deletion.withdraw_copies(tx, [copied.trace_id], time.time()) == 1
+                    assert deletion.withdraw_copies(tx, [copied.trace_id]) == 1
             finally:
                 tx.db.set_trace_callback(None)
             return [sql for sql in statements if not sql.startswith("--")]

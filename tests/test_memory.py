@@ -280,7 +280,7 @@ def test_what_was_forgotten_stays_so_when_that_is_no_longer_noted(tmp_path: Path
         taught = teach(memory, TASK, ANSWER)
         assert ask(memory, TASK, "I do not know").action == "inject"
         memory.forget(Selection(trace_id=taught.trace_id))
-        memory.store.write(lambda tx: deletion.withdraw_copies(tx, [], time.time() + 2 * week)).result(10)
+        memory.store.write(lambda tx: deletion.drop_old_notes(tx, time.time() + 2 * week)).result(10)
         memory._clock = memory._locator._clock = lambda: time.time() + 2 * week
         assert ANSWER not in str(memory.begin(body(TASK, assistant("I do not know"), "please")).messages)
 

@@ -258,8 +258,8 @@ def test_every_read_for_recall_takes_a_scope(store: Store) -> None:
         "derived", "missing", "coverage", "unused",  # upkeep: rebuild's comparison, and the encoder's
         "numbers_of", "last_number",
         "chosen", "chosen_counts", "chosen_scopes", "episodes_before", "held", "has_copies",  # forgetting: no texts
-        "erasures", "is_unfinished", "copied", "has_empty_scopes", "errors_of", "warnings_of", "forgotten",
-        "unforgotten", "outdate_indexes", "erase", "compact", "set_aside",
+        "erasures", "is_unfinished", "copied", "empty_scopes", "errors_of", "warnings_of", "forgotten", "waiting",
+        "unforgotten", "outdate_indexes", "copy_wal", "erase", "compact", "set_aside",
         "index_files", "size_bytes", "read_ahead",
     }  # fmt: skip
 
@@ -452,8 +452,7 @@ def test_a_scope_dropped_in_a_commit_is_made_again_in_it(store: Store) -> None:
     made = trace(scope=Scope("fresh"))
 
     def both(tx: Transaction) -> bool:
-        tx.scopes.number(made.scope)
-        assert deletion.delete_empty_scopes(tx) == 1
+        assert deletion.delete_scopes(tx, [tx.scopes.number(made.scope)], 0) == 1
         return tx.add_trace(made)
 
     assert store.write(both).result(10) is True

@@ -73,6 +73,9 @@ class Location(Protocol):
     def outdate_indexes(self, scopes: Iterable[Scope] | None) -> None:
         """Note that files of vectors hold forgotten ones of these scopes, None being all: `erase` removes them."""
 
+    def copy_wal(self) -> None:
+        """Copy what was written to where it stays, while others write and read; nothing where there is no WAL."""
+
     def erase(self, *, progress: Callable[[str], None]) -> list[str]:
         """Remove what was deleted from all files, while others read and write; return what prevented it."""
 

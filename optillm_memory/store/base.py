@@ -123,6 +123,10 @@ class Store:
         """Note that files of vectors hold forgotten ones of these scopes, None being all: `erase` removes them."""
         self._location.outdate_indexes(scopes)
 
+    def copy_wal(self) -> None:
+        """Do what the writer would do now and then while others wait: copy what it wrote to where it stays."""
+        self._location.copy_wal()
+
     def erase(self, *, progress: Callable[[str], None]) -> list[str]:
         """Remove what was deleted from all files, while others read and write; return what prevented it."""
         return self._location.erase(progress=progress)

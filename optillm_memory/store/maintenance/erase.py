@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from time import perf_counter as clock
+from typing import Any, TypeVar
 
 from optillm_memory.errors import NotFound
 from optillm_memory.store.base import Store
@@ -13,12 +14,13 @@ from optillm_memory.store.maintenance import forget as deletion
 from optillm_memory.store.maintenance.selection import Selection
 from optillm_memory.store.transaction import Transaction
 
-BATCH = 100  # rows in one commit: others write in between
+BATCH = 100  # rows in one commit at most: others write in between
 WAIT_S = 120.0
 ERASED_WITHIN_S = 60  # from the answer until no byte is left, where nobody reads the same state for longer
 _AT_ONCE = 1_000  # traces that are looked up together
-_COMMIT_S = 0.01  # how long each commit should take
+_SLICE_S = 0.005  # after which a commit takes up no more
 Progress = Callable[[str], None]
+T = TypeVar("T")
 
 
 def forget(
@@ -54,12 +56,12 @@ def forget_rows(store: Store, selection: Selection, *, progress: Progress = lamb
     forget_warnings(store, store.forgetting.errors_of(selection))
     done = 0
     while batch := store.forgetting.chosen(selection, _AT_ONCE):
-        done += _in_small_commits(store, batch, lambda tx, part: deletion.delete_traces(tx, part, time.time()))
+        done += _in_slices(store, batch, lambda tx, part: deletion.delete_traces(tx, part, time.time()))
         progress(f"{done} of {counts['traces']} traces forgotten")
     forget_copies(store)
     waiting = 0
-    if condition := selection.waiting():
-        waiting = store.write(lambda tx: deletion.delete_feedback(tx, *condition)).result(WAIT_S)
+    if found := store.forgetting.waiting(selection):
+        waiting = _in_slices(store, _batches(found), deletion.delete_waiting)
     store.outdate_indexes(scopes)
     # Only now: an erasure that was under way meanwhile has not seen all of it.
     receipt = store.write(deletion.begin).result(WAIT_S)
@@ -89,49 +91,58 @@ def erasure(store: Store, receipt: str) -> dict[str, Any]:
 def forget_copies(store: Store) -> None:
     """Take what was copied from forgotten memories out of other requests; they lose the insertion or the proposal."""
     if store.forgetting.has_copies():
-        copied = store.forgetting.copied() or [""]  # at least once, for what was noted long ago
-        _in_small_commits(store, _singly(copied), lambda tx, part: deletion.withdraw_copies(tx, part, time.time()))
+        store.write(lambda tx: deletion.drop_old_notes(tx, time.time())).result(WAIT_S)
+        copied = store.forgetting.copied()
+        _in_slices(store, _singly(copied), deletion.withdraw_copies)
 
 
 def forget_warnings(store: Store, errors: Mapping[int, Collection[str]]) -> None:
     """Delete the insertions that warned of failures with these errors (by scope number): they quote them."""
     for scope_id, messages in errors.items():
-        found = store.forgetting.warnings_of(scope_id, messages)
-        for start in range(0, len(found), BATCH):
-            part = found[start : start + BATCH]
-            store.write(partial(deletion.delete_placements, scope_id=scope_id, places=part)).result(WAIT_S)
+        places = _batches(store.forgetting.warnings_of(scope_id, messages))
+        _in_slices(store, places, partial(deletion.delete_placements, scope_id=scope_id))
 
 
-def _in_small_commits(
-    store: Store, groups: Sequence[Sequence[str]], operation: Callable[[Transaction, Sequence[str]], int]
+def _in_slices(
+    store: Store, groups: Sequence[Sequence[T]], operation: Callable[[Transaction, Sequence[T]], int]
 ) -> int:
-    """Run an operation on ids, few groups at a time, so that each commit is short; return the sum of its results."""
-    parts = [group[start : start + BATCH] for group in groups for start in range(0, len(group), BATCH)]
-    total, place, size = 0, 0, 1
+    """Run an operation on groups, as many in a commit as fit into a slice of time; return the sum of its results.
+
+    After each commit all others that wait to write have their turn.
+    """
+    parts = [part for group in groups for part in _batches(group)]
+    total = place = 0
     while place < len(parts):
-        ids = [one for part in parts[place : place + size] for one in part]
-        count, took_s = store.write(partial(_timed, operation, ids)).result(WAIT_S)
-        total, place = total + count, place + size
-        size = max(1, min(BATCH, 2 * size, int(size * _COMMIT_S / max(took_s, 1e-4))))
+        count, place = store.write(partial(_slice, operation, parts, place)).result(WAIT_S)
+        total += count
+        store.copy_wal()  # here, and not when the writer has to, with others waiting
     return total
 
 
-def _singly(ids: Sequence[str]) -> list[list[str]]:
-    return [[one] for one in ids]
+def _slice(
+    operation: Callable[[Transaction, Sequence[T]], int], parts: Sequence[Sequence[T]], place: int, tx: Transaction
+) -> tuple[int, int]:
+    """Run an operation on parts from a place on until the time is up; return its results' sum, and where to go on."""
+    ends, total = clock() + _SLICE_S, 0
+    while place < len(parts):
+        total, place = total + operation(tx, parts[place]), place + 1
+        if clock() >= ends:
+            break
+    return total, place
 
 
-def _timed(
-    operation: Callable[[Transaction, Sequence[str]], int], part: Sequence[str], tx: Transaction
-) -> tuple[int, float]:
-    started = time.perf_counter()
-    return operation(tx, part), time.perf_counter() - started
+def _batches(found: Sequence[T]) -> list[Sequence[T]]:
+    return [found[start : start + BATCH] for start in range(0, len(found), BATCH)]
+
+
+def _singly(found: Sequence[T]) -> list[Sequence[T]]:
+    return [[one] for one in found]
 
 
 def tidy(store: Store) -> dict[str, int]:
     """Delete the vectors that nothing uses and the names of scopes that nothing is left of; return how many."""
     keys, last = store.vectors.unused()
-    vectors = _in_small_commits(store, _singly(keys), lambda tx, part: tx.vectors.drop(part, last))
-    scopes = 0
-    if store.forgetting.has_empty_scopes():
-        scopes = store.write(deletion.delete_empty_scopes).result(WAIT_S)
+    vectors = _in_slices(store, _singly(keys), lambda tx, part: tx.vectors.drop(part, last))
+    empty, latest = store.forgetting.empty_scopes()
+    scopes = _in_slices(store, _singly(empty), lambda tx, part: deletion.delete_scopes(tx, part, latest))
     return {"vectors": vectors, "scopes": scopes}

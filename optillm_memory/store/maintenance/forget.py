@@ -91,12 +91,22 @@ def delete_feedback(tx: Transaction, condition: str, values: Sequence[Any]) -> i
     return len(named)
 
 
-def withdraw_copies(tx: Transaction, trace_ids: Sequence[str], now: float) -> int:
+def delete_waiting(tx: Transaction, numbers: Sequence[int]) -> int:
+    """Delete those of these rows of feedback that still wait for their trace or episode; return how many there were."""
+    condition, values = _in("seq", numbers)
+    return delete_feedback(tx, f"{condition} AND {TARGETLESS}", values)
+
+
+def drop_old_notes(tx: Transaction, now: float) -> None:
+    """Delete the notes of what was forgotten so long ago that nothing under way can hold a copy."""
+    _delete(tx, "forgotten", "at < ?", [now - NOTED_S])
+
+
+def withdraw_copies(tx: Transaction, trace_ids: Sequence[str]) -> int:
     """Take what was copied from forgotten memories out of these requests; return how many there were.
 
     They lose the insertion, the proposal, and the answer where it was reused.
     """
-    _delete(tx, "forgotten", "at < ?", [now - NOTED_S])
     episodes = []
     for trace in map(tx.traces.get, trace_ids):
         if trace is None:
@@ -127,15 +137,19 @@ def end(tx: Transaction, erasure: int) -> None:
     tx.db.execute(f"{sql} WHERE meta.value < excluded.value", (erasure,))
 
 
-def delete_placements(tx: Transaction, scope_id: int, places: Sequence[tuple[str, str, str]]) -> int:
+def delete_placements(tx: Transaction, places: Sequence[tuple[str, str, str]], *, scope_id: int) -> int:
     """Delete insertions of a scope by their episode, anchor and form; return how many."""
     return sum(_delete(tx, "ledger", _PLACE, [scope_id, *place]) for place in places)
 
 
-def delete_empty_scopes(tx: Transaction) -> int:
-    """Delete the names of scopes that nothing is left of; return how many there were."""
+def delete_scopes(tx: Transaction, numbers: Sequence[int], latest: int) -> int:
+    """Delete the names of these scopes if there is still nothing of them; return how many.
+
+    They had no feedback up to a row of it, the latest that was looked at.
+    """
     tx.scopes.clear_cache()
-    return _delete(tx, "scopes", EMPTY_SCOPE, ())
+    condition, values = _in("id", numbers)
+    return _delete(tx, "scopes", f"{condition} AND {EMPTY_SCOPE}", [*values, latest])
 
 
 def delete_rows(tx: Transaction, table: str, condition: str) -> int:
@@ -293,7 +307,9 @@ EMPTY_SCOPE = f"""
     NOT EXISTS (SELECT 1 FROM traces WHERE traces.scope_id = scopes.id)
     AND NOT EXISTS (SELECT 1 FROM memories WHERE memories.scope_id = scopes.id
                     AND status NOT IN {NO_MEMORY})
-    AND id NOT IN (SELECT scope_id FROM feedback WHERE scope_id IS NOT NULL)"""
+    AND NOT EXISTS (SELECT 1 FROM feedback WHERE seq > ? AND feedback.scope_id = scopes.id)"""
+TARGETLESS = """NOT EXISTS (SELECT 1 FROM traces WHERE traces.trace_id = feedback.trace_id)
+    AND NOT EXISTS (SELECT 1 FROM traces WHERE traces.episode_id = feedback.episode_id)"""
 _STANDING = "status IN ('verified', 'quarantined', 'retired')"
 _ENOUGH = 10  # successes without a failure: a memory then rests on the latest alone
 _HERE = "traces.scope_id = ? AND traces.episode_id = ?"

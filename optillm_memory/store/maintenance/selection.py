@@ -11,7 +11,14 @@ from typing import Any
 from optillm_memory.errors import InvalidField
 from optillm_memory.records import Scope
 from optillm_memory.store.backend import Pool
-from optillm_memory.store.maintenance.forget import ASKED, COPIED, EMPTY_SCOPE, ERASED, STEPS_OF_TRACES
+from optillm_memory.store.maintenance.forget import (
+    ASKED,
+    COPIED,
+    EMPTY_SCOPE,
+    ERASED,
+    STEPS_OF_TRACES,
+    TARGETLESS,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,7 @@ class Selection:
                 for name in ("tenant", "namespace", "user_id", "agent_id")
             ]
         condition, values = _joined(parts)
-        return f"{condition} AND {_TARGETLESS}", values
+        return f"{condition} AND {TARGETLESS}", values
 
 
 def _joined(parts: Sequence[tuple[str, Any]]) -> tuple[str, list[Any]]:
@@ -106,10 +113,21 @@ class ForgettingReads:
         with self.readers.borrow() as db:
             return [str(row[0]) for row in db.execute(COPIED).fetchall()]
 
-    def has_empty_scopes(self) -> bool:
-        """Whether there are scopes that nothing is left of."""
+    def empty_scopes(self) -> tuple[list[int], int]:
+        """Return the numbers of scopes that nothing is left of, and that of the latest feedback, looked at before."""
         with self.readers.borrow() as db:
-            return db.execute(f"SELECT 1 FROM scopes WHERE {EMPTY_SCOPE} LIMIT 1").fetchone() is not None
+            latest = int(db.execute("SELECT coalesce(max(seq), 0) FROM feedback").fetchone()[0])
+            held = f"{EMPTY_SCOPE} AND id NOT IN (SELECT scope_id FROM feedback WHERE scope_id IS NOT NULL)"
+            found = db.execute(f"SELECT id FROM scopes WHERE {held}", (latest,)).fetchall()
+        return [int(row[0]) for row in found], latest
+
+    def waiting(self, selection: Selection) -> list[int]:
+        """Return the numbers of the rows of feedback of a selection that wait for what never came."""
+        if (waiting := selection.waiting()) is None:
+            return []
+        with self.readers.borrow() as db:
+            found = db.execute(f"SELECT seq FROM feedback WHERE {waiting[0]}", waiting[1]).fetchall()
+        return [int(row[0]) for row in found]
 
     def errors_of(self, selection: Selection) -> dict[int, set[str]]:
         """Return by scope number the error messages of the steps that a selection's traces asked for or brought."""
@@ -185,8 +203,6 @@ _RESTS_ON = """traces.trace_id IN (SELECT trace_id FROM contributions JOIN memor
     WHERE memory_id = ? AND role = 'evidence')"""
 _RESTS_ON_FIX = """EXISTS (SELECT 1 FROM fix_evidence WHERE memory_id = ? AND role <> 'followed'
     AND fix_evidence.scope_id = traces.scope_id AND fix_evidence.episode_id = traces.episode_id)"""
-_TARGETLESS = """NOT EXISTS (SELECT 1 FROM traces WHERE traces.trace_id = feedback.trace_id)
-    AND NOT EXISTS (SELECT 1 FROM traces WHERE traces.episode_id = feedback.episode_id)"""
 _ENDED = """
     SELECT ended, scope_id, episode_id FROM (
         SELECT max(created_at) AS ended, scope_id, episode_id FROM traces GROUP BY scope_id, episode_id) AS episodes

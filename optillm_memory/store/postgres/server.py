@@ -50,6 +50,9 @@ class Server:
     def outdate_indexes(self, scopes: Iterable[Scope] | None) -> None:
         """Do nothing: the vectors are in the tables."""
 
+    def copy_wal(self) -> None:
+        """Do nothing: the server does so by itself."""
+
     def erase(self, *, progress: Callable[[str], None]) -> list[str]:
         """Have the server remove deleted rows from its tables and statistics, while others read and write.
 

@@ -216,12 +216,14 @@ def _secure_words(connection: Connection) -> None:
     connection.execute("COMMIT")
 
 
-def connect(path: Path, *, read_only: bool = False, immutable: bool = False) -> Connection:
+def connect(path: Path, *, read_only: bool = False, immutable: bool = False, create: bool = True) -> Connection:
     """Return a connection to a file, to write or to read: the one place where that is done.
 
-    `immutable` asks SQLite to make no file beside it and to take no lock: only for a file that nobody writes.
+    A file that is missing is made, unless it may not be `create`d. `immutable` asks SQLite to make no file beside it
+    and to take no lock: only for a file that nobody writes.
     """
-    uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}{'&immutable=1' if immutable else ''}"
+    mode = "ro" if read_only else "rwc" if create else "rw"
+    uri = f"{path.absolute().as_uri()}?mode={mode}{'&immutable=1' if immutable else ''}"
     connection: Connection = sqlite3.connect(
         uri,
         uri=True,
@@ -287,6 +289,12 @@ def checkpoint(connection: Connection, *, wait_s: float) -> bool:
     except DatabaseError as error:
         logger.warning("agent_memory: the WAL grows, for it cannot be copied into the database: %s", error)
         return False
+
+
+def copy_wal(path: Path) -> None:
+    """Copy what the WAL holds into the file, while others write and read; it begins anew where all of it is copied."""
+    with contextlib.suppress(DatabaseError), contextlib.closing(connect(path, create=False)) as own:
+        own.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
 
 def leave(connection: Connection) -> None:

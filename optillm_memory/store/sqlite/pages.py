@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from optillm_memory.store.sqlite.connection import Connection, OperationalError, checkpoint, wal_bytes
 
-PAGES = 1_024  # in one piece: others wait to write for as long as it takes to look through it
+PAGES = 256  # in one piece: others wait to write for as long as it takes to look through it
 _LEAVES, _INTERIOR = (10, 13), (2, 5)  # the kinds of pages of a tree
 _LINK = 4  # bytes at the start of a freed part: where the next one is, and its size
 _MOST_PAGES = 1 << 24  # beyond, the first byte of an overflow page may be that of a page of a tree

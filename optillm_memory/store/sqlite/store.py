@@ -16,7 +16,14 @@ from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.records import Scope, ThreadStarter
 from optillm_memory.store.backend import Dialect
 from optillm_memory.store.base import Store
-from optillm_memory.store.sqlite.connection import Connection, OperationalError, Readers
+from optillm_memory.store.sqlite.connection import (
+    Connection,
+    OperationalError,
+    Readers,
+    checkpoint,
+    copy_wal,
+    wal_bytes,
+)
 from optillm_memory.store.sqlite.erase import Eraser
 from optillm_memory.store.sqlite.index_files import IndexFiles, folder_of
 from optillm_memory.store.sqlite.reading import reading
@@ -24,6 +31,9 @@ from optillm_memory.store.sqlite.writer import SqliteWriter
 from optillm_memory.store.tables import words as word_index
 from optillm_memory.store.transaction import Transaction
 from optillm_memory.store.writer import ReadOnlyWriter, start_thread
+
+_COPIED_BYTES = 2 << 20  # a smaller WAL is left as it is
+_WAIT_S = 60.0  # for the writer to come to a job
 
 
 class SqliteStore(Store):
@@ -56,7 +66,7 @@ class SqliteStore(Store):
             writer = SqliteWriter(path, queue_size=queue_size, within=within, alone=readers.away, start=start)
             readers.on_corruption, readers.on_change = writer.distrust, writer.look
         search = SearchBeside(path, readers, read_only=read_only)
-        super().__init__(writer, readers, dialect=DIALECT, search=search, location=DatabaseFile(path, writer))
+        super().__init__(writer, readers, dialect=DIALECT, search=search, location=DatabaseFile(path, writer, readers))
 
     def pause(self, timeout_s: float) -> bool:
         """Start nothing until `resume`, and read nothing; return whether no commit is under way any more."""
@@ -75,9 +85,9 @@ class SqliteStore(Store):
 class DatabaseFile:
     """The file, with its WAL and the files of vectors beside it."""
 
-    def __init__(self, path: Path, writer: SqliteWriter | ReadOnlyWriter) -> None:
+    def __init__(self, path: Path, writer: SqliteWriter | ReadOnlyWriter, readers: Readers) -> None:
         self.path = path
-        self._writer = writer
+        self._writer, self._readers = writer, readers
         self._lock = threading.Lock()
         self._outdated: set[Scope | None] = set()  # whose vectors in files hold forgotten ones; None: everybody's
 
@@ -102,6 +112,13 @@ class DatabaseFile:
         """Note that files of vectors hold forgotten ones of these scopes, None being all: `erase` removes them."""
         with self._lock:
             self._outdated.update((None,) if scopes is None else scopes)
+
+    def copy_wal(self) -> None:
+        """Copy what the WAL holds into the file, while others write and read; then cut it off, if nobody reads it."""
+        if wal_bytes(self.path) > _COPIED_BYTES and isinstance(self._writer, SqliteWriter):
+            with self._readers.borrow():  # nobody opens the file anew meanwhile
+                copy_wal(self.path)
+            self._writer.apart(partial(checkpoint, wait_s=0.0)).result(_WAIT_S)
 
     def erase(self, *, progress: Callable[[str], None]) -> list[str]:
         """Remove what was deleted from all files, while others read and write; return what prevented it."""
