@@ -46,7 +46,7 @@ def expanded(db: str | Path) -> Path:
         ) from None
 
 
-def shown(url: str) -> str:
+def without_password(url: str) -> str:
     """Return a URL that is safe to print: without password and options."""
     parts = urlsplit(url)
     place = parts.hostname or ""
@@ -172,7 +172,7 @@ class Settings:
     @property
     def place(self) -> str:
         """Where the database is, safe to print: a server's URL without its password."""
-        return shown(self.db) if is_url(self.db) else str(self.path)
+        return without_password(self.db) if is_url(self.db) else str(self.path)
 
     @property
     def parsed_arms(self) -> tuple[Arm, ...]:

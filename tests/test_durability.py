@@ -18,7 +18,7 @@ from benchmarks import acknowledged, durability, kills, soak
 from benchmarks.acknowledged import Faults
 from optillm_memory import HostError
 from optillm_memory.store.sqlite.turnstile import Turnstile
-from optillm_memory.store.writer import start_thread
+from optillm_memory.store.threads import start_thread
 
 
 def test_killed_at_any_moment_no_acknowledged_feedback_is_lost(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ PASSES = """
 import sys, time
 from pathlib import Path
 from optillm_memory.store.sqlite.turnstile import Turnstile
-from optillm_memory.store.writer import start_thread
+from optillm_memory.store.threads import start_thread
 turnstile = Turnstile(Path(sys.argv[1]), start_thread)
 for _ in range(int(sys.argv[2])):
     with turnstile.passing():

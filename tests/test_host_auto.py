@@ -63,7 +63,7 @@ def test_the_policy_learns_and_goes_on_after_a_restart(upstream: RecordingUpstre
         believed = host.get("policy", namespace="learning")
         assert believed["choices"] == len(arms)
         assert max(believed["all"], key=lambda arm: believed["all"][arm]["utility"]) == "none@small"
-        assert believed["all"]["none@small"]["told"] == pytest.approx(counts["none@small"], abs=1)
+        assert believed["all"]["none@small"]["rewards"] == pytest.approx(counts["none@small"], abs=1)
         why = host.get(f"traces/{completion['id']}/why")
         assert why["policy"]["arm"] == arms[-1]
         assert sum(why["policy"]["probabilities"].values()) == pytest.approx(1)

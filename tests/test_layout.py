@@ -228,7 +228,7 @@ def test_memory_is_the_facade() -> None:
     assert reaching == set()
 
 
-def test_threads_are_started_in_the_background_package_alone() -> None:
+def test_threads_are_started_in_one_place() -> None:
     """Whatever else needs a thread takes a `ThreadStarter`; what runs in processes of its own starts its own."""
     starts = {"Thread", "Timer", "ThreadPoolExecutor", "start_new_thread"}
     found = {
@@ -237,10 +237,9 @@ def test_threads_are_started_in_the_background_package_alone() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in starts
     }
-    # The store's own starter is for a store that is opened without a Memory.
-    allowed = {"background/threads.py", "store/writer.py", "adapters/pytest_report.py"}
+    allowed = {"store/threads.py", "adapters/pytest_report.py"}
     assert {name for name in found if name.split("/")[0] not in ("testing", "bench")} <= allowed
-    assert "background/threads.py" in found
+    assert "store/threads.py" in found
 
 
 def test_one_place_fails_open() -> None:
@@ -259,6 +258,6 @@ def test_one_place_fails_open() -> None:
     handed_on = {
         "host/doctor.py", "host/runtime.py", "adapters/pytest_report.py", "recall/openvino.py",
         "background/encoder_service.py", "background/maintenance.py", "background/worker.py", "background/threads.py",
-        "store/writer.py", "store/sqlite/writer.py", "learn/forms.py",
+        "store/threads.py", "store/writer.py", "store/sqlite/writer.py", "learn/forms.py",
     }  # fmt: skip
     assert rooms <= {"host/failopen.py", *handed_on}

@@ -278,11 +278,11 @@ def test_the_learner_takes_rows_once() -> None:
     rows = rows_of(learner, 40)
     silent = [Row(r.trace_id, r.chosen, None, r.tokens, r.latency_ms) for r in rows]
     learner.take(learner.since, 1, silent)
-    assert learner.policy.estimates()[SMALL.name]["told"] == 0
+    assert learner.policy.estimates()[SMALL.name]["rewards"] == 0
     learner.take(learner.since, 2, rows)
     assert learner.policy.count == len(rows)
     beliefs = learner.policy.estimates()
-    assert beliefs[SMALL.name]["told"] == pytest.approx(20, abs=0.2)
+    assert beliefs[SMALL.name]["rewards"] == pytest.approx(20, abs=0.2)
     assert beliefs[SMALL.name]["cost"] == pytest.approx(0.1)
     assert beliefs[LARGE.name]["latency"] == pytest.approx(0.5)
     assert learner.report()[1] == {NOWHERE: rows[-1].trace_id}
@@ -295,7 +295,7 @@ def test_the_learner_takes_no_batch_that_another_overtook() -> None:
     assert learner.take(-1, 12, rows)
     assert not learner.take(-1, 11, [replace(row, reward=None) for row in rows])
     assert learner.since == 12
-    assert learner.policy.estimates()[SMALL.name]["told"] == pytest.approx(20, abs=0.2)
+    assert learner.policy.estimates()[SMALL.name]["rewards"] == pytest.approx(20, abs=0.2)
 
 
 def test_many_rows_that_come_later_are_folded_into_what_is_there() -> None:

@@ -22,7 +22,7 @@ from test_store import add, say, verified
 
 from optillm_memory import Memory, Settings, StoreError, StoreTooNew
 from optillm_memory.learn.outcomes import normal_answer
-from optillm_memory.settings import shown
+from optillm_memory.settings import without_password
 from optillm_memory.store import fold
 from optillm_memory.store.base import Store
 from optillm_memory.store.opening import open_store
@@ -74,7 +74,7 @@ def comparable(store: Store) -> list[Any]:
 def test_a_password_is_never_shown(postgres: Server) -> None:
     """Neither the place nor an error of a server that is not there tells the password."""
     url = "postgresql://me:secret@127.0.0.1:1/memory?sslmode=disable"
-    assert shown(url) == "postgresql://me@127.0.0.1:1/memory"
+    assert without_password(url) == "postgresql://me@127.0.0.1:1/memory"
     store = opened_at(url)
     try:
         assert "secret" not in store.fault

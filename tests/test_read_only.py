@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -77,6 +78,27 @@ def test_writing_is_refused(path: Path) -> None:
         with files.draft("a name") as draft:
             assert draft is None
     assert state(path.parent) == before
+
+
+def test_a_write_that_was_broken_off_is_named(path: Path, tmp_path: Path) -> None:
+    """To undo it the file must be written: that is said, with the command that does so, and nothing is changed."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("PRAGMA journal_mode=DELETE")
+        db.execute("PRAGMA cache_size=1")
+        db.execute("BEGIN")
+        rows = [(f"{n} " * 100,) for n in range(500)]
+        db.executemany("INSERT INTO scopes(tenant, namespace, user_id, agent_id) VALUES (?, '', '', '')", rows)
+        broken = tmp_path / "broken" / "memory.db"
+        broken.parent.mkdir()
+        for suffix in ("", "-journal"):
+            shutil.copy(f"{path}{suffix}", f"{broken}{suffix}")
+    before = state(broken.parent)
+    with pytest.raises(StoreError, match=r"memory\.db-journal holds .* optillm-memory migrate"):
+        read_only(broken)
+    assert state(broken.parent) == before
+    assert CliRunner().invoke(main, ["migrate", "--db", str(broken)]).exit_code == 0
+    with closing(read_only(broken)) as store:
+        assert store.stats()["scopes"] == 1
 
 
 def test_what_is_missing_is_not_made(tmp_path: Path) -> None:

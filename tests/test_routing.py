@@ -128,7 +128,7 @@ def test_a_request_that_reads_slowly_undoes_no_reward(memory: Memory, monkeypatc
 
     monkeypatch.setattr(memory.store.decisions, "choices", slowly)
     memory.policy()
-    assert memory.policy()["all"][turn.arm]["told"] == pytest.approx(1, abs=0.01)
+    assert memory.policy()["all"][turn.arm]["rewards"] == pytest.approx(1, abs=0.01)
 
 
 def test_a_report_is_of_one_moment(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_a_report_is_of_one_moment(memory: Memory, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(memory.store.decisions, "task_of", while_another_asks)
     report = memory.policy()
-    assert report["clusters"][0]["arms"][turn.arm]["told"] == report["all"][turn.arm]["told"] == 0
+    assert report["clusters"][0]["arms"][turn.arm]["rewards"] == report["all"][turn.arm]["rewards"] == 0
 
 
 def test_beliefs_stay_in_their_scope(memory: Memory) -> None:

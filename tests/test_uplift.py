@@ -216,7 +216,7 @@ def test_a_report_is_by_scope_kind_arm_and_memory() -> None:
     assert {k: v["with_memory"]["episodes"] for k, v in local["kinds"].items()} == {"exemplar": 6, "fix": 2}
     assert {k: v["with_memory"]["episodes"] for k, v in local["arms"].items()} == {"none@m": 4, "moa@m": 2}
     (memory,) = local["memories"]
-    assert (memory["memory_id"], memory["standing"], memory["confidence"]) == ("mem-1", "keep", 0.98)
+    assert (memory["memory_id"], memory["verdict"], memory["confidence"]) == ("mem-1", "keep", 0.98)
     (single,) = second["memories"]
     assert single["memory_id"] == "fix-1"
     lines = summary(found)
@@ -458,7 +458,7 @@ def test_the_command_shows_what_memory_did(tmp_path: Path) -> None:
     assert figure["with_memory"]["episodes"] + figure["without_memory"]["episodes"] == 60
     assert figure["tasks"] == {"compared": 1, "fixed": 1, "broken": 0}
     (known,) = scope["memories"]
-    assert (known["kind"], known["standing"]) == ("exemplar", "keep")
+    assert (known["kind"], known["verdict"]) == ("exemplar", "keep")
     shown = CliRunner().invoke(main, ["uplift", *db, "--limit", "1"])
     assert shown.exit_code == 0, shown.output
     assert known["memory_id"] in shown.output

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from urllib.parse import quote
 
 from optillm_memory.errors import HostError, StoreError
-from optillm_memory.settings import shown
+from optillm_memory.settings import without_password
 from optillm_memory.store.postgres.connection import SCHEMA, driver
 from optillm_memory.store.postgres.schema import drop, is_there
 from optillm_memory.store.sqlite.connection import DatabaseError
@@ -44,7 +44,8 @@ def refuse_existing_memory(url: str) -> None:
         exists = is_there(url)
     if exists:
         raise StoreError(
-            f"{shown(url)} has a schema {SCHEMA} already, and the bench deletes what it fills: name an empty database"
+            f"{without_password(url)} has a schema {SCHEMA} already, and the bench deletes what it fills: "
+            "name an empty database"
         )
 
 
@@ -64,4 +65,4 @@ def _store_errors(url: str) -> Iterator[None]:
     try:
         yield
     except DatabaseError as error:
-        raise StoreError(f"cannot use {shown(url)}: {error}") from error
+        raise StoreError(f"cannot use {without_password(url)}: {error}") from error

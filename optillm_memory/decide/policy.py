@@ -229,12 +229,12 @@ class Policy:
         return sum(1 for row in self._rows if row[1] == cluster)
 
     def estimates(self, cluster: int | None = None) -> dict[str, dict[str, float]]:
-        """Return the figures of every arm, over all requests or in a cluster; `told` counts its rewards, with decay."""
+        """Return the figures of every arm, over all requests or in a cluster; `rewards` counts them, with decay."""
         centre = self.clusters.centre(cluster) if cluster is not None else None
         estimates = self._estimate(np.zeros(0) if centre is None else self.clusters.nearness(centre), None)
         best = _probabilities_best(estimates, range(len(self.arms)))
         columns = {
-            "told": estimates.n, "reward": estimates.mean, "reward_sd": estimates.sd, "cost": estimates.cost,
+            "rewards": estimates.n, "reward": estimates.mean, "reward_sd": estimates.sd, "cost": estimates.cost,
             "latency": estimates.latency, "utility": estimates.utility, "best": best,
         }  # fmt: skip
         return {

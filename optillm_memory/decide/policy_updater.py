@@ -96,7 +96,7 @@ class PolicyUpdater:
             policy, examples = self.policy, dict(self._examples)
             figures = {
                 "choices": policy.count,
-                "budget_left": round(policy.budget, 4),
+                "budget_remaining": round(policy.budget, 4),
                 "all": _rounded(policy.estimates()),
                 "clusters": [
                     {"cluster": c, "requests": policy.requests_of(c), "arms": _rounded(policy.estimates(c))}

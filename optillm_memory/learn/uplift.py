@@ -162,7 +162,7 @@ def summary(found: Mapping[str, Any]) -> dict[str, str]:
         lines[name] = _line(scope["eligible"])
         lines |= {f"{name} kind {key}": _line(value) for key, value in scope["kinds"].items()}
         lines |= {f"{name} arm {key}": _line(value) for key, value in scope["arms"].items()}
-        lines |= {f"{name} {m['memory_id']}": f"{_line(m)}  {m['standing']}" for m in scope["memories"]}
+        lines |= {f"{name} {m['memory_id']}": f"{_line(m)}  {m['verdict']}" for m in scope["memories"]}
     return lines
 
 
@@ -187,7 +187,7 @@ def _both(episodes: Sequence[Episode]) -> dict[str, Any]:
 
 def _of_memory(memory: tuple[str, str], episodes: Sequence[Episode]) -> dict[str, Any]:
     found = uplift(episodes, MEMORY_ALPHA)
-    return {"memory_id": memory[0], "kind": memory[1], "standing": found.standing, **found.as_dict()}
+    return {"memory_id": memory[0], "kind": memory[1], "verdict": found.standing, **found.as_dict()}
 
 
 def _evidence_order(episodes: Sequence[Episode]) -> tuple[int, int]:

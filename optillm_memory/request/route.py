@@ -169,8 +169,8 @@ def summary(report: Mapping[str, Any]) -> dict[str, str]:
 
 def _line(arm: Mapping[str, float]) -> str:
     return (
-        f"utility {arm['utility']:.3f}  reward {arm['reward']:.3f} ± {arm['reward_sd']:.3f} of {arm['told']:.0f} told  "
-        f"cost {arm['cost']:.3f}  {arm['latency']:.2f} s  best with probability {arm['best']:.2f}"
+        f"utility {arm['utility']:.3f}  reward {arm['reward']:.3f} ± {arm['reward_sd']:.3f} over {arm['rewards']:.0f} "
+        f"rewards  cost {arm['cost']:.3f}  {arm['latency']:.2f} s  best with probability {arm['best']:.2f}"
     )
 
 

@@ -8,7 +8,7 @@ from optillm_memory.records import ThreadStarter
 from optillm_memory.settings import expanded, is_url
 from optillm_memory.store.base import Store
 from optillm_memory.store.sqlite.store import SqliteStore
-from optillm_memory.store.writer import start_thread
+from optillm_memory.store.threads import start_thread
 
 
 def open_store(

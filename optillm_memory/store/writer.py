@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from optillm_memory.errors import AgentMemoryError, StoreTooNew, StoreUnavailable
 from optillm_memory.records import ThreadStarter
 from optillm_memory.store.sqlite.connection import Connection, DatabaseError, IntegrityError
+from optillm_memory.store.threads import start_thread
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +27,6 @@ _AGAIN_S, _LONGEST_S = 0.05, 0.4  # between attempts: longer each time
 _CLOSING_S = 30.0
 # What nobody waits for gives way to the response that it records, and gathers company for its commit.
 _BEHIND_S = 0.02
-
-
-def start_thread(name: str, work: Callable[[], None]) -> threading.Thread:
-    """Start a daemon thread: for a store that is opened without a Memory, which brings its own way of doing so."""
-    thread = threading.Thread(target=work, name=name, daemon=True)
-    thread.start()
-    return thread
 
 
 class _RefusedError(Exception):

@@ -9,7 +9,7 @@ from typing import Any
 
 from optillm_memory.errors import NotFound, StoreError
 from optillm_memory.learn.outcomes import normal_answer
-from optillm_memory.settings import expanded, is_url, refuse_unknown_scheme, shown
+from optillm_memory.settings import expanded, is_url, refuse_unknown_scheme, without_password
 from optillm_memory.store.opening import open_store
 from optillm_memory.store.postgres.connection import PostgresConnection, vector_text
 from optillm_memory.store.postgres.schema import TABLES, refuse_other_schema
@@ -56,7 +56,7 @@ def _all_copied(old: _Side, new: _Side, progress: Progress) -> dict[str, tuple[i
 
 
 def _place(db: str) -> str:
-    return shown(db) if is_url(db) else db
+    return without_password(db) if is_url(db) else db
 
 
 def _refuse_full(target: str) -> None:
@@ -166,7 +166,7 @@ def _reading(db: str) -> Iterator[_Side]:
     """Give a side whose state stays the same while it is read."""
     if is_url(db):
         with contextlib.closing(PostgresConnection(db, read_only=True)) as server:
-            refuse_other_schema(server, shown(db))
+            refuse_other_schema(server, without_password(db))
             server.execute("SET statement_timeout = 0")
             server.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
             yield _ServerSide(server)

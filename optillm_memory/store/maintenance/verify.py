@@ -16,7 +16,7 @@ from optillm_memory.errors import NotFound
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.recall.vectors.ivf import IvfIndex
 from optillm_memory.records import Scope
-from optillm_memory.settings import is_url, shown
+from optillm_memory.settings import is_url, without_password
 from optillm_memory.store import fold
 from optillm_memory.store.base import Store
 from optillm_memory.store.maintenance import forget as deletion
@@ -147,7 +147,7 @@ class _Server(_File):
         with contextlib.closing(PostgresReaders(self._url, 1)) as readers, readers.borrow() as db:
             db.execute("SET statement_timeout = 0")
             if not db.execute("SELECT to_regclass(?) IS NOT NULL", (f"{SCHEMA}.migrations",)).fetchone()[0]:
-                raise NotFound(f"there is no memory on {shown(self._url)}; optillm makes it when it serves")
+                raise NotFound(f"there is no memory on {without_password(self._url)}; optillm makes it when it serves")
             yield db
 
     def first(self, db: Any) -> Iterator[Check]:

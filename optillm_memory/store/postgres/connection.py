@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from optillm_memory.errors import StoreError, StoreUnavailable
-from optillm_memory.settings import shown
+from optillm_memory.settings import without_password
 from optillm_memory.store.sqlite import connection as sqlite
 
 SCHEMA = "agent_memory"
@@ -129,7 +129,9 @@ class PostgresReaders:
     def borrow(self) -> Iterator[Any]:
         """Lend a connection; one that failed is closed, not lent again. Raises StoreError."""
         if not self._places.acquire(timeout=_PATIENCE_S):
-            raise StoreError(f"cannot read {shown(self._url)}: all connections have been busy for {_PATIENCE_S} s")
+            raise StoreError(
+                f"cannot read {without_password(self._url)}: all connections have been busy for {_PATIENCE_S} s"
+            )
         try:
             with self._lent() as connection:
                 yield connection
@@ -147,7 +149,7 @@ class PostgresReaders:
         except BaseException as error:
             connection.close()
             if isinstance(error, sqlite.DatabaseError):
-                raise StoreError(f"cannot read {shown(self._url)}: {error}") from error
+                raise StoreError(f"cannot read {without_password(self._url)}: {error}") from error
             raise
         if not connection.closed:
             self._idle.append(connection)
@@ -156,7 +158,7 @@ class PostgresReaders:
         try:
             return PostgresConnection(self._url, read_only=True)
         except sqlite.DatabaseError as error:
-            raise StoreError(f"cannot read {shown(self._url)}: {error}") from error
+            raise StoreError(f"cannot read {without_password(self._url)}: {error}") from error
 
     def close(self) -> None:
         """Close what is idle."""

@@ -8,7 +8,7 @@ from contextlib import closing
 from typing import Any
 
 from optillm_memory.records import Scope
-from optillm_memory.settings import shown
+from optillm_memory.settings import without_password
 from optillm_memory.store.postgres.connection import SCHEMA, PostgresConnection, PostgresReaders
 from optillm_memory.store.postgres.schema import TABLES
 from optillm_memory.store.postgres.search import UNCOUNTED, may_build
@@ -29,7 +29,7 @@ class Server:
     @property
     def place(self) -> str:
         """The URL, without its password."""
-        return shown(self._url)
+        return without_password(self._url)
 
     def size_bytes(self) -> int:
         """Return how much room all of it takes."""

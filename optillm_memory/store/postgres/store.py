@@ -9,7 +9,7 @@ from typing import Any
 from optillm_memory.errors import StoreUnavailable
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.records import ThreadStarter
-from optillm_memory.settings import shown
+from optillm_memory.settings import without_password
 from optillm_memory.store.backend import Dialect
 from optillm_memory.store.base import Store
 from optillm_memory.store.postgres.connection import PostgresConnection, PostgresReaders, vector_text
@@ -18,8 +18,9 @@ from optillm_memory.store.postgres.search import HnswSearch
 from optillm_memory.store.postgres.server import Server
 from optillm_memory.store.sqlite.connection import DatabaseError
 from optillm_memory.store.tables.words import scoped
+from optillm_memory.store.threads import start_thread
 from optillm_memory.store.transaction import Transaction
-from optillm_memory.store.writer import ReadOnlyWriter, Writer, start_thread
+from optillm_memory.store.writer import ReadOnlyWriter, Writer
 
 # An idle transaction of a writer blocks all proxies, so the server ends it after this time. A fold computes between its
 # statements, so it is no less than anybody waits for a commit.
@@ -46,9 +47,9 @@ class PostgresStore(Store):
         readers = PostgresReaders(url)
         writer: Writer | ReadOnlyWriter
         if read_only:
-            writer = ReadOnlyWriter(shown(url))
+            writer = ReadOnlyWriter(without_password(url))
             with readers.borrow() as db:
-                refuse_other_schema(db, shown(url))
+                refuse_other_schema(db, without_password(url))
         else:
             within = partial(Transaction, dialect=DIALECT, normal=normal)
             writer = PostgresWriter(url, queue_size=queue_size, within=within, start=start)
@@ -62,7 +63,7 @@ class PostgresWriter(Writer):
     def __init__(self, url: str, *, queue_size: int, within: Callable[[Any], Any], start: ThreadStarter) -> None:
         """Connect and bring the schema up; where that fails for now, each later operation tries again."""
         self._url = url
-        super().__init__(shown(url), queue_size=queue_size, within=within, start=start)
+        super().__init__(without_password(url), queue_size=queue_size, within=within, start=start)
 
     def _open(self) -> Any:
         try:

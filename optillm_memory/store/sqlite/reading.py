@@ -51,8 +51,17 @@ class UntouchedReaders(Readers):
         """Lend a connection. Raises StoreError where the file is broken, or was written while it was read."""
         before = _state(self._path)
         if before is None:  # somebody has it open, or left a journal: what that holds is read, too
-            with super().borrow() as db:
-                yield db
+            try:
+                with super().borrow() as db:
+                    yield db
+            except StoreError as error:
+                journal = self._path.with_name(f"{self._path.name}-journal")
+                if "readonly" not in str(error) or not journal.exists():
+                    raise
+                raise StoreError(
+                    f"cannot read {self._path}: a write was broken off, and what {journal.name} holds of it must be "
+                    "undone first; run: optillm-memory migrate"
+                ) from error
             return
         try:
             with contextlib.closing(connect(self._path, read_only=True, immutable=True)) as db:

@@ -29,8 +29,9 @@ from optillm_memory.store.sqlite.index_files import IndexFiles, folder_of
 from optillm_memory.store.sqlite.reading import reading
 from optillm_memory.store.sqlite.writer import SqliteWriter
 from optillm_memory.store.tables import words as word_index
+from optillm_memory.store.threads import start_thread
 from optillm_memory.store.transaction import Transaction
-from optillm_memory.store.writer import ReadOnlyWriter, start_thread
+from optillm_memory.store.writer import ReadOnlyWriter
 
 _COPIED_BYTES = 2 << 20  # a smaller WAL is left as it is
 _WAIT_S = 60.0  # for the writer to come to a job

@@ -31,7 +31,8 @@ from optillm_memory.store.sqlite.connection import (
     wal_bytes,
 )
 from optillm_memory.store.sqlite.turnstile import Turnstile
-from optillm_memory.store.writer import Writer, fulfil, start_thread
+from optillm_memory.store.threads import start_thread
+from optillm_memory.store.writer import Writer, fulfil
 
 logger = logging.getLogger(__name__)
 
