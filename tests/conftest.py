@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hosting import Host, served
+from hosting import LEAN_PATH, Host, served
 from hypothesis import settings
 from postgres import Server, running
 
@@ -59,6 +59,14 @@ def module_host(upstream: RecordingUpstream, tmp_path_factory: pytest.TempPathFa
     """Start `optillm-memory serve` once for a module."""
     with served(upstream, tmp_path_factory.mktemp("host") / "memory.db") as host:
         yield host
+
+
+@pytest.fixture(scope="module")
+def lean_hosts() -> Iterator[None]:
+    """Have whatever starts a host in this module start one that loads no torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", LEAN_PATH)
+        yield
 
 
 @pytest.fixture

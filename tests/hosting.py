@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from openai import OpenAI
 from optillm_memory.testing.host import HostProcess
 from optillm_memory.testing.upstream import RecordingUpstream
 
+CHECKOUT = Path(__file__).resolve().parents[1]
 KEY = "alice"  # no sk- in front: the server's own client answers, which spares each request a new one
 MODEL = "agent_memory-m"
 TIMEOUT_S = 60.0
@@ -27,6 +29,13 @@ QUIET = {
 }
 
 JSON = dict[str, Any]
+# Where children look for modules: optillm's plugins `privacy`, `json` and `router` fail there, for loading torch takes
+# half of the time of a start.
+LEAN_PATH = os.pathsep.join(
+    filter(None, [str(Path(__file__).with_name("without_torch")), str(CHECKOUT), os.environ.get("PYTHONPATH")])
+)
+LEAN = {"PYTHONPATH": LEAN_PATH}
+COMPLETE = {"PYTHONPATH": str(CHECKOUT)}
 
 
 @dataclass(frozen=True)
@@ -150,8 +159,9 @@ def served(
     env: Mapping[str, str] | None = None,
     log: Path | None = None,
 ) -> Iterator[Host]:
-    """Run `optillm-memory serve` on a database."""
-    process = HostProcess.serve(upstream.base_url, db=db, extra_args=extra_args, env={**QUIET, **(env or {})}, log=log)
+    """Run `optillm-memory serve` on a database; all plugins of optillm are there if `env` has `COMPLETE`."""
+    given = {**QUIET, **LEAN, **(env or {})}
+    process = HostProcess.serve(upstream.base_url, db=db, extra_args=extra_args, env=given, log=log)
     with running(process, upstream, db) as host:
         yield host
 

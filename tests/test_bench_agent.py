@@ -336,6 +336,7 @@ def test_uplift_has_an_interval_that_knows_chance() -> None:
 
 
 @pytest.mark.host
+@pytest.mark.usefixtures("lean_hosts")
 def test_bench_agent_through_a_real_server(tmp_path: Path) -> None:
     """Four tasks through a real server: all solved, fewer failures after a restart, none fewer in the holdout."""
     out = tmp_path / "agent.json"

@@ -96,6 +96,7 @@ def test_the_commands_write_their_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.host
+@pytest.mark.usefixtures("lean_hosts")
 def test_decisions_a_second(tmp_path: Path) -> None:
     """`decide` measures in process and over HTTP, and a hit beside the host's own round trip."""
     options = ["--size", "40", "--clients", "1,2", "--seconds", "0.3", "--repeats", "10"]

@@ -55,12 +55,15 @@ def test_records_lie_like_a_sentence_encoders() -> None:
 
 
 @pytest.mark.host
+@pytest.mark.usefixtures("lean_hosts")
 def test_a_file_has_all_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command writes every figure for its size; at a small one the search finds what an exact one does.
 
     What is the host's is measured with a real one, that answers with what it finds in the file.
     """
     monkeypatch.setattr(store_host, "STARTS", 1)
+    monkeypatch.setattr(store_host, "REQUESTS", 8)
+    monkeypatch.setattr(store_host, "_REST_S", 0.1)
     out = tmp_path / "figures.json"
     result = CliRunner().invoke(main, ["bench", "store", "--sizes", "600", "--store", "sqlite", "--output", str(out)])
     assert result.exit_code == 0, result.output

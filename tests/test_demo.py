@@ -22,27 +22,25 @@ pytestmark = [pytest.mark.host, pytest.mark.model]
 def test_demo_runs_to_its_end(tmp_path: Path) -> None:
     """The demo asks every task it says, restarts in between, and writes figures that add up."""
     out = tmp_path / "demo.json"
-    done = CliRunner().invoke(
-        main, ["demo", "--baseline", "2", "--session", "12", "--again", "6", "--output", str(out)]
-    )
+    done = CliRunner().invoke(main, ["demo", "--baseline", "1", "--session", "6", "--again", "2", "--output", str(out)])
     assert done.exit_code == 0, done.output
     figures = json.loads(out.read_text(encoding="utf-8"))
     assert {name: part["requests"] for name, part in figures["parts"].items()} == {
-        "without memory": 2,
-        "session 1": 12,
-        "session 2": 12,
-        "again": 6,
-        "again, reuse": 6,
+        "without memory": 1,
+        "session 1": 6,
+        "session 2": 6,
+        "again": 2,
+        "again, reuse": 2,
     }
     assert figures["parts"]["without memory"]["injected"] == 0
     assert figures["parts"]["session 2"]["injected"] > 0
-    assert [point[0] for point in figures["curve"]] == [12, 24]
+    assert [point[0] for point in figures["curve"]] == [12]
     assert "learning curve" in done.output
     ladder = figures["parts"]["again, reuse"]
-    assert ladder["llm_calls"] == 6 - ladder["served"]
+    assert ladder["llm_calls"] == 2 - ladder["served"]
     assert figures["parts"]["again"]["served"] == 0
     uplift = figures["uplift"]
-    assert uplift["with_memory"]["episodes"] + uplift["without_memory"]["episodes"] <= 24
+    assert uplift["with_memory"]["episodes"] + uplift["without_memory"]["episodes"] <= 12
     assert "uplift" in done.output
 
 

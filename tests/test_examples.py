@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hosting import LEAN, QUIET
 
 from optillm_memory.bench.stream import wait_for_encoder
 from optillm_memory.testing.host import HostProcess
@@ -56,7 +57,7 @@ def test_stream_of_own_data_compares_with_and_without(tmp_path: Path) -> None:
         return answers[-1] if answers else "no idea"
 
     with RecordingUpstream(copy_last_exemplar) as upstream:
-        env = {"OPTILLM_AGENT_MEMORY_HOLDOUT": "0"}
+        env = {**QUIET, **LEAN}
         with HostProcess.serve(upstream.base_url, db=tmp_path / "m.db", env=env) as server:
             wait_for_encoder(server.base_url, "sk-example")
             output = _run("stream_your_data.py", str(data), "--url", server.base_url, "--model", "m")

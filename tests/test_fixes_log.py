@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from agents import DONE, ERROR, RIGHT, WRONG, Agent, call, calling, fixes, mend, mistyped, result, work
-from builders import NOW, assistant, feedback, lexical_memory, response, trace
+from builders import NOW, assistant, examples, feedback, lexical_memory, response, trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -138,7 +138,7 @@ def known(store: SqliteStore) -> list[Any]:
 
 
 @pytest.mark.slow
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(logs(), st.randoms(use_true_random=False))
 def test_order_of_arrival_does_not_matter_and_rebuild_agrees(parts: list[list[Event]], random: Any) -> None:
     """Episodes, feedback and retractions in any order leave the same fixes and outcomes, and so does a rebuild."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosting import KEY, MODEL, QUIET, Host, authorization, running, served, until
+from hosting import KEY, LEAN, MODEL, QUIET, Host, authorization, running, served, until
 from sqlite_utils import Database
 
 from optillm_memory.memory import Memory
@@ -335,7 +335,7 @@ def test_a_read_only_database(upstream: RecordingUpstream, db: Path) -> None:
         memory.finish(turn, {"choices": [{"message": {"role": "assistant", "content": "yes"}}]})
     db.chmod(0o400)
     before = db.read_bytes()
-    process = HostProcess.serve(upstream.base_url, db=db, env=QUIET)
+    process = HostProcess.serve(upstream.base_url, db=db, env={**QUIET, **LEAN})
     process.argv = [sys.executable, "-c", WITHOUT_OVERRIDE, *process.argv]
     with running(process, upstream, db) as host:
         answered = host.chat(TASK)

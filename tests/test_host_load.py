@@ -7,18 +7,28 @@ import sqlite3
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
-from hosting import MODEL, Host, authorization
+from hosting import MODEL, Host, authorization, served
+
+from optillm_memory.testing.upstream import RecordingUpstream
 
 pytestmark = pytest.mark.host
 
-CLIENTS, REQUESTS = 32, 2_000
+CLIENTS = 32
 
 
-def test_thirty_two_clients_two_thousand_requests(host: Host) -> None:
-    """2,000 requests of 32 clients with feedback for each: no error, and every trace and feedback is in the store."""
+@pytest.mark.parametrize("requests", [500, pytest.param(2_000, marks=pytest.mark.long)])
+def test_thirty_two_clients(upstream: RecordingUpstream, tmp_path: Path, requests: int) -> None:
+    """Requests of 32 clients with feedback for each: no error, and every trace and feedback is in the store."""
+    with served(upstream, tmp_path / "memory.db") as host:
+        ask(host, requests)
+
+
+def ask(host: Host, requests: int) -> None:
+    """Send so many requests, and look for what became of them."""
     host.upstream.reply = lambda request: f"answer to {request['messages'][-1]['content'].split()[1]}"
     local = threading.local()
     clients: list[httpx.Client] = []
@@ -29,11 +39,11 @@ def test_thirty_two_clients_two_thousand_requests(host: Host) -> None:
             headers = authorization(f"tenant-{number % 4}")
             http = local.http = httpx.Client(timeout=120, trust_env=False, headers=headers)
             clients.append(http)
-        body = {"model": MODEL, "messages": [{"role": "user", "content": f"task {number % 500} of the day"}]}
+        body = {"model": MODEL, "messages": [{"role": "user", "content": f"task {number % 125} of the day"}]}
         answered = http.post(f"{host.process.base_url}/chat/completions", json=body)
         assert answered.status_code == 200, answered.text
         completion = answered.json()
-        assert completion["choices"][0]["message"]["content"] == f"answer to {number % 500}"
+        assert completion["choices"][0]["message"]["content"] == f"answer to {number % 125}"
         item = {"trace_id": completion["id"], "metric": "success", "value": number % 10 > 0, "source": "code"}
         told = http.post(f"{host.process.base_url}/agent_memory/feedback", json=item)
         assert told.status_code == 202, told.text
@@ -42,17 +52,17 @@ def test_thirty_two_clients_two_thousand_requests(host: Host) -> None:
 
     try:
         with ThreadPoolExecutor(CLIENTS) as pool:
-            done = list(pool.map(one, range(REQUESTS)))
+            done = list(pool.map(one, range(requests)))
     finally:
         for client in clients:
             client.close()
-    assert len({trace_id for trace_id, _, _ in done}) == len({feedback_id for _, feedback_id, _ in done}) == REQUESTS
-    assert Counter(status for _, _, status in done) == {"applied": REQUESTS}
+    assert len({trace_id for trace_id, _, _ in done}) == len({feedback_id for _, feedback_id, _ in done}) == requests
+    assert Counter(status for _, _, status in done) == {"applied": requests}
     host.settle()
     stats = host.get("stats")
-    assert (stats["traces"], stats["feedback"], stats["lost"], stats["fault"]) == (REQUESTS, REQUESTS, 0, "")
-    assert stats["traces_by_outcome"] == {"success": REQUESTS * 9 // 10, "failure": REQUESTS // 10}
-    assert sum(stats["traces_by_action"].values()) == len(host.upstream.requests) == REQUESTS
+    assert (stats["traces"], stats["feedback"], stats["lost"], stats["fault"]) == (requests, requests, 0, "")
+    assert stats["traces_by_outcome"] == {"success": requests * 9 // 10, "failure": requests // 10}
+    assert sum(stats["traces_by_action"].values()) == len(host.upstream.requests) == requests
     assert stats["traces_by_action"]["inject"] > 0
     with contextlib.closing(sqlite3.connect(host.db)) as connection:
         told = set(connection.execute("SELECT trace_id, feedback_id FROM feedback JOIN traces USING (trace_id)"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosting import KEY, MODEL, QUIET, Host, running, served, until
+from hosting import KEY, LEAN, MODEL, QUIET, Host, running, served, until
 
 from optillm_memory.bench.stream import wait_for_encoder
 from optillm_memory.testing.host import HostProcess
@@ -71,7 +71,7 @@ def test_memory_outlives_the_process(upstream: RecordingUpstream, db: Path, tmp_
         assert item["tokens"] > 0
         assert item["score"] > 0
 
-    env["OPTILLM_AGENT_MEMORY_ENCODER"] = "none"
+    env |= {**LEAN, "OPTILLM_AGENT_MEMORY_ENCODER": "none"}
     third = HostProcess.serve(upstream.base_url, db=db, extra_args=["--approach", "agent_memory"], env=env)
     with running(third, upstream, db) as host:
         _, _, metadata = ask_with_openai(host, TASK, model="some-model")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosting import JSON, Host, chunks_of, served
+from hosting import COMPLETE, JSON, Host, chunks_of, served
 
 from optillm_memory.testing.upstream import RecordingUpstream, Reply
 
@@ -115,7 +115,7 @@ def answer_to(request: JSON) -> str:
 def module_host(upstream: RecordingUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """Start the host with a home of its own: plugins write their configuration there, or read what someone wrote."""
     home = tmp_path_factory.mktemp("home")
-    with served(upstream, home / "memory.db", env={"HOME": str(home)}) as host:
+    with served(upstream, home / "memory.db", env={"HOME": str(home), **COMPLETE}) as host:
         yield host
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import NOW, SCOPE, ask, body, feedback, hit, lexical_memory, response, teach, tell, trace
+from builders import NOW, SCOPE, ask, body, examples, feedback, hit, lexical_memory, response, teach, tell, trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -290,7 +290,7 @@ def comparable(store: SqliteStore) -> list[Any]:
     return [*rows, *((name, re.sub(r"\bs\d+x", "", said)) for name, said in words)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(logs(), st.randoms(use_true_random=False))
 def test_order_of_arrival_does_not_matter_and_rebuild_agrees(events: list[Event], random: Any) -> None:
     """Any order of the same traces, feedback and retractions leaves the same memories, and so does a rebuild."""

@@ -22,7 +22,7 @@ import httpx
 import openai
 import pytest
 from builders import assistant, body, lexical_memory, response
-from hosting import JSON, KEY, MODEL, QUIET, Host, authorization
+from hosting import JSON, KEY, LEAN, MODEL, QUIET, Host, authorization
 from test_pytest_plugin import FAILING, PASSING, line_of, run
 
 from optillm_memory import Memory, Turn
@@ -118,7 +118,7 @@ def module_walled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walled]:
     """Start a host in front of an upstream that answers with a page."""
     db = tmp_path_factory.mktemp("wall") / "memory.db"
     with walled() as wall, httpx.Client(timeout=60, trust_env=False) as http:
-        process = HostProcess.serve(wall.base_url, db=db, env=QUIET)
+        process = HostProcess.serve(wall.base_url, db=db, env={**QUIET, **LEAN})
         with process:
             yield Walled(wall, process, http)
 
