@@ -21,6 +21,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 # What is slow in other modules carries the mark itself.
 SLOW = (
     "test_ann.py",
+    "test_bench_ann.py",
     "test_bench_encoder.py",
     "test_bench_peers.py",
     "test_bench_reuse.py",

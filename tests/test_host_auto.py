@@ -18,6 +18,7 @@ ENV = {
     "OPTILLM_AGENT_MEMORY_WARMUP_SHARE": "0.6",
     "OPTILLM_AGENT_MEMORY_HOLDOUT": "0",
     "OPTILLM_AGENT_MEMORY_ENCODER": "hashing",
+    "OPTILLM_AGENT_MEMORY_DEADLINE_MS": "20000",  # a decision that is late on a busy machine would not be made
 }
 AUTO = {"approach": "auto"}
 UPSTREAM_MODEL = MODEL.removeprefix("agent_memory-")

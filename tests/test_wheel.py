@@ -44,6 +44,7 @@ def test_it_is_small(wheel: Path) -> None:
     assert wheel.stat().st_size <= MOST_BYTES
 
 
+@pytest.mark.slow
 def test_a_bench_runs_from_it(wheel: Path, tmp_path: Path) -> None:
     """Unpacked elsewhere, a bench finds its built-in data and needs no file of the repository."""
     with zipfile.ZipFile(wheel) as archive:

@@ -372,11 +372,7 @@ print("WROTE", wrote[0] + 1)
 @pytest.mark.parametrize(
     "busy",
     [
-        "nothing",
-        "grandchild",
-        "opens",
-        "reads",
-        "recalls",
+        *(pytest.param(way, marks=pytest.mark.slow) for way in ("nothing", "grandchild", "opens", "reads", "recalls")),
         "writes",
         pytest.param("writes+reads+grandchild", marks=pytest.mark.long),
     ],

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from optillm_memory.errors import StoreUnavailable
+from optillm_memory.errors import StoreError, StoreUnavailable
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.records import Scope, ThreadStarter
 from optillm_memory.store.backend import Dialect
@@ -117,9 +117,10 @@ class DatabaseFile:
     def copy_wal(self) -> None:
         """Copy what the WAL holds into the file, while others write and read; then cut it off, if nobody reads it."""
         if wal_bytes(self.path) > _COPIED_BYTES and isinstance(self._writer, SqliteWriter):
-            with self._readers.borrow():  # nobody opens the file anew meanwhile
-                copy_wal(self.path)
-            self._writer.apart(partial(checkpoint, wait_s=0.0)).result(_WAIT_S)
+            with suppress(StoreError):  # the writer does it some time, and says what is wrong
+                with self._readers.borrow():  # nobody opens the file anew meanwhile
+                    copy_wal(self.path)
+                self._writer.apart(partial(checkpoint, wait_s=0.0)).result(_WAIT_S)
 
     def erase(self, *, progress: Callable[[str], None]) -> list[str]:
         """Remove what was deleted from all files, while others read and write; return what prevented it."""
