@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from optillm_memory.bench.options import limited, numbers, progress, reported, say, seeded
+from optillm_memory.bench.options import limited, max_error, numbers, progress, reported, say, seeded
 from optillm_memory.bench.report import Output
 from optillm_memory.errors import AgentMemoryError
 
@@ -43,18 +43,50 @@ def main() -> None:
 @main.command()
 @limited
 @click.option("--holdout", type=click.FloatRange(0, 1), default=0.5, show_default=True,
-              help="Share of episodes without memory in the third run.")  # fmt: skip
+              help="Share of episodes without memory in the runs with a holdout.")  # fmt: skip
+@click.option("--part", type=click.Choice(("all", "shell", "multistep")), default="all", show_default=True,
+              help="The tasks with a real shell, the simulated tasks of many steps, or both.")  # fmt: skip
+@click.option("--instances", type=click.IntRange(1), default=6, show_default=True,
+              help="Tasks of each family, of many steps.")  # fmt: skip
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True,
+              help="Number of times that these are done, with other names.")  # fmt: skip
+@max_error(0.05, "Largest error at which memory may serve an action.")
 @seeded
 @reported
-def agent(limit: int | None, holdout: float, seed: int, output: Output) -> None:
-    """Let a scripted agent do real tasks, and again in a new process, with and without memory."""
+def agent(
+    limit: int | None,
+    holdout: float,
+    part: str,
+    instances: int,
+    seeds: int,
+    max_error: float,
+    seed: int,
+    output: Output,
+) -> None:
+    """Let a scripted agent do tasks, and again in a new process: with and without memory, procedures and actions.
+
+    --limit is of the tasks with a shell. --seed is the first of the --seeds.
+    """
     from benchmarks.agent import run
     from benchmarks.agent_tasks import TASKS
+    from benchmarks.multistep import passes
 
+    figures: dict[str, Any] = {}
     tasks = TASKS[:limit]
-    with progress(3 * len(tasks), "tasks") as bar:
-        figures = run(tasks, seed=seed, share=holdout, say=say, tick=lambda: bar.update(1))
-    output.write(figures, {"tasks": len(tasks), "holdout": holdout, "seed": seed, "encoder": "hashing"})
+    if part != "multistep":
+        with progress(3 * len(tasks), "tasks") as bar:
+            figures |= run(tasks, seed=seed, share=holdout, say=say, tick=lambda: bar.update(1))
+    if part != "shell":
+        with progress(passes.episodes(seeds, instances), "tasks") as bar:
+            figures["multistep"] = passes.run(
+                seeds=seeds, seed=seed, instances=instances, max_error=max_error, share=holdout, say=say,
+                tick=lambda: bar.update(1),
+            )  # fmt: skip
+    settings = {"holdout": holdout, "part": part, "seed": seed, "encoder": "hashing"}
+    output.write(
+        figures,
+        {**settings, "tasks": len(tasks), "instances": instances, "seeds": seeds, "max_error": max_error},
+    )
 
 
 @main.command()

@@ -25,11 +25,13 @@ from optillm_memory.learn.forms import form_named
 from optillm_memory.recall.encoder import Encoder, load_encoder
 from optillm_memory.recall.retriever import Retriever
 from optillm_memory.records import OPERATOR, Feedback, FeedbackReceipt, Hit, MemoryRecord, Scope, Tenant
+from optillm_memory.request.actions import ActionDecider
 from optillm_memory.request.advise import Adviser
 from optillm_memory.request.deadline import Deadline
 from optillm_memory.request.decide import Decider
 from optillm_memory.request.guard import Guard
 from optillm_memory.request.locate import Locator
+from optillm_memory.request.procedures import ProcedureAdviser
 from optillm_memory.request.record import Recorder
 from optillm_memory.request.reuse import ReuseDecider
 from optillm_memory.request.route import Router
@@ -85,12 +87,15 @@ class Memory:
         self._guard = Guard(settings, self._adviser, self._locator)
         self._reuse = ReuseDecider(store.proposals, self._retriever, self.encoder, normal, salt, settings.reuse_audit)
         self._router = Router(store.decisions, settings, self.encoder, salt)
+        procedures = ProcedureAdviser(store.procedures, store.recall, self.encoder, None if read_only else store.post)
+        actions = ActionDecider(store.recall, procedures, self._reuse.gate, salt, settings)
         self._decider = Decider(
             store.recall, settings, self.encoder, salt,
             self._retriever, self._locator, self._adviser, self._reuse, self._router,
+            procedures, actions,
         )  # fmt: skip
         self._recorder = Recorder(store, settings, self.encoder, self._locator, self._maintenance, clock)
-        self._shadow = Shadow(self._reuse, self._recorder)
+        self._shadow = Shadow(self._reuse, actions, self._recorder)
         self._read_only = read_only
         if not read_only:
             self._maintenance.start()

@@ -62,7 +62,8 @@ class Trace:
 
     `partition` hashes what else must be equal for an answer to be reused; empty where reuse is out of the question.
     `continued` is the answered conversation prefix that the request goes on from (empty for none), `continuation` that
-    prefix with the next message. `one_shot`: no assistant had spoken, and there were no tools.
+    prefix with the next message. `one_shot`: no assistant had spoken, and there were no tools. `end_user` is the user
+    that the client named, `goal` what the caller said the episode is meant to achieve; empty where they said nothing.
     """
 
     trace_id: str
@@ -91,6 +92,8 @@ class Trace:
     continued: str = ""
     continuation: str = ""
     one_shot: bool = True
+    end_user: str = ""
+    goal: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,13 @@ class Settings:
         low=0,
         high=1,
     )
+    read_only_tools: str = _setting(
+        "", "names of tools, separated by commas, that only look: with `reuse.actions` memory may call them"
+    )
+    allowed_tools: str = _setting(
+        "", "names of tools, separated by commas, that memory may call with `reuse.actions` although they change things"
+    )
+    never_tools: str = _setting("", "names of tools, separated by commas, that memory never calls")
     answer_form: str = _setting(
         "text",
         "how answers are compared: `text` (ignoring case, white space and a final full stop), `number` (the last "

@@ -20,6 +20,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 # Modules that take more than about ten seconds each: they get the mark `slow`, so that the fast tier leaves them out.
 # What is slow in other modules carries the mark itself.
 SLOW = (
+    "test_actions_changed.py",
     "test_ann.py",
     "test_bench_ann.py",
     "test_bench_encoder.py",

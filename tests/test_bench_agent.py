@@ -340,7 +340,9 @@ def test_uplift_has_an_interval_that_knows_chance() -> None:
 def test_bench_agent_through_a_real_server(tmp_path: Path) -> None:
     """Four tasks through a real server: all solved, fewer failures after a restart, none fewer in the holdout."""
     out = tmp_path / "agent.json"
-    done = CliRunner().invoke(main, ["agent", "--limit", "4", "--holdout", "1", "--output", str(out)])
+    done = CliRunner().invoke(
+        main, ["agent", "--part", "shell", "--limit", "4", "--holdout", "1", "--output", str(out)]
+    )
     assert done.exit_code == 0, done.output
     found = json.loads(out.read_text(encoding="utf-8"))
     assert set(report({}, {})) < set(found)

@@ -19,7 +19,10 @@ from optillm_memory.bench.rows import read_rows
 from optillm_memory.cli import main
 from optillm_memory.errors import InvalidField
 
-MEASURING = {"decide", "encoder", "fixes", "ladder", "latency", "near-misses", "replay", "route", "store", "stream"}
+MEASURING = {
+    "decide", "encoder", "fixes", "ladder", "latency", "near-misses", "replay", "route", "store", "stream",
+    "trajectories",
+}  # fmt: skip
 ROW = {"command": "git psuh", "output": "did you mean push?", "fix": "git push"}
 
 

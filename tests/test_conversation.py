@@ -191,8 +191,9 @@ def bad(key: str, *values: Any) -> list[tuple[str, Any]]:
 
 
 VALID = {
-    "namespace": "n", "user_id": "u", "agent_id": "a", "episode_id": "e", "mode": "read", "approach": "moa",
-    "reuse": {"max_error": 0.02}, "max_items": 2, "token_budget": 100, "tags": {"k": "v"}, "feedback": [GOOD],
+    "namespace": "n", "user_id": "u", "agent_id": "a", "episode_id": "e", "goal": "g", "mode": "read",
+    "approach": "moa", "reuse": {"max_error": 0.02, "actions": True}, "tools": {"read_only": ("t",), "never": ("x",)},
+    "max_items": 2, "token_budget": 100, "tags": {"k": "v"}, "feedback": [GOOD],
 }  # fmt: skip
 
 
@@ -220,6 +221,10 @@ def test_mode_says_what_may_happen(mode: str) -> None:
         *(pair for key in ("episode_id", "approach") for pair in bad(key, "", " ", 3, "x" * 201, "\ud800")),
         *bad("mode", "on", True, []),
         *bad("reuse", True, {}, {"max_error": 0}, {"max_error": True}, {"max_error": 0.1, "x": 1}),
+        *bad("reuse", {"actions": True}, {"max_error": 0.1, "actions": 1}, {"max_error": 0.1, "actions": None}),
+        *bad("goal", 3, ["x"], "x" * 4_001, "\ud800"),
+        *bad("tools", [], "x", {"write": ["x"]}, {"allow": "x"}, {"allow": [3]}, {"never": [""]}),
+        ("tools", {"never": ["x"] * 1_001}),
         *bad("max_items", -1, 1.5, True, "2"),
         *bad("token_budget", -1, 1.5, True, "2"),
         *bad("tags", [], {"k": 1}, {"": "v"}, {str(i): "v" for i in range(51)}),

@@ -117,8 +117,9 @@ def test_every_error_code_and_reason_is_documented() -> None:
     """Each error code, and each reason for what memory did or left out, is explained in the HTTP API's page."""
     codes = set(_keywords(PACKAGE / "host", "code"))
     assert {"invalid_field", "not_found", "too_large", "memory_unavailable"} <= codes
-    reasons = set(_reasons())
+    reasons = {*_reasons(), *_refusals()}
     assert {"mode_off", "nothing_relevant", "refused_before", "veto_numbers", "several_choices", "better"} <= reasons
+    assert {"reuse_no_action", "tool_forbidden", "changes_state", "unsupported_approach"} <= reasons
     assert len(reasons) > 30
     assert {name for name in codes | reasons if f"`{name}`" not in HTTP_API} == set()
 
@@ -156,6 +157,16 @@ def _reasons() -> Iterator[str]:
     for node in ast.walk(ast.parse((PACKAGE / "conversation" / "partition.py").read_text(encoding="utf-8"))):
         if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
             yield from _texts(node.value.elts[1])
+
+
+def _refusals() -> Iterator[str]:
+    """Yield why an action is not served although the gate lets it."""
+    source = (PACKAGE / "request" / "permission.py").read_text(encoding="utf-8")
+    refusals = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name.startswith("_not_")]
+    assert len(refusals) == 2
+    for node in (n for refusal in refusals for n in ast.walk(refusal)):
+        if isinstance(node, ast.Return):
+            yield from _texts(node.value)
 
 
 # -- links and paths --------------------------------------------------------------------------------

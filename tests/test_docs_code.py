@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+import httpx
 import pytest
 from readme_parts import PAGES, ROOT, route_list
 
 from optillm_memory.bench.stream import wait_for_encoder
 from optillm_memory.cli.commands import main
 from optillm_memory.testing.host import HostProcess
-from optillm_memory.testing.upstream import RecordingUpstream
+from optillm_memory.testing.upstream import RecordingUpstream, Reply, tool_call
 
 SHELL_PAGES = [*PAGES, ROOT / "CONTRIBUTING.md"]
 KEY = "sk-example"
@@ -55,7 +56,7 @@ def run_page(page: Path, names: dict[str, Any], replaced: tuple[str, str] = ("",
 
 def without_ids(text: str) -> str:
     """Return a text with the ids taken out: they are new in each run."""
-    return re.sub(r"\b(mem|fb|ep|chatcmpl)-[0-9a-f]{16,}", r"\1-", text)
+    return re.sub(r"\b(mem|fix|proc|fb|ep|chatcmpl)-[0-9a-f]{16,}|\bcall_[0-9a-f]{16,}", r"\1-", text)
 
 
 def answer(request: dict[str, Any]) -> str:
@@ -64,8 +65,8 @@ def answer(request: dict[str, Any]) -> str:
 
 
 def test_there_is_code_to_run() -> None:
-    """The front page, the tour and the Python API's page have Python; the first two talk to a server."""
-    assert {page.name for page in WITH_PYTHON} >= {"README.md", "getting-started.md", "python-api.md"}
+    """The front page, the tour and the pages of agents and Python have code to run; the first two need a server."""
+    assert {page.name for page in WITH_PYTHON} >= {"README.md", "getting-started.md", "agents.md", "python-api.md"}
     assert {page.name for page in NEED_A_SERVER} == {"README.md", "getting-started.md"}
 
 
@@ -100,6 +101,31 @@ def test_python_blocks_run_by_themselves(page: Path, tmp_path: Path, monkeypatch
         return {"choices": [{"message": {"role": "assistant", "content": "lost_parcel"}, "finish_reason": "stop"}]}
 
     run_page(page, {"__name__": page.stem, "call_your_llm": call_your_llm})
+
+
+@pytest.mark.host
+def test_the_loop_with_the_sdk_reports_its_episode(tmp_path: Path) -> None:
+    """The loop of the agents' page works with the real client: the tool is called, the outcome is its episode's."""
+    (source,) = (code for code, _ in blocks(ROOT / "docs" / "agents.md", "python") if "def solve" in code)
+    names: dict[str, Any] = {"__name__": "agents"}
+    exec(compile(source, "agents.md", "exec"), names)
+
+    def act(request: dict[str, Any]) -> Any:
+        called = request["messages"][-1]["role"] == "tool"
+        return "Done." if called else Reply(content=None, tool_calls=[tool_call("look", {"at": "it"})])
+
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+    with (
+        RecordingUpstream(act) as upstream,
+        HostProcess.serve(upstream.base_url, db=tmp_path / "m.db") as server,
+        names["OpenAI"](base_url=server.base_url, api_key=KEY) as client,
+    ):
+        solved = names["solve"](client, "run-17", "look at it", tools, lambda call: f"seen by {call.name}", bool)
+        headers = {"Authorization": f"Bearer {KEY}"}
+        found = httpx.get(f"{server.base_url}/agent_memory/traces", headers=headers, timeout=30).json()["data"]
+    assert solved is True
+    assert upstream.requests[-1].json["messages"][-1]["content"] == "seen by look"
+    assert [(trace["episode_id"], trace["outcome"]["verdict"]) for trace in found] == [("run-17", "success")] * 2
 
 
 def test_json_blocks_parse() -> None:

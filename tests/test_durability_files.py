@@ -47,7 +47,7 @@ def outside(path: Path, code: str) -> str:
 
 def in_the_file(memory: Memory) -> None:
     """Bring everything from the WAL into the file, and have no page of it in a cache."""
-    memory.store.flush()
+    memory.settle()  # nothing in the background reads it again
     memory.store._readers.close()
     memory.store.write(lambda tx: tx.db.execute("PRAGMA cache_size=1").fetchall()).result(10)
     connection = sqlite3.connect(memory.settings.path)
@@ -284,7 +284,7 @@ def asked_otherwise(memory: Memory) -> list[int]:
 def verdicts(memory: Memory) -> list[int]:
     """Return the verdicts of all labels that the gate has."""
     memory.settle()
-    gate = memory._reuse._gate(SCOPE, memory.store.recall.revision(SCOPE))
+    gate = memory._reuse.gate(SCOPE, memory.store.recall.revision(SCOPE))
     return [verdict for _, verdict in gate.logs.get("", LabelLog()).rows]
 
 

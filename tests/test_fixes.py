@@ -67,8 +67,14 @@ def test_what_was_done_before_the_same_action_worked() -> None:
     assert mined(wrong, pip, right) == first
     assert mined(wrong, attempt("cat app.py 2>/dev/null"), attempt("npm i x", "failure"), pip, right) == first
     assert mined(wrong, pip, make, right) == [("python app.py", "first", "pip install yaml && export A=1", "again")]
-    wrote = attempt("cat > .env <<E\nA=1\nE")
-    assert mined(wrong, wrote, make, right)[0][2] == "cat > .env <<E\nA=1\nE\nexport A=1"
+    for edit in (
+        "cat > .env <<E\nA=1\nE",
+        "sed -i s/a/b/ app.py",
+        "echo A=1 > .env",
+        "cd a && patch -p1 x",
+        "python fix.py",
+    ):
+        assert mined(wrong, attempt(edit), make, right) == []
     assert mined(wrong, right) == mined(wrong, attempt("ls"), right) == []
     assert mined(wrong, pip, attempt("a"), attempt("b"), attempt("c"), right) == []
     again = attempt("python app.py", "failure", step_id="no")

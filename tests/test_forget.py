@@ -13,7 +13,8 @@ from typing import Any
 
 import psycopg
 import pytest
-from builders import ask, assistant, body, hashing_memory, response, teach, tell
+from agents import Agent, call, calling, results
+from builders import SCOPE, ask, assistant, body, hashing_memory, response, teach, tell
 from click.testing import CliRunner
 
 from optillm_memory import InvalidField, Memory, NotFound, Scope
@@ -218,6 +219,29 @@ def test_copies_in_other_requests_are_gone(memory: Memory) -> None:
 
 
 @BOTH
+def test_a_procedure_goes_with_its_episode_also_where_it_was_given(memory: Memory) -> None:
+    """An action that was shown word for word leaves the requests that got it, and the next one goes without it."""
+    agents = []
+    for number in range(2):
+        agent = Agent(memory, "which orders are late?", options={"episode_id": f"e{number}"})
+        message = calling(call({"command": f"grep {SECRET} orders.txt"}, tool="bash"))
+        turn = agent.answered(message)
+        agent.messages += results(message, '[["4711"]]')
+        memory.settle()
+        agent.close()
+        memory.feedback({"episode_id": f"e{number}", "metric": "success", "value": number == 0, "source": "code"})
+        memory.settle()
+        agents.append((agent, turn))
+    assert SECRET in json.dumps(agents[1][1].messages)
+    forget(memory.store, Selection(episode_id="e0"))
+    assert not any(SECRET in json.dumps(asdict(p)) for p in memory.store.episodes.ledger(SCOPE, "e1"))
+    assert agents[1][0].begin().injected == ()
+    forget(memory.store, Selection(episode_id="e1"))
+    assert held(memory) == []
+    assert same_as_rebuilt(memory)
+
+
+@BOTH
 def test_a_forgotten_example_is_not_put_in_its_episodes_again(memory: Memory) -> None:
     """The next request of an episode that had the example goes without it, also in the process that remembers it."""
     taught = teach(memory, "what is the codename?", SECRET)
@@ -260,13 +284,13 @@ def test_what_others_said_of_a_forgotten_memory_counts_when_it_is_learned_again(
     assert tell(memory, failed, value=False).status == "applied"
     forget(memory.store, Selection(trace_id=taught.trace_id))
     assert known.memory_id not in {m.memory_id for m in memory.store.list_memories(None)}
-    assert memory.store.episodes.forgotten([known.memory_id]) == {known.memory_id}
+    assert memory.store.episodes.unusable(SCOPE, [known.memory_id]) == {known.memory_id}
     assert same_as_rebuilt(memory)
     for _ in range(2):
         teach(memory, "what is the codename?", SECRET)
     (again,) = [m for m in memory.store.list_memories(None) if m.answer == SECRET]
     assert (again.memory_id, again.successes, again.failures) == (known.memory_id, 2, 1)
-    assert memory.store.episodes.forgotten([known.memory_id]) == set()
+    assert memory.store.episodes.unusable(SCOPE, [known.memory_id]) == set()
     assert same_as_rebuilt(memory)
 
 

@@ -102,15 +102,24 @@ def test_nothing_to_recall_changes_nothing(
 def test_injection_changes_the_tail_alone(
     host: Host, module_namespace: dict[str, str], shape: tuple[bool, bool, int, bool, bool, bool]
 ) -> None:
-    """With a memory, upstream gets the same but for an insertion at the tail, and the client the same answer."""
+    """With a memory, upstream gets the same but for an insertion at the tail, and the client the same answer.
+
+    In the middle of a dialogue (`null`) nothing is inserted.
+    """
     host.upstream.reply = answer
     body, stream = request_of(shape), shape[0]
     expected = seen_by_client(host.post({"model": PLAIN, **body}), stream=stream, same_prompt=False)
     memory = {**module_namespace, "mode": "read"}
     response = host.post({"model": MEMORY, **body, "agent_memory": memory})
-    assert response.headers["X-Agent-Memory-Action"] == "inject"
-    assert seen_by_client(response, stream=stream, same_prompt=False) == expected
-    plain, injected = host.sent
+    in_dialogue = shape[4]
+    assert response.headers["X-Agent-Memory-Action"] == ("plain" if in_dialogue else "inject")
+    assert seen_by_client(response, stream=stream, same_prompt=in_dialogue) == (
+        seen_by_client(host.post({"model": PLAIN, **body}), stream=stream) if in_dialogue else expected
+    )
+    plain, injected = host.sent[:2]
+    if in_dialogue:
+        assert injected == plain
+        return
     assert {**plain, "messages": 0} == {**injected, "messages": 0}
     *before, last = plain["messages"]
     assert injected["messages"][: len(before)] == before

@@ -264,9 +264,9 @@ def test_the_ledger_puts_the_same_at_the_same_place(tmp_path: Path, processes: s
         elif processes == "two in turn":
             memory.store.flush()
             memory, other = other, memory
-    assert len(turn.injected) == 2
+    assert len(turn.injected) == 1
     assert len(turn.messages) == 7 + 2
-    assert "apachectl stop" in turn.messages[-3]["content"]
+    assert "apachectl stop" not in str(turn.messages)  # a turn in the middle of a dialogue is not a task
     edited = memory.begin(body("something else", *said[1:]))
     assert ANSWER not in str(edited.messages)
     memory.close()
@@ -351,7 +351,7 @@ def test_holdout_is_sticky_recorded_and_near_its_share(tmp_path: Path) -> None:
         assert all(texts(t) == [TASK] for t in held)
         assert {(t.held_out, t.propensity) for t in turns} == {(True, 0.2), (False, 0.8)}
         episode = held[0].episode_id
-        again = ask(memory, body(TASK, assistant("x"), TASK), options=Options(episode_id=episode))
+        again = ask(memory, body(TASK), options=Options(episode_id=episode))
         shown = memory.trace(again.trace_id)
         assert (shown["action"], shown["held_out"], shown["propensity"]) == ("holdout", True, 0.2)
         nothing = memory.begin(body("a subject of its own"), options=Options(episode_id=episode))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,7 @@ def test_opening_a_file_of_this_release_needs_no_library_of_migrations(tmp_path:
     open_writer(path).close()
     code = f"""
 import sys
+import time
 from optillm_memory.store.sqlite.connection import open_writer
 from pathlib import Path
 open_writer(Path({str(path)!r})).close()
@@ -176,3 +178,20 @@ print([name for name in ("sqlite_utils", "pandas") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "[]\n"
+
+
+def test_what_an_earlier_release_recorded_is_folded_in_the_background(tmp_path: Path) -> None:
+    """A solved dialogue that was recorded before procedures were learned has one soon after the start."""
+    path = made(SCHEMAS[-1], tmp_path / "memory.db")
+    with Memory(settings(tmp_path)) as memory:
+        deadline = time.monotonic() + 60
+        while not memory.store.stats()["memories_by_kind"].get("procedure") and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert memory.store.stats()["memories_by_kind"]["procedure"] == 1
+        memory.settle()
+        while memory.store.write(lambda tx: fold.fold_older(tx, 8)).result(30):
+            pass
+        before = memory.store.derived()
+        memory.rebuild()
+        assert memory.store.derived() == before
+    assert [c.message for c in verify(path, deep=True) if c.level == "fail"] == []

@@ -120,6 +120,9 @@ def of_the_first_release(url: str, patching: pytest.MonkeyPatch) -> list[Any]:
             cursor.executemany("INSERT INTO contributions VALUES (%s, %s, %s, %s, %s, %s)", said)
         for column in ("continued", "continuation", "one_shot"):
             db.execute(f"ALTER TABLE traces DROP COLUMN {column}")
+        for column in ("end_user", "goal"):
+            db.execute(f"ALTER TABLE traces DROP COLUMN {column}")
+        db.execute("DROP TABLE lines")
         db.execute("ALTER TABLE steps DROP COLUMN made")
         db.execute("ALTER TABLE prefixes DROP CONSTRAINT prefixes_pkey")
         db.execute("ALTER TABLE prefixes ADD PRIMARY KEY (scope_id, hash)")

@@ -420,5 +420,5 @@ def test_recall_follows_value_and_frame(tmp_path: Path) -> None:
         best = memory.begin(body(system, "restart the nginx server"))
         assert best.messages[-2]["content"] == "en français"
         hits = memory.recall("restart the nginx server", scope=SCOPE)
-        assert len(hits) == 3
+        assert len(hits) == 2  # of the two answers without a system prompt the later one superseded the earlier
         assert [h.score for h in hits] == sorted((h.score for h in hits), reverse=True)

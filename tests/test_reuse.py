@@ -270,7 +270,7 @@ def test_a_request_that_reads_slowly_undoes_no_label(tmp_path: Path, monkeypatch
 
         monkeypatch.setattr(memory.store.proposals, "gate_changes", slowly)
         memory.begin(wanting("a request that is slow"))
-        gate = memory._reuse._gate(SCOPE, memory.store.recall.revision(SCOPE))
+        gate = memory._reuse.gate(SCOPE, memory.store.recall.revision(SCOPE))
         assert [verdict for _, verdict in gate.logs[""].rows].count(WRONG) == 1
 
 
@@ -311,13 +311,13 @@ def test_labels_of_another_encoders_scores_do_not_count(tmp_path: Path) -> None:
         memory.finish(turn, response("desk of another kind"))
         memory.settle()
         tell(memory, turn)
-        rows = memory._reuse._gate(SCOPE, memory.store.recall.revision(SCOPE)).logs[""].rows
+        rows = memory._reuse.gate(SCOPE, memory.store.recall.revision(SCOPE)).logs[""].rows
         assert len(rows) > 1
     with Memory(configured(tmp_path), encoder=Other) as memory:
         assert memory.encoder.wait(10) == "ready"
-        assert memory._reuse._gate(SCOPE, memory.store.recall.revision(SCOPE)).logs == {}
+        assert memory._reuse.gate(SCOPE, memory.store.recall.revision(SCOPE)).logs == {}
     with hashing_memory(tmp_path) as memory:
-        assert memory._reuse._gate(SCOPE, memory.store.recall.revision(SCOPE)).logs[""].rows == rows
+        assert memory._reuse.gate(SCOPE, memory.store.recall.revision(SCOPE)).logs[""].rows == rows
 
 
 LABELS = st.lists(

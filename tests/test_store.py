@@ -258,8 +258,8 @@ def test_every_read_for_recall_takes_a_scope(store: Store) -> None:
         "derived", "missing", "coverage", "unused",  # upkeep: rebuild's comparison, and the encoder's
         "numbers_of", "last_number",
         "chosen", "chosen_counts", "chosen_scopes", "episodes_before", "held", "has_copies",  # forgetting: no texts
-        "erasures", "is_unfinished", "copied", "empty_scopes", "errors_of", "warnings_of", "forgotten", "waiting",
-        "unforgotten", "outdate_indexes", "copy_wal", "erase", "compact", "set_aside",
+        "erasures", "is_unfinished", "copied", "empty_scopes", "errors_of", "warnings_of", "waiting",
+        "outdate_indexes", "copy_wal", "erase", "compact", "set_aside",
         "index_files", "size_bytes", "read_ahead",
     }  # fmt: skip
 

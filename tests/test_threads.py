@@ -27,7 +27,7 @@ from optillm_memory.decide.policy import LoggedChoice, Policy, Situation, Terms
 from optillm_memory.decide.policy_updater import PolicyUpdater, Row
 from optillm_memory.errors import EncoderUnavailable
 from optillm_memory.host.failopen import FailOpen
-from optillm_memory.learn.suggest import Calibrator, Example
+from optillm_memory.learn.suggest import Calibrator, Example, FixBook
 from optillm_memory.learn.suggester import Suggester
 from optillm_memory.recall.encoder import HashingEncoder
 from optillm_memory.recall.vectors.scope_index import Limits, ScopeIndex
@@ -331,29 +331,35 @@ def test_rows_that_cannot_be_folded_are_not_tried_at_every_request(monkeypatch: 
     assert updater.choose("t", Situation(None, 0), 0.5, {ARMS[0].name}, recorded=True).arm == ARMS[0]
 
 
-@pytest.mark.parametrize("fault", ["fit", "start"])
-def test_a_calibrator_that_could_not_be_fitted_is_fitted_later(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    """After an exception the constants stand; with more examples it is tried again, and so for every other tool."""
+@pytest.mark.parametrize("fault", ["learn", "fit", "start"])
+def test_what_could_not_be_learned_is_learned_later(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """After an exception in the background the constants stand; a later request tries again."""
     monkeypatch.setattr("optillm_memory.learn.suggester._PAUSE_S", 0.0)
-    examples = [Example(f"pip instal p{n}", "unknown command", f"pip install p{n}", 0.8) for n in range(60)]
+    examples = [Example(f"pip instal p{n}", "unknown command", f"pip install p{n}", 0.8) for n in range(40)]
     starter = Starter(failures=int(fault == "start"))
     suggester = Suggester(starter)
 
     def suggest(count: int) -> Any:
         return suggester.suggest("pip", examples[:count], "pip instal x", "unknown command", min_confidence=0.0)
 
-    if fault == "fit":
-        failing_once(monkeypatch, Calibrator, "fitted", MemoryError("no room"))
-        assert suggest(31) is not None
-    else:
+    if fault == "start":
         with pytest.raises(RuntimeError):
-            suggest(31)
-    starter.join()
-    assert not suggester._fitting
-    assert suggest(60) is not None
-    starter.join()
-    assert len(starter.started) == 1 + (fault == "fit")
-    assert suggester._fitted["pip"][0] == 60
+            suggest(40)
+    else:
+        owner, name = (FixBook, "learn") if fault == "learn" else (Calibrator, "fitted")
+        assert suggest(4) is not None
+        failing_once(monkeypatch, owner, name, MemoryError("no room"))
+        with contextlib.suppress(MemoryError):
+            suggest(40)
+    shelf = suggester._shelf("pip")
+    for _ in range(30):
+        starter.join()
+        assert suggest(40) is not None
+        starter.join()
+        if shelf.fitted and not shelf.busy:
+            break
+    assert len(shelf.places) == shelf.fitted == 40
+    assert not shelf.busy
 
 
 def settled(memory: Memory) -> bool:

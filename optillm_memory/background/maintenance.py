@@ -12,6 +12,7 @@ from optillm_memory.background.threads import start_thread
 from optillm_memory.errors import EncoderUnavailable
 from optillm_memory.settings import Settings
 from optillm_memory.store.base import Store
+from optillm_memory.store.fold import fold_older
 from optillm_memory.store.maintenance.erase import BATCH, ERASED_WITHIN_S, WAIT_S, erase, forget_copies
 from optillm_memory.store.maintenance.retention import Limits, retain
 from optillm_memory.store.transaction import Transaction
@@ -19,6 +20,7 @@ from optillm_memory.store.transaction import Transaction
 logger = logging.getLogger(__name__)
 
 _ROWS = 64  # memories embedded in one commit
+_FOLDED = 8  # traces of an earlier release that are folded in one commit
 _GATHER_S = 0.02  # what was learned meanwhile is looked at together, and does not slow down who learns it
 _REST = 9.0  # times as long as it looked at what is there already
 _LOOK_S = 60.0  # between two looks at what is to go, and at what other processes learned
@@ -124,7 +126,11 @@ class Maintenance:
         return upto, bool(rows)
 
     def _delete(self) -> None:
-        """Delete what requests under way copied of what was forgotten, and what is beyond the limits."""
+        """Delete what requests under way copied of what was forgotten, and what is beyond the limits.
+
+        Before that, what an earlier release recorded is folded.
+        """
+        self._fold_older()
         while not self._closing.wait(_LOOK_S):
             try:
                 now = time.time()
@@ -133,6 +139,17 @@ class Maintenance:
                     logger.info("agent_memory: deleted, for it was beyond the limits: %s", gone)
             except Exception:
                 logger.exception("agent_memory: what is beyond the limits could not be deleted; trying again")
+
+    def _fold_older(self) -> None:
+        more = True
+        while more and not self._closing.is_set():
+            started = time.monotonic()
+            try:
+                more = self._store.write(lambda tx: fold_older(tx, _FOLDED)).result(WAIT_S)
+            except Exception:
+                logger.exception("agent_memory: what an earlier release recorded could not be folded; rebuild does it")
+                return
+            self._closing.wait(_REST * (time.monotonic() - started))
 
     def _erase(self) -> None:
         """Remove the bytes of what was forgotten from all files, for several requests together.

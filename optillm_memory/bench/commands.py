@@ -180,6 +180,57 @@ def fixes(data: Path | None, output: Output) -> None:
     output.write(figures, {"data": name_of(data, "fix_cases.jsonl")})
 
 
+@bench.command(
+    epilog="Each assistant message of a row is the response to the messages before it. The agent in the log never saw "
+    "what memory would have injected: what it did next is a witness of what was right, not an effect. Shares have "
+    "their count and their 95 % interval beside them.",
+)
+@click.option("--data", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True,
+              help="Recorded runs, one per line: `id`, `resolved`, `messages` in OpenAI's form, and optionally `tools` "
+              "and `model`.")  # fmt: skip
+@click.option("--family", default="first-message", show_default=True, metavar="REGEX|first-message",
+              help="What tells runs of the same task: a regular expression over `id` (its first group), or the first "
+              "user message.")  # fmt: skip
+@click.option("--outcomes", type=click.FloatRange(0, 1), default=1.0, show_default=True,
+              help="Share of the runs whose outcome is reported.")  # fmt: skip
+@click.option("--actions", is_flag=True, help="Let memory serve actions.")
+@max_error(0.05, "Largest error at which the gate may serve an action, with --actions.")
+@click.option("--read-only", multiple=True, metavar="TOOL",
+              help="A tool that changes nothing, whose actions may be served; may be repeated.")  # fmt: skip
+@click.option("--show", type=click.IntRange(0), default=0, metavar="N", help="Print N injections in their context.")
+@click.option("--limit", type=click.IntRange(1), help="Largest number of runs.")
+@seeded
+@reported
+def trajectories(
+    data: Path, family: str, outcomes: float, *, actions: bool, max_error: float, read_only: tuple[str, ...],
+    show: int, limit: int | None, seed: int, output: Output,
+) -> None:  # fmt: skip
+    """Replay recorded runs of an agent through an empty memory, and measure what memory makes of them."""
+    from optillm_memory.bench.in_process import bench_encoder
+    from optillm_memory.bench.shares import lines
+    from optillm_memory.bench.trajectories.figures import figures
+    from optillm_memory.bench.trajectories.replay import Asking, replay
+    from optillm_memory.bench.trajectories.runs import load_runs
+    from optillm_memory.bench.trajectories.show import as_text, sample
+
+    runs = load_runs(data, family, limit)
+    asking = Asking(outcomes, seed, actions, max_error, read_only)
+    with progress(len(runs), "runs") as bar:
+        replayed = replay(runs, bench_encoder(), asking, tick=lambda: bar.update(1))
+    say("counting")
+    found = figures(replayed, runs)
+    text = columns(lines(found))
+    if show:
+        shown = sample(replayed.insertions, show, seed)
+        found["shown"] = shown
+        text = f"{text}\n\n{as_text(shown)}"
+    settings = {
+        "data": name_of(data), "family": family, "outcomes": outcomes, "actions": actions, "max_error": max_error,
+        "read_only": list(read_only), "limit": limit, "seed": seed,
+    }  # fmt: skip
+    output.write(found, settings, text)
+
+
 @bench.command()
 @click.option("--db", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True,
               help="The database file with the log; it is only read.")  # fmt: skip

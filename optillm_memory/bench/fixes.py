@@ -12,12 +12,14 @@ from typing import Any
 from optillm_memory.bench.report import quantile
 from optillm_memory.bench.rows import read_rows, text_field
 from optillm_memory.errors import InvalidField
-from optillm_memory.learn.suggest import Calibrator, Example, FixBook, normal
+from optillm_memory.learn.suggest import Calibrator, Candidate, Example, FixBook, best, kind_of, normal
 
 FIX_CASES = Path(__file__).with_name("fix_cases.jsonl")
 FOLDS = 10
 WANTED = 0.95
 _BINS = 10
+_EVERY = 20  # results after which the calibrator of the stream is fitted again
+_TIMED = 500  # rows that are timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +60,14 @@ def load_rows(path: Path | None = None) -> list[Row]:
 def run(rows: Sequence[Row], *, tick: Callable[[int], None] = lambda _done: None) -> dict[str, Any]:
     """Measure suggestions for rows; return the figures, those of the stream under `stream`.
 
-    Leave-one-out: each row is predicted from all the others. Its calibrator is fitted to suggestions among the rows
-    outside of its fold (one of ten, by its place in the file), so the row contributes neither to the ranking nor to the
-    labels of its calibrator. Stream: row i is predicted from the rows before it, with a calibrator fitted to their
-    results; its time includes rebuilding the caches that each new example invalidates. `replay`, the baseline, repeats
-    the nearest example's correction unchanged. Ticks twice per row.
+    Leave-one-out: each row is predicted from all the others. The calibrator of its confidence is fitted to rows of
+    other groups only, so the figures tell how far a confidence can be trusted with errors of a kind not seen before.
+    Rows without a group are grouped by program and error. Stream: row i is predicted from the rows before it, with a
+    calibrator fitted to their results. `replay`, the baseline, repeats the nearest example's correction unchanged.
+    `learn_ms` is the time to learn a row in the stream. Ticks twice per row.
     """
     answers, replayed = _leave_one_out(rows, tick)
-    streamed, stream_replayed, taken = _stream(rows, tick)
+    streamed, stream_replayed, taken, learned = _stream(rows, tick)
     return {
         "rows": len(rows),
         **figures(answers),
@@ -76,6 +78,8 @@ def run(rows: Sequence[Row], *, tick: Callable[[int], None] = lambda _done: None
             **figures(streamed),
             "top1_learnable": _learnable(streamed, rows),
             "ms_p50": round(quantile(taken, 0.5), 2),
+            "learn_ms_p50": round(quantile(learned, 0.5), 2),
+            "learn_ms_mean": round(sum(learned) / len(learned), 2),
             "replay": _share(stream_replayed),
         },
     }
@@ -128,63 +132,84 @@ def calibration_error(answers: Sequence[Answer]) -> float:
 
 
 def _leave_one_out(rows: Sequence[Row], tick: Callable[[int], None]) -> tuple[list[Answer], list[bool]]:
-    examples = [row.example() for row in rows]
-    calibrators = [_calibrator(examples, fold) for fold in range(min(FOLDS, len(rows)))]
-    answers: list[Answer] = []
+    book = FixBook(row.example() for row in rows)
+    found: list[list[Candidate]] = []
     replayed: list[bool] = []
     for index, row in enumerate(rows):
-        others = examples[:index] + examples[index + 1 :]
-        book = FixBook(others, calibrator=calibrators[index % FOLDS])
-        suggestion = book.suggest(row.command, row.output)
-        answers.append(
-            Answer(suggestion.confidence, row.accepts(suggestion.action)) if suggestion else Answer(0.0, right=False)
-        )
-        replayed.append(_replays(book, row))
+        found.append(book.candidates(row.command, row.output, without=index))
+        nearest = book.nearest(row.command, row.output, without=index)
+        replayed.append(nearest is not None and row.accepts(book.examples[nearest].fix))
         tick(index + 1)
+    folds = _folds(rows)
+    calibrators = [_calibrator(rows, found, folds, fold) for fold in range(FOLDS)]
+    answers = [
+        _answer(row, best(candidates, calibrators[fold]), calibrators[fold])
+        for row, candidates, fold in zip(rows, found, folds, strict=True)
+    ]
     return answers, replayed
 
 
-def _calibrator(examples: Sequence[Example], fold: int) -> Calibrator:
-    outside = [example for index, example in enumerate(examples) if index % FOLDS != fold]
-    return Calibrator().fitted(*FixBook(outside).cross_validate(len(outside)))
+def _folds(rows: Sequence[Row]) -> list[int]:
+    """Return the fold of each row; rows of a group are in the same one."""
+    names = [row.group if row.group is not None else kind_of(row.command, row.output) for row in rows]
+    order = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return [order[name] % FOLDS for name in names]
 
 
-def _stream(rows: Sequence[Row], tick: Callable[[int], None]) -> tuple[list[Answer], list[bool], list[float]]:
-    book = FixBook([], calibrator=Calibrator())
+def _calibrator(
+    rows: Sequence[Row], found: Sequence[Sequence[Candidate]], folds: Sequence[int], fold: int
+) -> Calibrator:
+    features, right = [], []
+    for row, candidates, own in zip(rows, found, folds, strict=True):
+        if own != fold and (first := best(candidates, Calibrator())) is not None:
+            features.append(first.features)
+            right.append(row.accepts(first.made))
+    return Calibrator().fitted(features, right)
+
+
+def _answer(row: Row, candidate: Candidate | None, calibrator: Calibrator) -> Answer:
+    if candidate is None:
+        return Answer(0.0, right=False)
+    return Answer(calibrator(candidate.features), row.accepts(candidate.made))
+
+
+def _stream(
+    rows: Sequence[Row], tick: Callable[[int], None]
+) -> tuple[list[Answer], list[bool], list[float], list[float]]:
+    book = FixBook()
     answers: list[Answer] = []
     replayed: list[bool] = []
-    shares: list[float] = []
+    features: list[tuple[float, ...]] = []
     right: list[bool] = []
     taken: list[float] = []
+    learned: list[float] = []
     for index, row in enumerate(rows):
         started = time.perf_counter()
         found = book.best(row.command, row.output)
         taken.append(1000 * (time.perf_counter() - started))
-        answer = Answer(0.0, right=False)
+        answers.append(_answer(row, found, book.calibrator))
         if found is not None:
-            suggestion = book.with_confidence(found, row.command, row.output)
-            answer = Answer(suggestion.confidence, row.accepts(suggestion.action))
-            shares.append(found[1])
-            right.append(answer.right)
-            book.calibrator = Calibrator().fitted(shares, right)
-        answers.append(answer)
-        replayed.append(_replays(book, row))
-        book.add(row.example())
+            features.append(found.features)
+            right.append(answers[-1].right)
+            if len(right) < _EVERY or len(right) % _EVERY == 0:
+                book.calibrator = Calibrator().fitted(features, right)
+        nearest = book.nearest(row.command, row.output)
+        replayed.append(nearest is not None and row.accepts(book.examples[nearest].fix))
+        started = time.perf_counter()
+        book.learn(book.add(row.example()))
+        learned.append(1000 * (time.perf_counter() - started))
         tick(len(rows) + index + 1)
-    return answers, replayed, taken
-
-
-def _replays(book: FixBook, row: Row) -> bool:
-    nearest = book.nearest(row.command, row.output)
-    return nearest is not None and row.accepts(book.examples[nearest].fix)
+    return answers, replayed, taken, learned
 
 
 def _milliseconds(rows: Sequence[Row]) -> float:
-    # A suggestion from a book of all rows that has its calibrator, as in a server that has been up for a while.
-    book = FixBook([row.example() for row in rows], calibrator=Calibrator())
-    book.suggest(rows[0].command, rows[0].output)
+    # A suggestion from a book of all rows that has learned them, as in a server that has been up for a while.
+    book = FixBook(row.example() for row in rows)
+    sample = rows[:: max(1, len(rows) // _TIMED)]
+    for row in sample:
+        book.suggest(row.command, row.output)
     taken = []
-    for row in rows:
+    for row in sample:
         started = time.perf_counter()
         book.suggest(row.command, row.output)
         taken.append(1000 * (time.perf_counter() - started))

@@ -56,12 +56,17 @@ class CachedEncoder:
         return np.stack([self._cache[text] for text in texts])
 
 
-def cached_encoder(texts: Sequence[str]) -> CachedEncoder:
-    """Load the configured encoder and encode these texts. Raises EncoderUnavailable."""
+def bench_encoder() -> Encoder:
+    """Load the configured encoder. Raises EncoderUnavailable."""
     encoder = load_encoder(Settings.from_env().encoder)
     if encoder is None:
-        raise EncoderUnavailable("the gate needs an encoder, and OPTILLM_AGENT_MEMORY_ENCODER is none")
-    return CachedEncoder(encoder, texts)
+        raise EncoderUnavailable("this bench needs an encoder, and OPTILLM_AGENT_MEMORY_ENCODER is none")
+    return encoder
+
+
+def cached_encoder(texts: Sequence[str]) -> CachedEncoder:
+    """Load the configured encoder and encode these texts. Raises EncoderUnavailable."""
+    return CachedEncoder(bench_encoder(), texts)
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ def traces(memory: Memory, limit: int, text: str) -> Any:
 @click.argument("identifier")
 def show(memory: Memory, identifier: str) -> Any:
     """Show one trace or one memory, by its id."""
-    is_memory = identifier.startswith(("mem-", "fix-"))
+    is_memory = identifier.startswith(("mem-", "fix-", "proc-"))
     return memory.described(identifier) if is_memory else memory.trace(identifier)
 
 

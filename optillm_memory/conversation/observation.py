@@ -14,12 +14,14 @@ from optillm_memory.conversation.commands import Command, command_of
 from optillm_memory.conversation.error_search import FoundError, find_errors, lines_of
 from optillm_memory.conversation.reports import report_of
 from optillm_memory.conversation.signature import Signature, signature_in
+from optillm_memory.conversation.tool_errors import tool_error
 from optillm_memory.conversation.wrapping import ToolResult, ends_of, unwrap
 from optillm_memory.records import Verdict
 
 _ADVICE = re.compile(
     r"^(?:Try '|Usage: |usage: |hint: |See '|\t|make: Leaving directory|note: |For more information|  )"
 )
+_GIT_COMMIT = re.compile(r"^\[[\w./-]{1,100} (?:\(root-commit\) )?[0-9a-f]{7,40}\] ")
 _GIT_DONE = re.compile(
     r"^(?:\[[\w./-]{1,100} (?:\(root-commit\) )?[0-9a-f]{7,40}\] |Switched to (?:a new )?branch '|"
     r"Already up to date\.$|Fast-forward$|Merge made by |Initialized empty Git repository|Successfully rebased )"
@@ -58,13 +60,31 @@ def read(observation: str, *, tool: str = "", arguments: str = "") -> Reading:
     lines = lines_of(result.text)
     found = find_errors(lines)
     verdict, basis = _verdict_of(result, command, lines, found)
+    status = result.http_status
+    if verdict == "unknown" and (own := tool_error(tool, command, lines)) is not None:
+        verdict, basis, status = "failure", own.basis, own.status
     if verdict != "failure":
         return Reading(verdict, result.exit_code if basis == "exit_code" or result.firm else None, basis)
-    if basis == "http" and result.http_status is not None:
-        signature: Signature | None = Signature("http", str(result.http_status), "", ())
+    if basis == "http" and status is not None:
+        signature: Signature | None = Signature("http", str(status), "", ())
     else:
         signature = signature_in(lines, structured=result.error, found=_relevant_errors(command, found))
     return Reading(verdict, result.exit_code, basis, signature)
+
+
+def tests_of(observation: str, *, tool: str, arguments: str) -> Verdict:
+    """Return how the tests went that an action ran; unknown where it ran none, or only shows what others printed."""
+    command = command_of(tool, arguments)
+    report = None if command.views else report_of(lines_of(unwrap(observation).text))
+    return report[0] if report is not None and report[1] == "test_summary" else "unknown"
+
+
+def is_commit(observation: str, *, tool: str, arguments: str) -> bool:
+    """Whether an action made a commit, as git says."""
+    command = command_of(tool, arguments)
+    if not ("commit" in arguments and "git" in command.programs):
+        return False
+    return any(_GIT_COMMIT.match(line) for line in lines_of(unwrap(observation).text))
 
 
 def _is_own_result(command: Command, result: ToolResult) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -14,7 +14,8 @@ from optillm_memory.records import Feedback, Mode
 
 FIELD = "agent_memory"
 HEADER_PREFIX = "X-Agent-Memory-"
-NAME_LIMIT = 200
+NAME_LIMIT, GOAL_LIMIT = 200, 4_000
+TOOL_LISTS = ("read_only", "allow", "never")
 AUTO = "auto"  # the approach that lets the policy choose
 
 
@@ -26,9 +27,11 @@ class Options:
     user_id: str = ""
     agent_id: str = ""
     episode_id: str | None = None
+    goal: str = ""
     mode: Mode = "readwrite"
     approach: str | None = None
-    reuse: Mapping[str, float] | None = None
+    reuse: Mapping[str, Any] | None = None
+    tools: Mapping[str, Sequence[str]] = field(default_factory=dict)
     max_items: int | None = None
     token_budget: int | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
@@ -112,7 +115,7 @@ def _from_headers(headers: Mapping[str, str]) -> dict[str, Any]:
         if not name.lower().startswith(HEADER_PREFIX.lower()):
             continue
         key = name[len(HEADER_PREFIX) :].lower().replace("-", "_")
-        if key in ("max_items", "token_budget", "tags", "feedback", "reuse"):
+        if key in ("max_items", "token_budget", "tags", "feedback", "reuse", "tools"):
             try:
                 values[key] = json.loads(text)
             except ValueError:
@@ -142,11 +145,34 @@ def _count(param: str, value: Any, _now: float) -> int:
     return value
 
 
-def _reuse(param: str, value: Any, _now: float) -> dict[str, float]:
-    error = value.get("max_error") if isinstance(value, Mapping) and set(value) == {"max_error"} else None
+def _reuse(param: str, value: Any, _now: float) -> dict[str, Any]:
+    value = value if isinstance(value, Mapping) else {}
+    for key in value:
+        if key not in ("max_error", "actions"):
+            raise InvalidField(f"{param}.{key}", "unknown key; known are max_error, actions")
+    error, actions = value.get("max_error"), value.get("actions", False)
     if isinstance(error, bool) or not isinstance(error, (int, float)) or not 0 < error < 1:
-        raise InvalidField(param, 'must be {"max_error": a number between 0 and 1}')
-    return {"max_error": float(error)}
+        raise InvalidField(param, 'must be {"max_error": a number between 0 and 1}, with "actions": true if you like')
+    if not isinstance(actions, bool):
+        raise InvalidField(f"{param}.actions", "must be true or false")
+    return {"max_error": float(error), "actions": actions}
+
+
+def _goal(param: str, value: Any, _now: float) -> str:
+    if not isinstance(value, str) or len(value) > GOAL_LIMIT or not is_unicode(value):
+        raise InvalidField(param, f"must be a text of at most {GOAL_LIMIT} characters of valid Unicode")
+    return value.strip()
+
+
+def _tools(param: str, value: Any, now: float) -> dict[str, tuple[str, ...]]:
+    if not isinstance(value, Mapping):
+        raise InvalidField(param, f"must be an object with lists of tool names under {', '.join(TOOL_LISTS)}")
+    for key, names in value.items():
+        if key not in TOOL_LISTS:
+            raise InvalidField(f"{param}.{key}", f"unknown key; known are {', '.join(TOOL_LISTS)}")
+        if not isinstance(names, (list, tuple)) or len(names) > 1_000:  # noqa: PLR2004
+            raise InvalidField(f"{param}.{key}", "must be a list of at most 1000 tool names")
+    return {key: tuple(_name(f"{param}.{key}", name, now) for name in names) for key, names in value.items()}
 
 
 def _tags(param: str, value: Any, now: float) -> dict[str, str]:
@@ -164,9 +190,11 @@ _CHECKS = {
     "user_id": _name,
     "agent_id": _name,
     "episode_id": _name,
+    "goal": _goal,
     "mode": _mode,
     "approach": _name,
     "reuse": _reuse,
+    "tools": _tools,
     "max_items": _count,
     "token_budget": _count,
     "tags": _tags,

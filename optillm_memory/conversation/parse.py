@@ -36,6 +36,11 @@ class Conversation:
     one_shot: bool = True
 
     @property
+    def is_first_turn(self) -> bool:
+        """Whether no assistant has spoken yet."""
+        return not any(message.get("role") == "assistant" for message in self.messages)
+
+    @property
     def ends_with_user(self) -> bool:
         """Whether the last message is the user's own words: where exemplars may be injected."""
         return bool(self.messages) and self.messages[-1].get("role") == "user" and not self.ends_with_observation

@@ -35,13 +35,18 @@ def partition_of(body: Mapping[str, Any], conversation: Conversation, end_user: 
         return "", "not_words"
     if body.get("n", 1) not in (None, 1):
         return "", "several_choices"
-    if any(body.get(name) for name in _UNSUPPORTED_FIELDS):
+    if asks_for_more_than_text(body):
         return "", "unsupported_option"
     settings = {key: value for key, value in body.items() if key not in _IGNORED_FIELDS and value is not None}
     parts = [settings, _as_sent(messages[:-1]), *([end_user] if end_user else [])]
     digest = hashlib.blake2b(as_json(parts).encode("utf-8", "replace"), digest_size=12).hexdigest()
     language = language_of(conversation.task)
     return (digest if language == ENGLISH else f"{digest}-{language}"), ""
+
+
+def asks_for_more_than_text(body: Mapping[str, Any]) -> bool:
+    """Whether a request wants with its answer what memory does not have."""
+    return any(body.get(name) for name in _UNSUPPORTED_FIELDS)
 
 
 def _as_sent(messages: Sequence[Mapping[str, Any]]) -> str:

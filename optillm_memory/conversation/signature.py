@@ -10,11 +10,13 @@ from optillm_memory.conversation.wrapping import unwrap
 
 _LIMIT = 300
 _SLOT = re.compile(
-    r"(?P<slot><(?:path|num|addr|hash|quoted|uuid|time|url|name)>)"
+    r"(?P<slot><(?:path|num|addr|hash|quoted|uuid|time|url|name|near)>)"
     r"|(?P<url>\b[a-z]{2,12}://[^\s'\"<>)]{1,300})"
     r"|(?P<name>(?<!\S)[^\s:'\"<>\u2018\u2019\u201c\u201d`]{1,200}"
     r"(?=: (?:No such file|command not found|not found|Permission denied|Is a directory|"
     r"Not a directory|File exists|unbound variable))|(?:(?<=no such table: )|(?<=no such column: ))[^\s:'\"<>]{1,200})"
+    # A piece of a query, which may contain quotation marks and may go on in the next line.
+    r"|(?P<near>(?<=\bnear )(?:'[^\n]{0,500}'(?= at line \d)|'[^'\n]{1,500}$|\"[^\n]{0,500}\"(?=: syntax error)))"
     r"|(?P<quoted>'[^'\n]{0,200}'(?!\w)|\"[^\"\n]{0,200}\"|`[^`'\n]{0,200}[`']"
     r"|\u2018[^\u2018\u2019\n]{0,200}\u2019|\u201c[^\u201c\u201d\n]{0,200}\u201d)"
     r"|(?P<uuid>\b[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}\b)"

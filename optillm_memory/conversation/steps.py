@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from optillm_memory.conversation.text import text_of
-from optillm_memory.conversation.wrapping import unwrap
+from optillm_memory.conversation.wrapping import unwrap, with_flag
 from optillm_memory.records import Step
 
 _FENCE = re.compile(
@@ -154,8 +154,13 @@ def _results(messages: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], str
         elif role in ("tool", "function"):
             call_id = _LEGACY if role == "function" else str(message.get("tool_call_id") or "")
             if queue := open_calls.get(call_id):
-                results.setdefault(queue.pop(0), text_of(message))
+                results.setdefault(queue.pop(0), _result_of(message))
     return results
+
+
+def _result_of(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    return with_flag(text_of(message), (message, *(content if isinstance(content, list) else ())))
 
 
 def _step(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 HEAD, TAIL = 6_000, 12_000
 _JSON_LIMIT = 65_536
+# What is said of a result outside of its text (`is_error` of Anthropic, `isError` of MCP) is kept as MCP writes it.
+_FLAGS = ("is_error", "isError")
 _CODE_KEYS = (
     "exit_code",
     "exitCode",
@@ -20,12 +22,17 @@ _CODE_KEYS = (
     "exit_status",
     "exitStatus",
 )
-_TEXT_KEYS = ("stdout", "output", "content", "text", "body", "result", "stderr", "message", "error", "logs")
+_TEXT_KEYS = (
+    *("stdout", "output", "content", "text", "body", "result", "stderr", "message", "error", "logs"),
+    *("exception", "errorMessage", "error_message", "err", "detail", "errors"),
+)
 _WRAPS = frozenset(("stdout", "stderr", "output", "isError", "is_error", "metadata"))
 _OUTPUT_KEYS = frozenset(("content", "text", "body", "result", "logs", "data"))
 _PAYLOAD_KEYS = frozenset(("message", "error", "output", "stdout", "stderr", "content", "result"))
 _HTTP_CODES, _HTTP_BAD = range(100, 600), 400
-_FAILED_WORDS = frozenset(("error", "failed", "failure", "timeout", "timed_out"))
+_FAILED_WORDS = frozenset(("error", "failed", "failure", "timeout", "timed_out", "fail", "rejected", "exception"))
+_NO_ERROR = frozenset(("", "none", "null", "nil", "no", "ok", "no error", "success", "false", "0"))
+_ERROR_KEYS = ("error", "exception", "errorMessage", "error_message", "err")
 _HTTP_KEYS = frozenset(("body", "headers", "url", "text", "data", "content", "response", "statusText"))
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]{0,16}[A-Za-z]")
@@ -77,6 +84,13 @@ def ends_of(text: str) -> str:
         text = f"{text[:HEAD]}\n{text[-TAIL:]}"
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return _ANSI.sub("", text) if "\x1b" in text else text
+
+
+def with_flag(text: str, parts: Iterable[Any]) -> str:
+    """Return a result's text, as a failed MCP result where the message or a part of it says `is_error: true`."""
+    if not any(isinstance(p, Mapping) and any(p.get(flag) is True for flag in _FLAGS) for p in parts):
+        return text
+    return json.dumps({"isError": True, "content": [{"type": "text", "text": text}]}, ensure_ascii=False)
 
 
 def unwrap(observation: str) -> ToolResult:
@@ -166,10 +180,14 @@ def _levels(value: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 def _reported_failure(level: Mapping[str, Any]) -> tuple[bool | None, str]:
     """Return whether a result reports that the call failed (True or None), and the kind of the error."""
-    error = level.get("error")
+    error = next((level[key] for key in _ERROR_KEYS if level.get(key)), None)
+    if isinstance(error, str) and error.strip().lower() in _NO_ERROR:
+        error = None
     name = ""
     if isinstance(error, Mapping):
         name = str(error.get("type") or error.get("code") or error.get("name") or "")[:80]
+    elif error is not None and (code := level.get("error_code") or level.get("code")):
+        name = str(code)[:80]
     status = level.get("status")
     failed = (
         level.get("isError") is True
@@ -183,8 +201,19 @@ def _reported_failure(level: Mapping[str, Any]) -> tuple[bool | None, str]:
             and (len(level) == 1 or bool(_PAYLOAD_KEYS & level.keys()))
         )
         or (isinstance(error, (str, Mapping)) and bool(error))
+        or (error is True and bool(_PAYLOAD_KEYS - {"error"} & level.keys()))
+        or _only_errors(level)
+        or (level.keys() == {"detail"} and isinstance(level["detail"], str))
     )
     return (True if failed else None), name
+
+
+def _only_errors(level: Mapping[str, Any]) -> bool:
+    """Whether a result holds a list of errors and no data, as GraphQL and JSON:API report them."""
+    errors = level.get("errors")
+    if not isinstance(errors, list) or not errors or any(level.get(key) for key in ("data", "result", "results")):
+        return False
+    return all(isinstance(e, str) or (isinstance(e, Mapping) and ("message" in e or "detail" in e)) for e in errors)
 
 
 def _are_parts(value: Any) -> bool:
@@ -199,7 +228,9 @@ def _texts(value: Any) -> Iterator[str]:
         yield value
     elif isinstance(value, list):
         for part in value[:50]:
-            if isinstance(part, Mapping) and isinstance(part.get("text"), str):
-                yield part["text"]
-    elif isinstance(value, Mapping) and isinstance(value.get("message"), str):
-        yield value["message"]
+            if isinstance(part, Mapping):
+                texts = (part.get(key) for key in ("text", "message", "detail"))
+                yield from (text for text in texts if isinstance(text, str))
+    elif isinstance(value, Mapping):
+        texts = (value.get(key) for key in ("message", "detail", "description"))
+        yield from (text for text in texts if isinstance(text, str))

@@ -45,8 +45,9 @@ GRID = tuple(round(0.54 - 0.02 * step, 2) for step in range(23))
 _SHARES = {GRID.index(0.44): 0.2, GRID.index(0.36): 0.8}
 _DISCOUNT, _HALVED_AFTER = 0.25, 300  # subtracted from a score at first, and the proposals after which half is
 _FIRST_LOOK, _GROWTH, _LAST_LOOK = 10, 1.05, 20_000
-# The spending function: 1 - 7 / (errors expected at the limit) of a share, at first nothing.
-_UNSPENT = 7.0
+# The spending function: 1 - 7 / (errors expected at the limit) of a share, at first nothing. Actions are rarer than
+# answers and more seldom wrong: for them it begins earlier.
+UNSPENT, UNSPENT_ON_ACTIONS = 7.0, 3.0
 _STRATUM = 20  # labels that a stratum has at least, but for the laxest
 _RECENT, _DOUBT = 100, 0.01  # labels of would-be hits that can cause a retreat, and its probability by chance
 
@@ -77,9 +78,10 @@ def cell_of(score: float) -> int:
 class Calibration:
     """A fold over (cell, verdict) of proposals, in order, for one limit of the error."""
 
-    def __init__(self, limit: float) -> None:
-        """Start with nothing in force."""
+    def __init__(self, limit: float, unspent: float = UNSPENT) -> None:
+        """Start with nothing in force; `unspent` are the errors expected at the limit before confidence is spent."""
         self.limit = limit
+        self._unspent = unspent
         self.closed = False
         self.recent: deque[tuple[int, int]] = deque(maxlen=4 * _RECENT)
         self._proven = [False] * len(GRID)
@@ -124,7 +126,7 @@ class Calibration:
     def _passes(self, node: int, share: float) -> bool:
         if self._proven[node]:
             return True
-        allowed = boundary(self.limit, (1 - CONFIDENCE) * share).allowed
+        allowed = boundary(self.limit, (1 - CONFIDENCE) * share, self._unspent).allowed
         return any(errors <= allowed(look) for look, errors in enumerate(self._sample.errors[node]))
 
     def _retreat(self) -> None:
@@ -212,9 +214,9 @@ def exceeds_limit(recent: Sequence[tuple[int, int]], node: int, limit: float) ->
 class Boundary:
     """The errors allowed at each look, such that a rate at the limit ever passes with at most the given probability."""
 
-    def __init__(self, limit: float, probability: float) -> None:
+    def __init__(self, limit: float, probability: float, unspent: float = UNSPENT) -> None:
         """Start before the first look."""
-        self._limit, self._probability = limit, probability
+        self._limit, self._probability, self._unspent = limit, probability, unspent
         self._allowed: list[int] = []
         self._paths: NDArray[np.float64] = np.ones(1)  # by number of errors: not passed yet
         self._spent = 0.0
@@ -233,7 +235,7 @@ class Boundary:
         # Paths with far more errors never come back: what is left out has a probability below 1e-12.
         most = math.ceil(expected + 8 * math.sqrt(expected) + 16)
         self._paths = np.convolve(self._paths, _binomial(step, self._limit, most))[: most + 1]
-        budget = self._probability * max(0.0, 1.0 - _UNSPENT / expected)
+        budget = self._probability * max(0.0, 1.0 - self._unspent / expected)
         passing = self._spent + np.cumsum(self._paths)
         allowed = int(np.searchsorted(passing, budget, side="right")) - 1
         if allowed >= 0:
@@ -243,9 +245,9 @@ class Boundary:
 
 
 @lru_cache(maxsize=512)
-def boundary(limit: float, probability: float) -> Boundary:
+def boundary(limit: float, probability: float, unspent: float = UNSPENT) -> Boundary:
     """Return the boundary for a limit of the error and a probability of passing at it."""
-    return Boundary(limit, probability)
+    return Boundary(limit, probability, unspent)
 
 
 def _binomial(count: int, rate: float, most: int) -> NDArray[np.float64]:

@@ -13,12 +13,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from optillm_memory.decide.agreement import Proposal
-from optillm_memory.decide.calibration import GRID, RIGHT, UNKNOWN, WRONG, Calibration, cell_of, discount, exceeds_limit
+from optillm_memory.decide.calibration import (
+    GRID,
+    RIGHT,
+    UNKNOWN,
+    UNSPENT,
+    UNSPENT_ON_ACTIONS,
+    WRONG,
+    Calibration,
+    cell_of,
+    discount,
+    exceeds_limit,
+)
 
 AUDIT_SHARE = 0.05
 # Hits whose score is this far above the threshold are audited at this fraction of the share: where errors are rare few
 # labels suffice (Neyman 1934, optimal allocation), and calibration weighs them by their stratum.
 _CONFIDENT, CONFIDENT_AUDITS = 0.06, 0.4
+ACTION = "act"  # begins the partition of an action
 _ALONE = 20.0  # expected errors at the limit among a partition's own labels from which it decides without the pool
 _LIMITS_KEPT = 8
 _LARGEST = 0.5  # larger limits count as this one
@@ -39,7 +51,9 @@ class Decision:
 
     Reasons to serve: `exact`, `above_threshold`. Not to: `shadow`, `no_neighbours`, `quarantined`, `time_dependent`,
     `too_long`, `conflict`, `failed`, `veto_numbers`, `veto_names`, `veto_negation`, `veto_scope`, `veto_words`,
-    `veto_order`, `veto_layout`, `veto_language`, `not_calibrated`, `closed`, `below_threshold`, `audit`.
+    `veto_order`, `veto_layout`, `veto_language`, `not_calibrated`, `closed`, `below_threshold`, `audit`, `holdout`.
+    Not to make an action: `tool_not_offered`, `arguments_not_declared`, `unsupported_option`, `unsupported_approach`,
+    `tool_forbidden`, `tool_not_declared`, `changes_state`.
     """
 
     serve: bool
@@ -51,16 +65,17 @@ class Decision:
 class LabelLog:
     """The labels of one partition (or of all), with their calibration for each limit in use."""
 
-    def __init__(self, rows: Iterable[tuple[int, int]] = ()) -> None:
-        """Start with these (cell, verdict)."""
+    def __init__(self, rows: Iterable[tuple[int, int]] = (), unspent: float = UNSPENT) -> None:
+        """Start with these (cell, verdict); `unspent` is that of `Calibration`."""
         self.rows = list(rows)
+        self._unspent = unspent
         self._calibrations: dict[float, tuple[Calibration, int]] = {}
 
     def calibration(self, limit: float) -> Calibration:
         """Return the calibration by all rows so far for a limit of the error."""
         # Removed while it is extended: another thread that needs it meanwhile makes its own.
         kept = self._calibrations.pop(limit, None)
-        calibration, seen = kept or (Calibration(limit), 0)
+        calibration, seen = kept or (Calibration(limit, self._unspent), 0)
         rows = self.rows[seen:]
         for cell, verdict in rows:
             calibration.add(cell, verdict)
@@ -73,9 +88,10 @@ class LabelLog:
 class LanguagePool:
     """The labels of all partitions of one language, and each partition's own."""
 
-    def __init__(self) -> None:
-        """Start without labels."""
-        self.all = LabelLog()
+    def __init__(self, unspent: float = UNSPENT) -> None:
+        """Start without labels; `unspent` is that of `Calibration`."""
+        self._unspent = unspent
+        self.all = LabelLog(unspent=unspent)
         # While there is only one partition, its log is that of the pool.
         self.logs: dict[str, LabelLog] = {}
 
@@ -85,8 +101,8 @@ class LanguagePool:
             self.logs[partition] = self.all
         if partition not in self.logs:
             if len(self.logs) == 1:
-                self.logs = {name: LabelLog(log.rows) for name, log in self.logs.items()}
-            self.logs[partition] = LabelLog()
+                self.logs = {name: LabelLog(log.rows, self._unspent) for name, log in self.logs.items()}
+            self.logs[partition] = LabelLog(unspent=self._unspent)
         self.all.rows.append(row)
         if (own := self.logs[partition]) is not self.all:
             own.rows.append(row)
@@ -124,7 +140,9 @@ class Gate:
 
     def _pool(self, partition: str) -> LanguagePool:
         # A score means something else in each language: the encoder knows some better than others.
-        return self._pools.setdefault(partition.partition("-")[2], LanguagePool())
+        # Of actions it is the agent that stands there.
+        unspent = UNSPENT_ON_ACTIONS if partition.startswith(ACTION) else UNSPENT
+        return self._pools.setdefault(partition.partition("-")[2], LanguagePool(unspent))
 
     def decide(
         self,

@@ -10,6 +10,7 @@ from typing import Literal
 
 from optillm_memory.conversation.parse import Conversation
 from optillm_memory.conversation.text import BLOCK_CLOSE, BLOCK_OPEN
+from optillm_memory.learn.conflicts import conflicts
 from optillm_memory.records import Hit, Injected, Message, Placement
 
 # Every quoted line has the mark, which distinguishes it from instructions (datamarking: Hines et al. 2024,
@@ -69,10 +70,11 @@ def render_fitting(
 ) -> Rendering | None:
     """Render hits as turns before a one-shot request, else as a block; None where that form was refused.
 
+    Different answers to one task go in a block, with their dates.
     `turns` and `block` are the limits (`max_items`, `token_budget`) of each form.
     """
     same = [h for h in hits if h.memory.frame == conversation.frame]
-    if conversation.plain and same and "turns" not in refused:
+    if conversation.plain and same and "turns" not in refused and not conflicts(same):
         return as_turns(same, **turns)
     return None if "block" in refused else as_block(hits, **block)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from itertools import pairwise
 
 from optillm_memory.learn.cases import ERROR_WORD, Case, balanced
 
-_BOTH_PROPOSE = 2.0
+_MOST_WORDS = 120  # of an output
+_BOTH_PROPOSE, _SAME_FAULT = 2.0, 1.0
 _WORD = re.compile(r"[a-z]{2,}")
 _TOKEN = re.compile(r"\w+|#")
 _MASK = re.compile(r"""'[^'\n]{1,200}'|"[^"\n]{1,200}"|`[^`'\n]{1,200}[`']|[\w.~/+-]*/[\w.~/+-]*|\d+""")
@@ -24,7 +25,7 @@ class Features:
         own = set(re.findall(r"\w+", case.action[:4_000].lower()))
         text = case.output[:3_000].lower()
         self.empty = not text.strip()
-        self.words = {w for w in _WORD.findall(text) if w not in own}
+        self.words = set(list(dict.fromkeys(w for w in _WORD.findall(text) if w not in own))[:_MOST_WORDS])
         # The first line with an error, without quoted texts, paths, numbers and words of the action.
         lines = [line.strip() for line in case.lines if line.strip()]
         salient = next((line for line in lines if ERROR_WORD.search(line)), lines[0] if lines else "")
@@ -35,8 +36,16 @@ class Features:
         self.subcommand = case.tokens[case.arguments[0]] if case.arguments else ""
         self.fault = case.named[0][0] - case.head if case.named else None
         self.proposes = bool(case.suggested)
+        self.faults = set(case.quoted[:3])
         self.quoted = bool(case.named) and case.named[0][1] in case.quoted
         self._case = case
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """What cases of a high affinity are likely to share, for an index."""
+        found = [f"w {w}" for w in self.words] + [f"l {w}" for w in self.line] + [f"q {w}" for w in self.faults]
+        found += [f"r {w}" for w in self.rest] + [f"p {self.program}", f"s {self.program} {self.subcommand}"]
+        return [*found, f"h {' '.join(self.shape[:12])}", f"t {' '.join(sorted(self.traits))}"]
 
     @cached_property
     def traits(self) -> set[str]:
@@ -63,6 +72,7 @@ class Features:
         alike += 2.0 * same + 1.0 * (same and silent) + 1.5 * _jaccard(self.rest, other.rest)
         alike += 1.0 * (bool(self.subcommand) and self.subcommand == other.subcommand)
         alike += 1.0 * (self.shape == other.shape) + 0.5 * (self.fault == other.fault)
+        alike += _SAME_FAULT * _jaccard(self.faults, other.faults)
         alike += _BOTH_PROPOSE * (self.proposes and other.proposes)
         alike += 0.5 * (self.quoted == other.quoted) + (2.5 if silent else 1.5) * _jaccard(self.traits, other.traits)
         return alike
@@ -79,11 +89,28 @@ def _kind(token: str) -> str:
     return "quoted" if token[0] in "\"'" else "word" if token.isalpha() else "other"
 
 
-def rarity(sets: Iterable[Collection[str]]) -> dict[str, float]:
-    """Return the inverse document frequency of each word among sets of words; the empty key is for unseen words."""
-    kept = list(sets)
-    counts = Counter(word for words in kept for word in words)
-    return {"": math.log(1 + len(kept)), **{word: math.log(1 + len(kept) / n) for word, n in counts.items()}}
+class Rarity:
+    """Inverse document frequencies of words, counted set by set; the empty word stands for unseen ones."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._sets = 0
+        self._kept: dict[str, float] = {}
+        self._at = 0
+
+    def add(self, words: Collection[str]) -> None:
+        """Count one more set."""
+        self._counts.update(words)
+        self._sets += 1
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The weight of each word; brought up to date when the sets have grown by a tenth."""
+        if self._at == 0 or self._sets > 1.1 * self._at:
+            total = self._at = max(self._sets, 1)
+            self._kept = {word: math.log(1 + total / n) for word, n in self._counts.items()}
+            self._kept[""] = math.log(1 + total)
+        return self._kept
 
 
 def _overlap(a: set[str], b: set[str], rarity: Mapping[str, float]) -> float:
@@ -91,7 +118,8 @@ def _overlap(a: set[str], b: set[str], rarity: Mapping[str, float]) -> float:
     if not both:
         return 0.0
     unseen = rarity[""]
-    return sum(rarity.get(w, unseen) for w in sorted(both)) / sum(rarity.get(w, unseen) for w in sorted(a | b))
+    common = sum([rarity.get(w, unseen) for w in both])
+    return common / (common + sum([rarity.get(w, unseen) for w in a ^ b]))
 
 
 def _jaccard(a: set[str], b: set[str]) -> float:

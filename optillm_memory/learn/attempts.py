@@ -54,7 +54,7 @@ def message_of(reading: Reading, observation: str) -> str:
         kind = text[start + 1 : end]
         filled = f"'{content}'" if kind == "quoted" else content
         text = f"{text[:start]}{filled}{text[end + 1 :]}"
-    named = f"{signature.error}: {text}" if signature.error and signature.error not in text else text
+    named = f"{signature.error}: {text}" if signature.error and signature.error.lower() not in text.lower() else text
     return named.strip(": ")[:300]
 
 

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import SequenceMatcher
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 _TOKEN = re.compile(r"""(?:'[^'\n]{0,2000}'|"[^"\n]{0,2000}"|\\.|[^\s'"\\])+|\S""")
 _QUOTED = re.compile(
@@ -24,10 +24,19 @@ ERROR_WORD = re.compile(
 )
 _OPERATOR = re.compile(r"\s(?:&&|\|\||;|\|)\s")
 _ASSIGNMENT = re.compile(r"\w{1,50}=")
+_KEYWORD = re.compile(r"(?<![\w'\"-])[A-Z]{2,20}(?![\w'\"-])")
+_IDENTIFIER = re.compile(r"(?<![\w'\"%])[A-Za-z_]\w{2,60}")
+_FEW_KNOWN, _RAREST = 150, 5
 _LINES, _CHARS, _WORDS, _POOL, _FAULTS = 200, 12_000, 1_500, 400, 80
 WRAPPERS = frozenset(("sudo", "env", "time", "nohup", "command"))
 CLOSE = 0.5
-_LONG_WORD = 60
+_LONG_WORD, _PAIRED = 60, 5
+_CLAUSES = frozenset(
+    (
+        *("where", "join", "inner", "left", "right", "full", "cross", "on", "group", "order", "having", "limit"),
+        *("union", "set", "values", "natural", "using", "as"),
+    )
+)
 
 
 class Case:
@@ -54,6 +63,12 @@ class Case:
                 return index
         return 0
 
+    @cached_property
+    def is_query(self) -> bool:
+        """Whether the action is in a language of keywords, as SQL is: its first word and another one are such."""
+        words = _KEYWORD.findall(self.action[:2_000])
+        return len(words) > 1 and self.action.lstrip().startswith(words[0])
+
     @property
     def program(self) -> str:
         """The program's name without its folder."""
@@ -63,6 +78,16 @@ class Case:
     def arguments(self) -> list[int]:
         """Indices of the words after the program's name that start with no dash."""
         return [i for i in range(self.head + 1, len(self.tokens)) if not self.tokens[i].startswith("-")]
+
+    @cached_property
+    def rest(self) -> str:
+        """The words after the program's name."""
+        return " ".join(self.tokens[self.head + 1 :])
+
+    @cached_property
+    def rest_words(self) -> frozenset[str]:
+        """The names in the words after the program's name."""
+        return frozenset(re.findall(r"\w{2,}", self.rest))
 
     @cached_property
     def lines(self) -> list[str]:
@@ -87,19 +112,22 @@ class Case:
         had, then those elsewhere in the output (a usage text repeats the correct words).
         """
         quoted, in_error_lines, mentioned = set(self.quoted), self._in_error_lines, set(self.words)
-        known = set(self.vocabulary.words(self.program, first=False)) if self.vocabulary else set()
-        programs = set(self.vocabulary.words("", first=True)) if self.vocabulary else set()
+        vocabulary = self.vocabulary
+        strange_program = (
+            vocabulary is not None and vocabulary.knows_programs and not vocabulary.knows(self.program, "", first=True)
+        )
         found: list[tuple[float, int, str]] = []
         for index, token in enumerate(self.tokens[:_FAULTS]):
             parts = [p for p in _parts(token) if len(p) > 1 and any(c.isalnum() for c in p)]
             part = next((p for p in parts if p in quoted or p in in_error_lines), None)
             part = part or next((p for p in parts if p in mentioned), None)
-            strange = index == self.head and bool(programs) and self.program not in programs
+            strange = index == self.head and strange_program
             if part is None and not strange and (index <= self.head or token.startswith("-") or not parts):
                 continue
             part = part or token
             score = 3.0 * (part in quoted) + 2.0 * (part in in_error_lines) - 1.0 * (part in mentioned)
-            score += 0.5 * (part not in known) - 0.5 * token.startswith("-")
+            known = vocabulary is not None and vocabulary.knows(part, self.program, first=False)
+            score += 0.5 * (not known) - 0.5 * token.startswith("-")
             score += 1.0 if strange else -1.5 * (index <= self.head)
             found.append((-score, index, part))
         return [(index, part) for _, index, part in sorted(found)]
@@ -152,6 +180,29 @@ class Case:
         split.sort(key=lambda words: posixpath.basename(words[0]) != self.program)
         return split[:6]
 
+    @cached_property
+    def identifiers(self) -> list[str]:
+        """The names in the action that the output quotes, as they stand there or by their last parts."""
+        found: dict[str, None] = {}
+        for text in self.quoted[:4]:
+            parts = text.split(".")
+            for start in range(min(len(parts), 3)):
+                name = ".".join(parts[start:])
+                if re.fullmatch(r"[A-Za-z_][\w.]*", name) and occurrences(name).search(self.action):
+                    found[name] = None
+                    break
+            if len(parts) == 1 and re.fullmatch(r"\w+", text) and f"{text}." in self.action:
+                found[text] = None
+        return list(found)[:3]
+
+    def clause(self, keyword: str) -> str | None:
+        """Return the name by which what follows a keyword is called: its alias, or itself without its folder."""
+        match = re.search(rf"(?<!\w){keyword}\s+([\w.`]+)(?:\s+(?:AS\s+)?(\w+))?", self.action, re.IGNORECASE)
+        if match is None:
+            return None
+        alias = match[2]
+        return alias if alias and not alias.isupper() and alias.lower() not in _CLAUSES else match[1].strip("`")
+
     def after(self, keyword: str) -> str | None:
         """Return the word that follows a keyword in the output."""
         return self._following.get(keyword.lower())
@@ -175,6 +226,12 @@ class Case:
             self._near[key] = found[0] if found else None
         return self._near[key]
 
+    def depends_on(self, words: frozenset[str]) -> bool:
+        """Whether the case so far was read with the help of one of these known words."""
+        if any(near in words for near in self._near.values()):
+            return True
+        return any(token in words or not words.isdisjoint(_parts(token)) for token in self.tokens[:_FAULTS])
+
     def _near_words(self, word: str, where: str) -> Iterator[tuple[str, float]]:
         if where == "any":
             for source in ("suggested", "output", "known"):
@@ -185,9 +242,9 @@ class Case:
             yield from most_similar(word, self._pool, 0.05)
         elif self.vocabulary is not None:
             first = bool(self.tokens) and word == self.tokens[self.head]
-            yield from most_similar(word, self.vocabulary.words(self.program, first=first), 0.15)
+            yield from most_similar(word, self.vocabulary.resembling(word, self.program, first=first), 0.15)
             if not first:
-                yield from most_similar(word, self.vocabulary.words("", first=False), 0.0)
+                yield from most_similar(word, self.vocabulary.resembling(word, "", first=False), 0.0)
 
     @cached_property
     def _pool(self) -> list[str]:
@@ -204,36 +261,96 @@ class Vocabulary:
 
     def __init__(self, actions: Iterable[str] = ()) -> None:
         """Count the words of actions that worked."""
-        self._programs: Counter[str] = Counter()
-        self._after: dict[str, Counter[str]] = {}
+        self._pools: dict[str | None, _Pool] = {None: _Pool()}  # under None: the programs
+        self._less: dict[str | None, Counter[str]] = {}
         for action in actions:
             self.add(action)
 
     def add(self, action: str) -> None:
         """Count the words of one more action that worked."""
-        for program, after in _program_words(action):
-            self._programs[program] += 1
-            for name in (program, ""):
-                self._after.setdefault(name, Counter()).update(after)
+        for pool, words in _pooled(action).items():
+            self._pools.setdefault(pool, _Pool()).add(words)
 
     def words(self, program: str, *, first: bool) -> Sequence[str]:
         """Return the known program names, or the words known to follow one (any, for the empty name)."""
-        return tuple(self._programs) if first else tuple(self._after.get(program, ()))
+        pool = self._pools.get(None if first else program)
+        return tuple(w for w in pool.counts if self.knows(w, program, first=first)) if pool else ()
 
-    def without(self, action: str) -> Vocabulary:
-        """Return a copy of the vocabulary without one of the actions that it counted."""
+    def knows(self, word: str, program: str, *, first: bool) -> bool:
+        """Whether a word is a known program, or is known to follow one."""
+        name = None if first else program
+        pool = self._pools.get(name)
+        less = self._less.get(name)
+        return pool is not None and pool.counts.get(word, 0) > (less.get(word, 0) if less else 0)
+
+    def resembling(self, word: str, program: str, *, first: bool) -> Sequence[str]:
+        """Return those of the known words that a word may be a misspelling of; all of them where they are few."""
+        pool = self._pools.get(None if first else program)
+        if pool is None:
+            return ()
+        return [w for w in pool.resembling(word) if self.knows(w, program, first=first)]
+
+    @property
+    def knows_programs(self) -> bool:
+        """Whether any action was counted."""
+        pool, less = self._pools[None], self._less.get(None)
+        return len(pool.counts) > 0 if not less else any(n > less.get(w, 0) for w, n in pool.counts.items())
+
+    def without(self, *actions: str) -> Vocabulary:
+        """Return a view of the vocabulary without actions that it counted."""
         other = Vocabulary()
-        other._programs, other._after = self._programs, self._after
-        for program, after in _program_words(action):
-            other._programs = _subtracted(other._programs, [program])
-            other._after = {**other._after, program: _subtracted(other._after.get(program, Counter()), after)}
-            other._after[""] = _subtracted(other._after.get("", Counter()), after)
+        other._pools = self._pools
+        other._less = {name: Counter(counts) for name, counts in self._less.items()}
+        for action in actions:
+            for pool, words in _pooled(action).items():
+                other._less.setdefault(pool, Counter()).update(words)
         return other
+
+    def only_of(self, action: str) -> frozenset[str]:
+        """Return the words that are known from this action alone."""
+        return frozenset(
+            word
+            for pool, words in _pooled(action).items()
+            for word, n in Counter(words).items()
+            if self._pools[pool].counts[word] <= n
+        )
+
+
+class _Pool:
+    """Counted words with an index of their pairs of letters, by which similar ones are found."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._with: dict[str, list[str]] = {}
+        self._short: list[str] = []  # a short word and its misspelling may share no two letters in a row
+
+    def add(self, words: Iterable[str]) -> None:
+        for word in words:
+            if word not in self.counts:
+                if len(word) <= _PAIRED:
+                    self._short.append(word)
+                for pair in _pairs(word):
+                    self._with.setdefault(pair, []).append(word)
+            self.counts[word] += 1
+
+    def resembling(self, word: str) -> Iterable[str]:
+        if len(self.counts) <= _FEW_KNOWN:
+            return self.counts
+        rarest = sorted((p for p in _pairs(word) if p in self._with), key=lambda p: len(self._with[p]))[:_RAREST]
+        short = self._short[-_FEW_KNOWN:] if len(word) < _PAIRED else []
+        return dict.fromkeys((*(w for pair in rarest for w in self._with[pair][:_FEW_KNOWN]), *short))
 
 
 def tokenize(text: str) -> list[str]:
     """Split an action into words; a quoted text is one word, unless quotation marks are unbalanced."""
     return _TOKEN.findall(text) if balanced(text) else text.split()
+
+
+@lru_cache(maxsize=4096)
+def occurrences(name: str, *, bare: bool = False) -> re.Pattern[str]:
+    """Return the pattern of a name in code, not as part of a longer one; `bare`: nor after a dot."""
+    before = r"(?<![\w.])" if bare or "." in name else r"(?<!\w)"
+    return re.compile(rf"{before}{re.escape(name)}(?!\w)")
 
 
 def balanced(text: str) -> bool:
@@ -251,13 +368,17 @@ def most_similar(word: str, pool: Sequence[str], bonus: float) -> Iterator[tuple
     lowered = word[:_LONG_WORD].lower()
     matcher.set_seq2(lowered)
     letters = sorted(lowered)
+    pairs = [lowered[i : i + 2] for i in range(len(lowered) - 1)] if len(lowered) >= _PAIRED else []
     for other in pool:
         if other == word or not other or len(other) > _LONG_WORD:
             continue
         # The ratio's cheap upper bound first.
         if 2 * min(len(other), len(lowered)) / (len(other) + len(lowered)) + 0.15 <= best_ratio:
             continue
-        matcher.set_seq1(other.lower())
+        low = other.lower()
+        if pairs and not any(pair in low for pair in pairs):
+            continue  # half of the letters in order without any two in a row are no likeness
+        matcher.set_seq1(low)
         if matcher.quick_ratio() + 0.15 <= best_ratio:
             continue
         ratio = matcher.ratio()
@@ -279,17 +400,24 @@ def _words(text: str) -> list[str]:
     return [w for w in (w.rstrip(".:-").strip(":.,") for w in _WORD.findall(text)) if w]
 
 
-def _program_words(action: str) -> Iterator[tuple[str, list[str]]]:
+def _pooled(action: str) -> dict[str | None, list[str]]:
+    """Return an action's words by the pool in which they are counted: programs, and what follows each (and any)."""
+    pools: dict[str | None, list[str]] = {}
     for part in _OPERATOR.split(action):
         case = Case(part, "")
         if case.tokens:
-            yield case.program, [case.tokens[index] for index in case.arguments[:2]]
+            after = [case.tokens[index] for index in case.arguments[:2]]
+            if case.is_query:
+                after += [w for w in _IDENTIFIER.findall(part) if not w.isupper()]
+            pools.setdefault(None, []).append(case.program)
+            pools.setdefault(case.program, []).extend(after)
+            pools.setdefault("", []).extend(after)
+    return pools
 
 
-def _subtracted(counts: Counter[str], words: Iterable[str]) -> Counter[str]:
-    fewer = Counter(counts)
-    fewer.subtract(words)
-    return +fewer
+def _pairs(word: str) -> set[str]:
+    low = word[:_LONG_WORD].lower()
+    return {low[i : i + 2] for i in range(len(low) - 1)} or {low}
 
 
 def _host(text: str) -> str | None:
@@ -313,4 +441,8 @@ TRANSFORMS: dict[str, Callable[[str], str | None]] = {
     "bare": lambda t: t.lstrip("./-"),
     "escaped": lambda t: t.replace("'", "\\'").replace('"', '\\"'),
     "lower": str.lower,
+    "without_comma": lambda t: t.rstrip(",;") or None,
+    "last_part": lambda t: t.rpartition(".")[2] or None,
+    "without_first_part": lambda t: t.partition(".")[2] or None,
+    "first_part": lambda t: t.partition(".")[0] or None,
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from optillm_memory.learn.cases import TRANSFORMS, Case
+from optillm_memory.learn.cases import TRANSFORMS, Case, occurrences
 
 Program = tuple[Any, ...]
 Selector = tuple[Any, ...]
@@ -56,6 +56,8 @@ def literals(program: Program) -> list[str]:
     kind = program[0]
     if kind in ("text", "is", "whole"):
         return [program[1]]
+    if kind in ("span", "clause"):
+        return list(program[3:])
     if kind in ("affix", "wrap"):
         return [program[1], program[2], *(literals(program[3]) if kind == "affix" else ())]
     if kind == "replace":
@@ -128,6 +130,9 @@ _PROGRAM_COST: dict[str, Callable[..., float]] = {
     "characters": lambda _old, _new: 4.0,
     "swaps": lambda pairs: 2.0 + sum(1.0 + 0.15 * (len(old) + len(new)) for old, new in pairs),
     "without": lambda _word: 2.5,
+    "rename": lambda number, how, expression: 1.0 + 0.4 * number + 0.3 * (how != "all") + expression_cost(expression),
+    "unprefix": lambda number: 2.0 + 0.4 * number,
+    "span": lambda _start, _end, text: 3.0 + 0.3 * len(text),
     "chain": lambda _operator, pieces: 1.0 + sum(_piece_cost(piece) for piece in pieces),
     "whole": lambda fix: 12.0 + 0.25 * len(fix),
 }
@@ -135,6 +140,8 @@ _EXPRESSION_COST: dict[str, Callable[..., float]] = {
     "own": lambda: 0.3,
     "word": lambda selector: 0.5 + selector_cost(selector),
     "after": lambda _keyword: 4.5,
+    "clause": lambda _keyword: 0.5,
+    "dotted": lambda _before, inner: 0.3 + expression_cost(inner) + expression_cost(_before),
     "map": lambda _name, inner: 1.0 + expression_cost(inner),
     "near": lambda where, inner: _NEAR_COST[where] + expression_cost(inner),
     "affix": _affixed_cost,
@@ -256,6 +263,32 @@ def _swaps(program: Program, case: Case) -> str | None:
     return text
 
 
+def _rename(program: Program, case: Case) -> str | None:
+    # A name that the output quotes, wherever it stands in the action, or only where it is not qualified.
+    _, number, how, expression = program
+    if number >= len(case.identifiers):
+        return None
+    name = case.identifiers[number]
+    made = evaluate(expression, case, name)
+    if made is None or made == name:
+        return None
+    pattern = occurrences(name, bare=how != "all")
+    return pattern.sub(lambda _: made, case.action, count=1 if how == "first" else 0)
+
+
+def _unprefix(program: Program, case: Case) -> str | None:
+    number = program[1]
+    return case.action.replace(f"{case.identifiers[number]}.", "") if number < len(case.identifiers) else None
+
+
+def _span(program: Program, case: Case) -> str | None:
+    # What stands between two words, the first of their kind.
+    _, start, end, text = program
+    before, found, rest = case.action.partition(f"{start} ")
+    _, found_end, after = rest.partition(f" {end}")
+    return f"{before}{start} {text} {end}{after}" if found and found_end else None
+
+
 _PROGRAMS: dict[str, Callable[[Program, Case], str | None]] = {
     "hunks": _hunks,
     "wrap": _wrap,
@@ -263,6 +296,9 @@ _PROGRAMS: dict[str, Callable[[Program, Case], str | None]] = {
     "swaps": _swaps,
     "named": _named,
     "without": _without,
+    "rename": _rename,
+    "unprefix": _unprefix,
+    "span": _span,
     "propose": _propose,
     "chain": _chain,
     "whole": lambda program, _case: program[1],
@@ -304,10 +340,17 @@ def _proposed(expression: Expression, case: Case) -> str | None:
     return (" ".join(words) if whole else words[0]) if words else None
 
 
+def _dotted(expression: Expression, text: str, case: Case) -> str | None:
+    before = evaluate(expression[1], case)
+    return None if before is None or before == text else f"{before}.{text}"
+
+
+_WRAPPERS["dotted"] = _dotted
 _EXPRESSIONS: dict[str, Callable[[Expression, Case], str | None]] = {
     "text": lambda expression, _case: expression[1],
     "word": _word,
     "quoted": _quoted,
     "after": lambda expression, case: case.after(expression[1]),
+    "clause": lambda expression, case: case.clause(expression[1]),
     "proposed": _proposed,
 }

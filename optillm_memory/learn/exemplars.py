@@ -38,9 +38,9 @@ def learn(trace: Trace, own: Sequence[Feedback], of_episode: Sequence[Feedback],
 
     Feedback on the trace itself has precedence over its episode's, unless only the episode's is verified. An episode's
     feedback is evidence on the answer of the trace that closed it (`closing`) if that was a one-shot request: an
-    agent's "All done." is no answer to its task. The other traces only share its outcome. Reused answers are no
-    evidence, nor are answers that were truncated, altered for storing, or contain memory's own marks; a demonstration
-    is.
+    agent's "All done." is no answer to its task. The other traces only share its outcome, and what is not verified
+    makes a candidate of a one-shot request alone. Reused answers are no evidence, nor are answers that were truncated,
+    altered for storing, or contain memory's own marks; a demonstration is.
     """
     feedback = effective(own)
     result = outcome(feedback, trace.answer)
@@ -52,6 +52,8 @@ def learn(trace: Trace, own: Sequence[Feedback], of_episode: Sequence[Feedback],
             result = of_all
             closes = closing is not None and closing.trace_id == trace.trace_id and trace.one_shot
             feedback = [*feedback, *shared] if closes else []
+    if not (result.verified or trace.one_shot):  # a step that worked, or what a model thinks of it, makes no answer
+        feedback = []
     if not trace.task.strip():
         return Learned(result, ())
     evidence: dict[str, Evidence] = {}

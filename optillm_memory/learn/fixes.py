@@ -6,28 +6,27 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
-from functools import lru_cache
 from typing import Literal
 
 from optillm_memory.conversation.actions import Action, normal_action
+from optillm_memory.conversation.wrapping import unwrap
 from optillm_memory.learn.attempts import Attempt
+from optillm_memory.learn.intents import EDITS, LONGEST_FIX, LOOKS, is_document, same_intent
+from optillm_memory.learn.procedures.effects import COMMAND_FIELDS, is_named_change
 from optillm_memory.records import Feedback, Scope
 
 Relation = Literal["instead", "first", "note"]
 # The steps after a failure in which its fix is searched; later steps solve something else.
 WINDOW = 8
-_ALIKE = 0.6
-_SHARED = 0.34
-_COMPARED = 400  # characters of two actions that are compared
-_NOTE = 1_000
+_NOTE = 180  # characters of each action of a note
 _FIRST_MOST = 3  # actions in between that may together be the precondition of a repeated action
-_LOOKS = frozenset(("cat", "ls", "head", "tail", "pwd", "which", "find", "tree", "less", "echo", "type", "file", "wc"))
 _WRITES = re.compile(
     r"(?<![0-9&<=-])>{1,2}(?!\s{0,4}(?:/dev/null|&))|\|\s{0,4}(?:tee|xargs|sh|bash)\b|-(?:delete|exec)\b"
 )
 # The tested or compiled code was wrong, not the action.
 ABOUT_SOMETHING_ELSE = frozenset(("test_summary", "compiler"))
+_SAYS_SO = frozenset(("tool_error", "http", "dialect"))
+_SHELL_FIELDS = ("", "command", "cmd", "bash_command")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,9 @@ def mine(attempts: Sequence[Attempt]) -> list[tuple[Fix, Attempt]]:
     """Return the fixes in the steps of one episode, each with the step that worked.
 
     A failing step is fixed by the next success of the same intent on its own branch: another action of the same tool
-    that is alike, or the same action after something else was done first.
+    that is a small edit of it, or the same action after something else was done first. Success is that the error is
+    gone and the action ran: a test run that now shows failing tests did run. A file's text is no fix, nor is another
+    decision: a booking that was refused is not mended by booking something else.
     """
     found: list[tuple[Fix, Attempt]] = []
     last = {a.parent_id: a for a in attempts}
@@ -82,19 +83,30 @@ def mine(attempts: Sequence[Attempt]) -> list[tuple[Fix, Attempt]]:
                 continue  # requested in the same answer: before the failure was known
             same = words[later.step_id] == words[failed.step_id]
             if same and later.action.key == failed.action.key:
-                if later.verdict == "success" and (done := _between(between)):
-                    relation, text = _preparation(done, failed.action)
+                done = _between(between) if later.verdict == "success" else []
+                relation, text = _preparation(done, failed.action) if done else ("first", "")
+                if 0 < len(text) <= LONGEST_FIX:
                     found.append((Fix(failed.action, failed.output, failed.signature, relation, text), later))
                 if later.verdict != "unknown":
                     break
             elif same:
                 pass  # the same words with another folder or another limit: no other action
-            elif failed.basis not in ABOUT_SOMETHING_ELSE and _repairs(failed, later, last):
+            elif (
+                failed.basis not in ABOUT_SOMETHING_ELSE
+                and not _decides(failed.action)
+                and same_intent(failed.action, later.action, failed.output)
+                and _ran(failed, later, last)
+            ):
                 text = later.action.text
                 found.append((Fix(failed.action, failed.output, failed.signature, "instead", text), later))
                 break
             between.append(later)
     return found
+
+
+def _decides(action: Action) -> bool:
+    """Whether a call changes something for somebody, as a booking does: with other values it is another decision."""
+    return is_named_change(action.tool) and action.field not in COMMAND_FIELDS
 
 
 def demonstrated_fix(
@@ -180,37 +192,19 @@ def _after(failed: Attempt, last: Mapping[str, Attempt]) -> list[Attempt]:
     return chain
 
 
-def _repairs(failed: Attempt, later: Attempt, last: Mapping[str, Attempt]) -> bool:
-    alike = later.verdict != "failure" and _same_intent(failed.action, later.action)
-    return alike and _worked(later, last)
-
-
-def _worked(later: Attempt, last: Mapping[str, Attempt]) -> bool:
-    # Without a verdict it worked if the agent did not try the same again.
-    if later.verdict == "success":
+def _ran(failed: Attempt, later: Attempt, last: Mapping[str, Attempt]) -> bool:
+    if later.verdict == "success" and unwrap(later.output).text.strip():
         return True
-    return not any(_same_intent(later.action, after.action) for after in _after(later, last))
-
-
-def _same_intent(failed: Action, later: Action) -> bool:
-    if (failed.tool, failed.field) != (later.tool, later.field):
-        return False
-    one, other = failed.text.split(), later.text.split()
-    if not one or not other:
-        return False
-    if set(one) <= set(other):
-        return True  # the same with more words, or after something else
-    shared = len(set(one) & set(other)) / len(set(one) | set(other))
-    if shared >= _SHARED and (one[0] == other[0] or one[0] in other or len(one) > 1):
+    if later.verdict == "failure":  # tests that now run and fail did run
+        return later.basis in ABOUT_SOMETHING_ELSE and later.signature != failed.signature
+    # Without a verdict it ran if its tool says so when something fails, or if the agent did not try the same again.
+    if failed.basis in _SAYS_SO and later.output.strip() and not _is_shell(failed.action):
         return True
-    return _alike(failed.text[:_COMPARED], later.text[:_COMPARED])
+    return not any(same_intent(later.action, after.action) for after in _after(later, last))  # so also without output
 
 
-@lru_cache(maxsize=8192)  # an episode is mined again with each of its steps
-def _alike(one: str, other: str) -> bool:
-    matcher = SequenceMatcher(None, one, other, autojunk=False)
-    bounds = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)  # each is an upper bound of the next
-    return all(bound() >= _ALIKE for bound in bounds)
+def _is_shell(action: Action) -> bool:
+    return action.field in _SHELL_FIELDS
 
 
 def _between(between: Sequence[Attempt]) -> list[Action]:
@@ -220,14 +214,16 @@ def _between(between: Sequence[Attempt]) -> list[Action]:
 
 
 def _only_looks(text: str) -> bool:
-    return (text.split() or [""])[0] in _LOOKS and not _WRITES.search(text)
+    return (text.split() or [""])[0] in LOOKS and not _WRITES.search(text)
 
 
 def _preparation(done: Sequence[Action], action: Action) -> tuple[Relation, str]:
     alike = all((a.tool, a.field) == (action.tool, action.field) for a in done)
     if alike and (len(done) == 1 or action.field or not action.text.startswith("{")):
         lines = [a.text.strip() for a in done]
-        shell = action.field in ("", "command", "cmd", "bash_command") and not any("\n" in line for line in lines)
+        if any(is_document(a) or EDITS.search(a.text) or _WRITES.search(a.text) for a in done):
+            return "first", ""
+        shell = _is_shell(action) and not any("\n" in line for line in lines)
         return "first", (" && " if shell else "\n").join(lines)
     return "note", "\n".join(f"{a.tool}: {a.text.strip()[:_NOTE]}" for a in done)
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
-from optillm_memory.learn.cases import TRANSFORMS, Case
+from optillm_memory.learn.cases import TRANSFORMS, Case, occurrences
 from optillm_memory.learn.edits import (
     Expression,
     Program,
@@ -30,6 +30,7 @@ _PER_WORD, _PER_HUNK, _ANCHORS = 6, 14, 6
 _AFFIX = 40
 _MOST_CHARS, _MOST_WORDS = 4_000, 80
 _PIECE = re.compile(r"\w+|\s+|[^\w\s]")
+_IDENTIFIER = re.compile(r"[A-Za-z_*][\w.]*")
 _MOST_PIECES, _MOST_PAIRS = 600, 6
 _INNER = ("dirname", "basename", "without_slash", "unquoted", "bare")
 _NEAR = ("any", "suggested", "output", "known")
@@ -52,7 +53,7 @@ def induce(case: Case, fix: str) -> list[Program]:
 
 
 def _single(case: Case, fix: str) -> list[Program]:
-    candidates = itertools.chain(_named(case, fix), _wholesale(case, fix), _hunks(case, fix))
+    candidates = itertools.chain(_renamed(case, fix), _named(case, fix), _wholesale(case, fix), _hunks(case, fix))
     return sorted(_fitting(candidates, case, fix), key=lambda p: (cost(p), repr(p)))
 
 
@@ -87,8 +88,9 @@ def _words(action: str) -> list[str]:
 
 
 def _wholesale(case: Case, fix: str) -> Iterable[Program]:
-    if "\n" in case.action or "(" in case.action:
+    if case.is_query or "\n" in case.action or "(" in case.action:
         yield from _swapped(case.action, fix)
+    yield from _spans(case, fix)
     yield from (("without", token) for token in dict.fromkeys(case.tokens))
     yield from _wrapped(case, fix)
     old, new = set(case.action) - set(fix), set(fix) - set(case.action)
@@ -140,6 +142,42 @@ def _named(case: Case, fix: str) -> Iterable[Program]:
             text = word[len(before) : len(word) - len(after)]
             for expression in _expressions(text, case, part):
                 yield ("named", number, expression)
+
+
+def _renamed(case: Case, fix: str) -> Iterable[Program]:
+    # A name that the output quotes stands for something else, or needs the name of what it belongs to.
+    for number, name in enumerate(case.identifiers):
+        yield ("unprefix", number)
+        for how in ("all", "bare", "first"):
+            match = occurrences(name, bare=how != "all").search(case.action)
+            if match is None or not fix.startswith(case.action[: match.start()]):
+                continue
+            found = _IDENTIFIER.match(fix, match.start())
+            if found is None or found[0] == name:
+                continue
+            text = found[0]
+            for expression in _expressions(text, case, name)[:_PER_HUNK]:
+                yield ("rename", number, how, expression)
+            before, dot, last = text.rpartition(".")
+            if dot and last == name:
+                for keyword in ("FROM", "JOIN"):
+                    yield ("rename", number, how, ("dotted", ("clause", keyword), ("own",)))
+                for number_of, quoted in enumerate(case.quoted[:4]):
+                    if quoted.startswith(f"{before}."):
+                        inner = ("map", "first_part", ("quoted", number_of))
+                        yield ("rename", number, how, ("dotted", inner, ("own",)))
+
+
+def _spans(case: Case, fix: str) -> Iterable[Program]:
+    # Between two keywords of a query something short stands instead.
+    if not case.is_query:
+        return
+    words = [w for w in dict.fromkeys(case.tokens) if w.isalpha() and w.isupper()][:8]
+    for start, end in itertools.pairwise(words):
+        _, _, rest = fix.partition(f"{start} ")
+        text, found, _ = rest.partition(f" {end}")
+        if found and len(text) <= _AFFIX:
+            yield ("span", start, end, text)
 
 
 def _hunks(case: Case, fix: str) -> Iterable[Program]:

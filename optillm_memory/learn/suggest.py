@@ -9,37 +9,49 @@ of the votes becomes a confidence by logistic calibration (Platt 1999) that star
 
 from __future__ import annotations
 
+import heapq
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from optillm_memory.learn.affinity import Features, rarity, repeats
+from optillm_memory.learn.affinity import Features, Rarity, repeats
 from optillm_memory.learn.cases import Case, Vocabulary, balanced
 from optillm_memory.learn.edits import Program, apply, cost, literals
 from optillm_memory.learn.induce import induce
 
 # The number of examples used, and the least vote, relative to the largest, of one that contributes programs.
-_NEIGHBOURS, _LEAST = 24, 0.02
+_NEIGHBOURS, _LEAST, _VOTERS = 16, 0.02, 8
+_REHEARSED = 8  # neighbours on which the programs of a new example are tried
+_COMPARED, _POSTINGS, _READ = 64, 128, 1_500  # examples compared with a case, and entries of the index read
+_CANDIDATES = 6
 # The votes for no result at all, as exp(affinity).
 _BACKGROUND = math.exp(3.0)
-_COST, _OWN_WORD_COST, _RIGHT, _WRONG = 0.7, 1.0, 2.0, 1.5
+_COST, _OWN_WORD_COST, _RIGHT, _WRONG = 0.7, 0.5, 2.0, 1.5
 _EVIDENCE_POWER, _EVIDENCE_FLOOR = 0.6, math.exp(-6.0)
 _RIGHT_OFFSET, _WRONG_OFFSET = 0.11, 0.45
 _ABSTAIN = 0.02  # the share of the votes below which there is no result
 _UNRELATED = 2.75  # the affinity of the nearest example below which there is no result
 _SUPPORT, _FEW = 0.05, 0.3
+_USUAL = 200  # examples, the latest, whose weight is the usual one
 _FEW_UNTIL = 30  # examples; with fewer, confidences are lowered
+_FOREIGN_WORD = 0.4
 _SIGNS = frozenset("/:.@")
 _WORD = re.compile(r"\w{2,80}")
+_PIECE = re.compile(r"\w{2,}")
+# Keywords of queries where none can stand: `ORDER =`, `f(WHERE)`.
+_MISPLACED = re.compile(
+    r"\b(?:ORDER|GROUP)\s+(?!BY\b)|\(\s*(?:FROM|WHERE|GROUP|ORDER|HAVING|LIMIT)\b|\(\s*SELECT\s*[),]"
+    r"|\b(?:FROM|WHERE|BY|SELECT|AND|OR|ON)\s*(?:$|\)|[=<>,]|(?:FROM|WHERE|GROUP|ORDER|HAVING|LIMIT|JOIN|ON|BY)\b)"
+)
 _DESTRUCTIVE = frozenset(
     ("-D", "-f", "-r", "-rf", "-fr", "-R", "--force", "--hard", "--delete", "-delete", "rm", "reset", "drop")
 )
 Floats = NDArray[np.float64]
-Best = tuple[str, float, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,140 +80,248 @@ class Suggestion:
     support: tuple[int, ...]
 
 
+# What decides whether a candidate is right, in this order; the weights start from a fit on public cases.
+FEATURES = ("share", "right", "wrong", "cost", "foreign", "literal", "affinity", "support", "same", "constant")
+WEIGHTS = (1.0, 0.0, 0.0, 0.0, -1.0, 0.5, 0.0, 0.0, 0.0, 0.6)
+# The precision of the prior around the weights that a fit starts from.
+_PRIOR = (44.0, 100.0, 100.0, 100.0, 44.0, 100.0, 100.0, 100.0, 100.0, 11.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A possible correction: its share of the votes, the supporting examples, nearest first, and its features."""
+
+    made: str
+    share: float
+    support: tuple[int, ...]
+    features: tuple[float, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Calibrator:
-    """Maps a share of the votes to a probability: logistic in the log odds of the share, increasing."""
+    """Maps the features of a candidate to the probability that it is right: a logistic regression.
 
-    slope: float = 1.0
-    offset: float = 0.6
+    `labels` counts those that it was fitted to.
+    """
 
-    def __call__(self, share: float) -> float:
-        """Return the probability that a result with this share of the votes is right."""
-        return 1.0 / (1.0 + math.exp(-(self.slope * _log_odds(share) + self.offset)))
+    weights: tuple[float, ...] = WEIGHTS
+    labels: int = 0
 
-    def fitted(self, shares: Sequence[float], right: Sequence[bool]) -> Calibrator:
+    def __call__(self, features: Sequence[float]) -> float:
+        """Return the probability that a candidate with these features is right."""
+        score = sum(w * f for w, f in zip(self.weights, features, strict=True))
+        return 1.0 / (1.0 + math.exp(-min(max(score, -30.0), 30.0)))
+
+    def fitted(self, features: Sequence[Sequence[float]], right: Sequence[bool]) -> Calibrator:
         """Return a calibrator fitted to labels, with a Gaussian prior around this one (few labels change little).
 
-        Newton's method on two parameters; raises ValueError where the lengths differ.
+        Newton's method; raises ValueError where the lengths differ.
         """
-        if len(shares) != len(right):
-            raise ValueError(f"{len(shares)} shares but {len(right)} labels")
-        design = np.array([[_log_odds(s), 1.0] for s in shares], dtype=np.float64).reshape(-1, 2)
+        if len(features) != len(right):
+            raise ValueError(f"{len(features)} candidates but {len(right)} labels")
+        design = np.array(features, dtype=np.float64).reshape(-1, len(self.weights))
         labels = np.array(right, dtype=np.float64)
-        start = np.array([self.slope, self.offset])
-        precision = np.diag([1 / 0.15**2, 1 / 0.3**2])
+        start = np.array(self.weights)
+        precision = np.array(_PRIOR)
         at = start.copy()
         for _ in range(30):
             chance = 1.0 / (1.0 + np.exp(-np.clip(design @ at, -30, 30)))
-            gradient = design.T @ (labels - chance) - precision @ (at - start)
-            step = np.linalg.solve((design.T * (chance * (1 - chance))) @ design + precision, gradient)
+            gradient = design.T @ (labels - chance) - precision * (at - start)
+            step = np.linalg.solve((design.T * (chance * (1 - chance))) @ design + np.diag(precision), gradient)
             at += np.clip(step, -1, 1)
             if float(np.abs(step).max()) < 1e-6:  # noqa: PLR2004
                 break
-        return Calibrator(max(float(at[0]), 0.1), float(at[1]))
+        at[0] = max(float(at[0]), 0.1)  # the more votes, the likelier
+        return Calibrator(tuple(float(w) for w in at), self.labels + len(labels))
+
+
+@dataclass
+class _Gone:
+    """A fix that is to count as never seen, the words known from it alone, and what depends on them, anew."""
+
+    fix: str
+    words: frozenset[str]
+    cases: dict[int, Case] = field(default_factory=dict)
+    induced: dict[int, list[int]] = field(default_factory=dict)
 
 
 class FixBook:
     """Examples of corrected actions, and the suggestions from them for another failing action.
 
-    Nothing is computed before the first suggestion; programs are induced only for the nearest examples, and cached.
+    What an example teaches is computed once, when it is first near to a case or when `learn` is called. A suggestion
+    looks at a bounded number of examples, which an inverted index finds.
     """
 
-    def __init__(self, examples: Iterable[Example], *, calibrator: Calibrator = Calibrator()) -> None:
+    def __init__(self, examples: Iterable[Example] = (), *, calibrator: Calibrator = Calibrator()) -> None:
         """Take the examples, and the calibrator of confidences."""
-        self._examples = list(examples)
         self.calibrator = calibrator
-        self._clear()
+        self._examples: list[Example] = []
+        self._vocabulary = Vocabulary()
+        self._views: list[Features] = []
+        self._index: dict[str, list[int]] = {}
+        self._words, self._line = Rarity(), Rarity()
+        self._cases: dict[int, Case] = {}
+        # Programs by number: to compare and hash nested tuples takes long.
+        self._numbers: dict[Program, int] = {}
+        self._listed: list[Program] = []
+        self._costs: list[float] = []
+        self._outcomes: list[dict[int, bool | None]] = []
+        self._induced: dict[int, list[int]] = {}
+        self._own_word_counts: dict[tuple[int, int], int] = {}
+        for example in examples:
+            self.add(example)
 
     @property
-    def examples(self) -> tuple[Example, ...]:
+    def examples(self) -> Sequence[Example]:
         """The examples; a suggestion's `support` counts from the first."""
-        return tuple(self._examples)
+        return self._examples
 
-    def add(self, example: Example) -> None:
-        """Add an example; everything is computed again when it is next needed."""
+    def add(self, example: Example) -> int:
+        """Add an example; return its index."""
+        index = len(self._examples)
         self._examples.append(example)
-        self._clear()
+        self._vocabulary.add(example.fix)
+        view = Features(Case(example.action, example.output, self._vocabulary.without(example.fix)))
+        self._views.append(view)
+        self._words.add(view.words)
+        self._line.add(view.line)
+        for key in view.keys:
+            self._index.setdefault(key, []).append(index)
+        return index
 
-    def suggest(self, action: str, output: str, *, min_confidence: float = 0.0) -> Suggestion | None:
-        """Return the likeliest corrected action; None without a result of this confidence."""
-        if not self._examples or not action.strip():
-            return None
-        found = self.best(action, output)
-        suggestion = None if found is None else self.with_confidence(found, action, output)
-        return suggestion if suggestion and suggestion.confidence >= min_confidence else None
+    def weigh(self, index: int, weight: float) -> None:
+        """Set the weight of an example's evidence."""
+        self._examples[index] = replace(self._examples[index], weight=weight)
 
-    def with_confidence(self, found: Best, action: str, output: str) -> Suggestion:
-        """Return a result of `best` as a suggestion with its confidence."""
-        made, share, support = found
-        care = risk_factor(made, action, output, self._examples[support[0]]) if support else 1.0
-        return Suggestion(made, self.calibrator(share) * self._trust(support) * care, support)
+    def learn(self, index: int) -> None:
+        """Work out what an example teaches, and how that does on its neighbours, before it is first needed."""
+        programs = self._programs(index)
+        near, _ = self._nearest(self._views[index], frozenset((index,)))
+        for other in near[:_REHEARSED]:
+            for program in programs:
+                self._outcome(program, other)
+            for program in self._programs(other):
+                self._outcome(program, index)
 
-    def _trust(self, support: Sequence[int]) -> float:
-        # A fix of half the weight is right half as often; with few examples the calibration is uncertain.
-        weight = max((self._examples[e].weight for e in support), default=1.0)
-        count = len(self._examples)
-        return weight * (1.0 - _FEW / math.sqrt(count) if count < _FEW_UNTIL else 1.0)
+    def suggest(
+        self, action: str, output: str, *, min_confidence: float = 0.0, among: Collection[int] | None = None
+    ) -> Suggestion | None:
+        """Return the likeliest corrected action; None without a result of this confidence.
 
-    def nearest(self, action: str, output: str) -> int | None:
-        """Return the index of the example that is nearest to a case; None for an empty book."""
-        near, _ = self._nearest(Features(Case(action, output, self._vocabulary)), None)
-        return near[0] if near else None
-
-    def cross_validate(self, most: int) -> tuple[list[float], list[bool]]:
-        """Predict examples from all the others; return the shares of the votes, and whether each result was right.
-
-        At most `most` examples, evenly spaced, are used.
+        `among` are the indices of the examples that may be used; all of them by default.
         """
-        shares: list[float] = []
-        right: list[bool] = []
-        count = len(self._examples)
-        for index in (i * count // min(most, count) for i in range(min(most, count))):
-            example = self._examples[index]
-            found = self.best(example.action, example.output, without=index)
-            if found is not None:
-                shares.append(found[1])
-                right.append(normal(found[0]) == normal(example.fix))
-        return shares, right
+        best = self.best(action, output, among=among)
+        if best is None:
+            return None
+        suggestion = self.with_confidence(best)
+        return suggestion if suggestion.confidence >= min_confidence else None
 
     def best(
-        self, action: str, output: str, *, without: int | None = None
-    ) -> tuple[str, float, tuple[int, ...]] | None:
-        """Return (result with the most votes, its share, the supporting examples), or None.
+        self, action: str, output: str, *, without: int | None = None, among: Collection[int] | None = None
+    ) -> Candidate | None:
+        """Return the likeliest candidate; `without` excludes one example, as if it had never been seen."""
+        return best(self.candidates(action, output, without=without, among=among), self.calibrator)
 
-        `without` excludes one example, as if it had never been seen.
-        """
-        vocabulary = self._vocabulary
+    def with_confidence(self, found: Candidate) -> Suggestion:
+        """Return a candidate as a suggestion with its confidence."""
+        # A fix of half the weight is right half as often; with few examples the calibration is uncertain. A fitted
+        # calibrator knows how often fixes of the usual weight are right.
+        weight = max((self._examples[e].weight for e in found.support), default=1.0)
+        count = len(self._examples)
+        if self.calibrator.labels >= _FEW_UNTIL:
+            weight = min(weight / (sum(e.weight for e in self._examples[-_USUAL:]) / min(count, _USUAL)), 1.0)
+        trust = weight * (1.0 - _FEW / math.sqrt(count) if count < _FEW_UNTIL else 1.0)
+        return Suggestion(found.made, self.calibrator(found.features) * trust, found.support)
+
+    def nearest(self, action: str, output: str, *, without: int | None = None) -> int | None:
+        """Return the index of the example that is nearest to a case; None for an empty book."""
+        gone = frozenset(() if without is None else (without,))
+        near, _ = self._nearest(Features(Case(action, output, self._vocabulary)), gone)
+        return near[0] if near else None
+
+    def rehearse(self, index: int) -> tuple[list[tuple[float, ...]], list[bool]]:
+        """Predict an example from the others; return the features of the best candidate, and whether it was right."""
+        example = self._examples[index]
+        best = self.best(example.action, example.output, without=index)
+        return ([best.features], [normal(best.made) == normal(example.fix)]) if best else ([], [])
+
+    def candidates(
+        self, action: str, output: str, *, without: int | None = None, among: Collection[int] | None = None
+    ) -> list[Candidate]:
+        """Return the results with the most votes, a few; none where no example is near."""
+        if not self._examples or not action.strip():
+            return []
+        vocabulary, gone = self._vocabulary, None
         if without is not None:
-            vocabulary = vocabulary.without(self._examples[without].fix)
+            fix = self._examples[without].fix
+            vocabulary, gone = vocabulary.without(fix), _Gone(fix, vocabulary.only_of(fix))
         case = Case(action, output, vocabulary)
-        near, affinity = self._nearest(Features(case), without)
+        near, affinity = self._nearest(Features(case), frozenset(() if without is None else (without,)), among)
         if not near or affinity[0] < _UNRELATED:
-            return None
+            return []
         weights = np.array([self._examples[e].weight for e in near])
         votes = np.exp(affinity) * weights
         evidence = np.exp(_EVIDENCE_POWER * (affinity - affinity[0])) * weights + _EVIDENCE_FLOOR
-        voters = [e for e, vote in zip(near, votes, strict=True) if vote >= _LEAST * votes.max()]
-        here, results = self._results(case, near, voters)
-        shares = _shares(results, here, votes, evidence, [self._own_words(e) for e in near])
+        voters = [e for e, vote in zip(near, votes, strict=True) if vote >= _LEAST * votes.max()][:_VOTERS]
+        # The programs of the nearest examples, and those that several others have in common.
+        pool = list(dict.fromkeys(p for e in voters for p in self._programs(e, gone)))
+        common = Counter(p for e in near[len(voters) :] for p in self._programs(e, gone))
+        pool += [p for p, n in common.items() if n > 1 and p not in set(pool)]
+        here = {p: _made(self._listed[p], case) for p in pool}
+        pool = [p for p in pool if here[p] is not None]
+        right, wrong = self._tallies(pool, near, gone)
+        shares = self._shares(pool, here, near, votes, right @ evidence, wrong @ evidence, right)
         total = float(votes.sum()) + _BACKGROUND
-        fit = [(made, by) for made, by in shares.items() if not _is_malformed(action, made)]
-        if not fit:
-            return None
-        made, by = max(fit, key=lambda item: (float(item[1].sum()), -len(item[0]), item[0]))
-        share = float(by.sum())
-        if share < _ABSTAIN * total:
-            return None
-        return made, share / total, tuple(e for e, part in zip(near, by, strict=True) if part >= _SUPPORT * share)
+        found = []
+        for made, by in sorted(shares.items(), key=lambda item: (-float(item[1].sum()), item[0]))[:_CANDIDATES]:
+            share = float(by.sum())
+            if share < _ABSTAIN * total or _is_malformed(action, made):
+                continue
+            support = tuple(e for e, part in zip(near, by, strict=True) if part >= _SUPPORT * share)
+            makers = [i for i, p in enumerate(pool) if here[p] == made]
+            strongest = max(makers, key=lambda i: (right[i].sum() - wrong[i].sum(), -self._costs[pool[i]]))
+            risk = max((risk_of(made, action, output, self._examples[e]) for e in support[:1]), default=0.0)
+            nearest = near.index(support[0]) if support else 0
+            features = (
+                _log_odds(share / total),
+                math.log1p(float(right[strongest].sum())),
+                math.log1p(float(wrong[strongest].sum())),
+                min(30.0, *(self._costs[pool[i]] for i in makers)) / 10.0,
+                risk,
+                float(all(self._listed[pool[i]][0] == "whole" for i in makers)),
+                float(affinity[nearest] - affinity[0]),
+                math.log1p(len(support)),
+                float(bool(support) and normal(self._examples[support[0]].action) == normal(action)),
+                1.0,
+            )
+            found.append(Candidate(made, share / total, support, features))
+        return found
 
-    def _clear(self) -> None:
-        self._cases: dict[int, Case] = {}
-        self._views: dict[int, Features] = {}
-        self._induced: dict[int, list[Program]] = {}
-        self._made: dict[int, dict[Program, str | None]] = {}
-        self._own_word_counts: dict[int, dict[Program, int]] = {}
-        self._idf: tuple[dict[str, float], dict[str, float]] | None = None
-        self._vocabulary = Vocabulary(example.fix for example in self._examples)
+    def _nearest(
+        self, view: Features, without: Collection[int], among: Collection[int] | None = None
+    ) -> tuple[list[int], Floats]:
+        indices = self._retrieved(view) if among is None else among
+        words, line = self._words.weights, self._line.weights
+        scored = [(-round(view.affinity(self._views[i], words, line), 9), i) for i in indices if i not in without]
+        nearest = heapq.nsmallest(_NEIGHBOURS, scored)
+        return [index for _, index in nearest], np.array([-score for score, _ in nearest])
+
+    def _retrieved(self, view: Features) -> Iterable[int]:
+        """Return the examples to compare with a case: those that share the rarest of its features."""
+        count = len(self._examples)
+        if count <= _COMPARED:
+            return range(count)
+        scores: dict[int, float] = {}
+        lists = sorted((self._index[key] for key in view.keys if key in self._index), key=len)
+        spent = 0
+        for found in lists:
+            weight = math.log(1 + count / len(found))
+            for index in found[-_POSTINGS:]:
+                scores[index] = scores.get(index, 0.0) + weight
+            spent += min(len(found), _POSTINGS)
+            if spent > _READ:
+                break
+        return heapq.nlargest(_COMPARED, scores, key=lambda i: (scores[i], i))
 
     def _case(self, index: int) -> Case:
         if index not in self._cases:
@@ -209,80 +329,104 @@ class FixBook:
             self._cases[index] = Case(example.action, example.output, self._vocabulary.without(example.fix))
         return self._cases[index]
 
-    def _nearest(self, view: Features, without: int | None) -> tuple[list[int], Floats]:
-        if not self._views:
-            self._views = {index: Features(self._case(index)) for index in range(len(self._examples))}
-        if self._idf is None:
-            self._idf = rarity(v.words for v in self._views.values()), rarity(v.line for v in self._views.values())
-        words, line = self._idf
-        scored = [(-view.affinity(v, words, line), index) for index, v in self._views.items() if index != without]
-        nearest = sorted(scored)[:_NEIGHBOURS]
-        return [index for _, index in nearest], np.array([-score for score, _ in nearest])
+    def _case_without(self, index: int, gone: _Gone) -> Case:
+        if index not in gone.cases:
+            example = self._examples[index]
+            vocabulary = self._vocabulary.without(gone.fix, example.fix)
+            gone.cases[index] = Case(example.action, example.output, vocabulary)
+        return gone.cases[index]
 
-    def _programs(self, index: int) -> list[Program]:
+    def _programs(self, index: int, gone: _Gone | None = None) -> list[int]:
         if index not in self._induced:
-            self._induced[index] = induce(self._case(index), self._examples[index].fix)
-        return self._induced[index]
+            self._induced[index] = self._numbered(induce(self._case(index), self._examples[index].fix))
+        if gone is None or not self._case(index).depends_on(gone.words):
+            return self._induced[index]
+        if index not in gone.induced:
+            found = induce(self._case_without(index, gone), self._examples[index].fix)
+            gone.induced[index] = self._numbered(found)
+        return gone.induced[index]
 
-    def _own_words(self, index: int) -> _OwnWordCount:
-        return _OwnWordCount(self._case(index), self._own_word_counts.setdefault(index, {}))
+    def _numbered(self, programs: Iterable[Program]) -> list[int]:
+        numbers = []
+        for program in programs:
+            number = self._numbers.setdefault(program, len(self._listed))
+            if number == len(self._listed):
+                self._listed.append(program)
+                self._costs.append(cost(program))
+                self._outcomes.append({})
+            numbers.append(number)
+        return numbers
 
-    def _results(
-        self, case: Case, near: Sequence[int], voters: Sequence[int]
-    ) -> tuple[dict[Program, str | None], dict[Program, list[bool | None]]]:
-        # The result of each program here, and on each near example: right, wrong, or None where it does not apply.
-        pool = sorted({p for e in voters for p in self._programs(e)}, key=lambda p: (cost(p), repr(p)))
-        here: dict[Program, str | None] = {}
-        results: dict[Program, list[bool | None]] = {}
-        wanted = [_form(self._examples[e].fix) for e in near]
-        # Equivalent programs are counted separately: many derivations of one result are evidence for it.
-        for program in pool:
-            made = [self._outcome(program, e) for e in near]
-            here[program] = _made(program, case)
-            results[program] = [None if m is None else m == w for m, w in zip(made, wanted, strict=True)]
-        return here, results
+    def _outcome(self, program: int, index: int, gone: _Gone | None = None) -> bool | None:
+        known = self._outcomes[program]
+        if index not in known:
+            known[index] = self._is_right(program, self._case(index), index)
+        if gone is None or not self._case(index).depends_on(gone.words):
+            return known[index]
+        return self._is_right(program, self._case_without(index, gone), index)
 
-    def _outcome(self, program: Program, index: int) -> str | None:
-        made = self._made.setdefault(index, {})
-        if program not in made:
-            made[program] = _made(program, self._case(index))
-        return made[program]
+    def _is_right(self, program: int, case: Case, index: int) -> bool | None:
+        made = _made(self._listed[program], case)
+        return None if made is None else made == _form(self._examples[index].fix)
+
+    def _tallies(self, pool: Sequence[int], near: Sequence[int], gone: _Gone | None) -> tuple[Floats, Floats]:
+        """Return whether each program is right, and whether it is applicable and wrong, on each example."""
+        results = [[self._outcome(p, e, gone) for e in near] for p in pool]
+        shape = (len(pool), len(near))
+        right = np.array([[r is True for r in row] for row in results], dtype=np.float64).reshape(shape)
+        wrong = np.array([[r is False for r in row] for row in results], dtype=np.float64).reshape(shape)
+        return right, wrong
+
+    def _shares(
+        self, pool: Sequence[int], here: Mapping[int, str | None], near: Sequence[int], votes: Floats,
+        successes: Floats, failures: Floats, right: Floats,
+    ) -> dict[str, Floats]:  # fmt: skip
+        # The votes for each result, example by example. The evidence of an example for its own programs is no success.
+        evidence = np.exp(_EVIDENCE_POWER * (np.log(np.maximum(votes, 1e-300)) - math.log(max(votes.max(), 1e-300))))
+        base = np.array([-_COST * self._costs[p] for p in pool]) - _WRONG * np.log(failures + _WRONG_OFFSET)
+        found: dict[str, Floats] = {}
+        for column, example in enumerate(near):
+            explain = np.flatnonzero(right[:, column]).tolist()
+            if not explain:
+                continue
+            elsewhere = np.maximum(successes[explain] - evidence[column], 0.0)
+            weight = base[explain] + _RIGHT * np.log(elsewhere + _RIGHT_OFFSET)
+            weight -= _OWN_WORD_COST * np.array([self._own_words(example, pool[i]) for i in explain])
+            weight = np.exp(weight - weight.max())
+            weight *= votes[column] / weight.sum()
+            for i, part in zip(explain, weight.tolist(), strict=True):
+                made = here[pool[i]]
+                if made is not None:
+                    found.setdefault(made, np.zeros(len(near)))[column] += part
+        return found
+
+    def _own_words(self, index: int, program: int) -> int:
+        """Return how many words of an example a program spells out: such a program is specific to that example."""
+        key = index, program
+        if key not in self._own_word_counts:
+            case = self._case(index)
+            spelled = " ".join(literals(self._listed[program]))
+            words = case.rest_words.intersection(_PIECE.findall(spelled))
+            # A piece of a path or an address with short names contains no such word.
+            pieces = [w for w in spelled.split() if len(w) > 1 and _SIGNS.intersection(w) and w in case.rest]
+            self._own_word_counts[key] = len(words) or len(pieces)
+        return self._own_word_counts[key]
+
+
+def best(candidates: Iterable[Candidate], calibrator: Calibrator) -> Candidate | None:
+    """Return the likeliest of candidates."""
+    return max(candidates, key=lambda c: (calibrator(c.features), -len(c.made), c.made), default=None)
+
+
+def kind_of(action: str, output: str) -> str:
+    """Return a name of the kind of a failure: its program and the error without what differs from case to case."""
+    view = Features(Case(action, output))
+    return f"{view.program} {' '.join(sorted(view.line))}"
 
 
 def normal(action: str) -> str:
     """Return an action with each run of white space as one blank."""
     return " ".join(action.split())
-
-
-def _shares(
-    results: Mapping[Program, Sequence[bool | None]],
-    here: Mapping[Program, str | None],
-    votes: Floats,
-    evidence: Floats,
-    own_words: Sequence[_OwnWordCount],
-) -> dict[str, Floats]:
-    # The votes for each result, example by example.
-    programs = list(results)
-    right = np.array([[r is True for r in results[p]] for p in programs]).reshape(len(programs), len(votes))
-    wrong = np.array([[r is False for r in results[p]] for p in programs]).reshape(len(programs), len(votes))
-    against = _WRONG * np.log(wrong @ evidence + _WRONG_OFFSET)
-    simple = np.array([-_COST * cost(p) for p in programs])
-    successes = right @ evidence
-    found: dict[str, Floats] = {}
-    for e in range(len(votes)):
-        explain = np.flatnonzero(right[:, e])
-        if not len(explain):
-            continue
-        elsewhere = np.maximum(successes[explain] - evidence[e], 0.0)
-        weight = simple[explain] - against[explain] + _RIGHT * np.log(elsewhere + _RIGHT_OFFSET)
-        weight -= _OWN_WORD_COST * np.array([own_words[e](programs[p]) for p in explain])
-        weight = np.exp(weight - weight.max())
-        weight *= votes[e] / weight.sum()
-        for p, part in zip(explain.tolist(), weight.tolist(), strict=True):
-            made = here[programs[p]]
-            if made is not None:
-                found.setdefault(made, np.zeros(len(votes)))[e] += part
-    return found
 
 
 def _made(program: Program, case: Case) -> str | None:
@@ -295,20 +439,20 @@ def _form(action: str) -> str:
     return action.strip() if "\n" in action else normal(action)
 
 
-def risk_factor(made: str, action: str, output: str, example: Example) -> float:
-    """Return a factor in (0, 1] for the confidence, for the damage that a wrong suggestion would do.
+def risk_of(made: str, action: str, output: str, example: Example) -> float:
+    """Return what speaks against a result whatever its votes: 0 for nothing.
 
-    It is below 1 where a word of the example's own action (a file, a module, a value) that this case does not have was
-    carried over, and where a deleting or forcing word comes from an example of another intent.
+    It grows with the words of the example's own action (a file, a module, a value) that were carried over although this
+    case does not have them, and where a deleting or forcing word comes from an example of another intent.
     """
     if normal(action) == normal(example.action):
-        return 1.0
+        return 0.0
     here = f"{action}\n{output}"
-    foreign = set(_WORD.findall(example.action)) - set(_WORD.findall(here))
-    if foreign.intersection(_WORD.findall(made)):
-        return 0.3
+    foreign = (set(_WORD.findall(example.action)) - set(_WORD.findall(here))).intersection(_WORD.findall(made))
+    if foreign:
+        return 1.0 + _FOREIGN_WORD * min(len(foreign), 6)
     destructive = [word for word in made.split() if word in _DESTRUCTIVE and word not in here.split()]
-    return 0.5 if destructive and _intent(action) != _intent(example.action) else 1.0
+    return 0.7 if destructive and _intent(action) != _intent(example.action) else 0.0
 
 
 def _intent(action: str) -> tuple[str, ...]:
@@ -318,27 +462,14 @@ def _intent(action: str) -> tuple[str, ...]:
 
 
 def _is_malformed(action: str, made: str) -> bool:
-    # A result with an unclosed quotation or a doubled word is worse than the action.
+    # A result with an unclosed quotation or bracket, a doubled word or a misplaced keyword is worse than the action.
+    if action.count("(") == action.count(")") and made.count("(") != made.count(")"):
+        return True
     if balanced(action) and not balanced(made.replace("\\'", "").replace('\\"', "")):
         return True
-    return repeats(made) and not repeats(action)
-
-
-class _OwnWordCount:
-    """Counts the words of an example among the literals of a program: such a program is specific to that example."""
-
-    def __init__(self, case: Case, kept: dict[Program, int]) -> None:
-        self._case, self._kept = case, kept
-
-    def __call__(self, program: Program) -> int:
-        if program not in self._kept:
-            spelled = " ".join(literals(program))
-            rest = " ".join(self._case.tokens[self._case.head + 1 :])
-            words = set(re.findall(r"\w{2,}", rest)).intersection(re.findall(r"\w{2,}", spelled))
-            # A piece of a path or an address with short names contains no such word.
-            pieces = [w for w in spelled.split() if len(w) > 1 and _SIGNS.intersection(w) and w in rest]
-            self._kept[program] = len(words) or len(pieces)
-        return self._kept[program]
+    if repeats(made) and not repeats(action):
+        return True
+    return _MISPLACED.search(made) is not None and _MISPLACED.search(action) is None
 
 
 def _log_odds(share: float) -> float:

@@ -1,84 +1,125 @@
-"""The suggester keeps fix books between requests: to induce programs and fit a calibrator takes longer than one may."""
+"""The suggester keeps fix books between requests: to learn examples and fit a calibrator takes longer than one may."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 
-from optillm_memory.learn.suggest import Calibrator, Example, FixBook, Suggestion, normal
+from optillm_memory.learn.suggest import Calibrator, Example, FixBook, Suggestion
 from optillm_memory.records import ThreadStarter
 
-KEPT = 64
+KEPT = 64  # books
+MOST_EXAMPLES = 5_000  # of one book
+_AT_ONCE = 4  # examples that one request learns; more are learned in the background
 _FIT_FROM = 30
 _GROWN = 1.5
-_REHEARSED = 32
-_PAUSE_S = 0.05  # between rehearsals, so that requests have the interpreter in between
+_REHEARSED = 48
+_PAUSE_S = 0.02  # between examples in the background, so that requests have the interpreter in between
+
+
+@dataclass
+class _Shelf:
+    """One owner's book, the place of each example in it, and how many examples its calibrator was fitted to."""
+
+    book: FixBook = field(default_factory=FixBook)
+    places: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    fitted: int = 0
+    busy: bool = False
 
 
 class Suggester:
-    """Fix books by their content, and calibrators by owner (a scope's tool). Thread-safe.
+    """Fix books by owner (a scope's tool). Thread-safe.
 
-    A calibrator is fitted in the background of the request that first needs it; until then the constants stand.
+    A few new examples are learned by the request that brings them, more of them and the calibrator in the background;
+    until then the constants stand, and examples that are not learned yet suggest nothing.
     """
 
     def __init__(self, start: ThreadStarter) -> None:
-        """`start` gives the fitting a thread."""
+        """`start` gives the background work a thread."""
         self._start = start
         self._lock = threading.Lock()
-        self._books: OrderedDict[tuple[Hashable, tuple[Example, ...]], tuple[FixBook, threading.Lock]] = OrderedDict()
-        self._fitted: OrderedDict[Hashable, tuple[int, Calibrator]] = OrderedDict()
-        self._fitting = False
+        self._shelves: OrderedDict[Hashable, _Shelf] = OrderedDict()
 
     def suggest(
         self, owner: Hashable, examples: Sequence[Example], action: str, output: str, *, min_confidence: float
-    ) -> Suggestion | None:
-        """Return what these examples suggest for a failing action, with what was learned of the owner's confidences.
+    ) -> tuple[Suggestion, Sequence[Example]] | None:
+        """Return what these examples suggest for a failing action, with the examples that its `support` counts.
 
-        A book is asked by one thread at a time; the first that asks fills its caches for all.
+        A book is asked by one thread at a time.
         """
-        book, lock = self._book(owner, examples)
-        with lock:
-            return book.suggest(action, output, min_confidence=min_confidence)
+        shelf = self._shelf(owner)
+        with shelf.lock:
+            places = [self._place(shelf, e) for e in examples]
+            missing = [e for e, place in zip(examples, places, strict=True) if place is None]
+            places += [self._add(shelf, example) for example in missing[:_AT_ONCE]]
+            among = [place for place in places if place is not None]
+            found = shelf.book.suggest(action, output, min_confidence=min_confidence, among=among) if among else None
+            answer = (found, shelf.book.examples) if found is not None else None
+        if len(missing) > _AT_ONCE:
+            self._in_background(shelf, "agent-memory-fixes", lambda: self._learn(shelf, missing[_AT_ONCE:]))
+        elif len(shelf.places) >= max(_FIT_FROM, _GROWN * shelf.fitted):
+            self._in_background(shelf, "agent-memory-calibrate", lambda: self._fit(shelf))
+        return answer
 
-    def _book(self, owner: Hashable, examples: Sequence[Example]) -> tuple[FixBook, threading.Lock]:
-        key = (owner, tuple(examples))
+    def _shelf(self, owner: Hashable) -> _Shelf:
         with self._lock:
-            known = self._books.get(key)
-            count, calibrator = self._fitted.get(owner, (0, Calibrator()))
-            if known is None:
-                known = self._books[key] = FixBook(examples, calibrator=calibrator), threading.Lock()
-            self._books.move_to_end(key)
-            while len(self._books) > KEPT:
-                self._books.popitem(last=False)
-            if len(examples) >= max(_FIT_FROM, _GROWN * count) and not self._fitting:
-                self._start("agent-memory-calibrate", lambda: self._fit(*key))
-                self._fitting = True  # before the thread, which waits for the lock, says that it is done
-        return known
+            shelf = self._shelves.get(owner)
+            if shelf is None or len(shelf.places) > MOST_EXAMPLES:
+                shelf = self._shelves[owner] = _Shelf()
+            self._shelves.move_to_end(owner)
+            while len(self._shelves) > KEPT:
+                self._shelves.popitem(last=False)
+            return shelf
 
-    def _fit(self, owner: Hashable, examples: tuple[Example, ...]) -> None:
-        fitted = None
+    def _place(self, shelf: _Shelf, example: Example) -> int | None:
+        place = shelf.places.get((example.action, example.output, example.fix))
+        if place is not None and shelf.book.examples[place].weight != example.weight:
+            shelf.book.weigh(place, example.weight)
+        return place
+
+    def _add(self, shelf: _Shelf, example: Example) -> int:
+        key = example.action, example.output, example.fix
+        if key not in shelf.places:
+            shelf.places[key] = shelf.book.add(example)
+            shelf.book.learn(shelf.places[key])
+        return shelf.places[key]
+
+    def _in_background(self, shelf: _Shelf, name: str, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            finally:  # what could not be done is tried again by a later request
+                shelf.busy = False
+
+        with self._lock:
+            if shelf.busy:
+                return
+            shelf.busy = True
         try:
-            fitted = self._calibrator(examples)
-        finally:  # where it could not be fitted, the present one stands until there are more examples
-            with self._lock:
-                calibrator = fitted or self._fitted.get(owner, (0, Calibrator()))[1]
-                self._fitting = False
-                self._fitted[owner] = len(examples), calibrator
-                self._fitted.move_to_end(owner)
-                while len(self._fitted) > KEPT:
-                    self._fitted.popitem(last=False)
-                for (whose, _), (book, _) in self._books.items():
-                    if whose == owner:
-                        book.calibrator = calibrator
+            self._start(name, run)
+        except BaseException:
+            shelf.busy = False
+            raise
 
-    def _calibrator(self, examples: Sequence[Example]) -> Calibrator:
-        book, shares, right = FixBook(examples, calibrator=Calibrator()), [], []
-        for index in range(0, len(examples), max(1, len(examples) // _REHEARSED)):
-            example = examples[index]
-            if (found := book.best(example.action, example.output, without=index)) is not None:
-                shares.append(found[1])
-                right.append(normal(found[0]) == normal(example.fix))
+    def _learn(self, shelf: _Shelf, examples: Sequence[Example]) -> None:
+        for example in examples:
+            with shelf.lock:
+                self._add(shelf, example)
             time.sleep(_PAUSE_S)
-        return Calibrator().fitted(shares, right)
+
+    def _fit(self, shelf: _Shelf) -> None:
+        count = len(shelf.places)
+        features: list[tuple[float, ...]] = []
+        right: list[bool] = []
+        for index in range(0, count, max(1, count // _REHEARSED)):
+            with shelf.lock:
+                found, labels = shelf.book.rehearse(index)
+            features += found
+            right += labels
+            time.sleep(_PAUSE_S)
+        shelf.fitted = count
+        shelf.book.calibrator = Calibrator().fitted(features, right)

@@ -156,6 +156,39 @@ class Retriever:
             hits = [h for h in hits if h.memory.memory_id not in own]
         return hits[:limit]
 
+    def related(
+        self,
+        scope: Scope,
+        key: str,
+        query: NDArray[np.float32] | None,
+        texts: Sequence[str],
+        vectors: Sequence[NDArray[np.float32] | None],
+        *,
+        fingerprint: str,
+        unrelated: tuple[float, float],
+    ) -> list[float | None]:
+        """Return how much each of some texts has to do with a query by what recall goes by in the scope; None: nothing.
+
+        `vectors` are those of the texts, as far as they are known.
+        """
+        agreed = agreements(key, texts)
+        floor = None
+        if query is not None and (index := self._index(IndexKey(scope, fingerprint, len(query), unrelated))):
+            floor = index.floor
+            if (language := language_of(key)) != ENGLISH:
+                revision = self._source.revision(scope).revision
+                known = self._floors.floor(scope, language, fingerprint, revision, unrelated)
+                floor = None if known is None else max(floor, known)
+        found: list[float | None] = []
+        for words, vector in zip(agreed, vectors, strict=True):
+            if query is None or vector is None or floor is None:
+                found.append(words.likeness if words.holds else None)
+                continue
+            cosine = float(query @ vector)
+            sure = cosine >= floor + _UNSURE or (cosine >= floor and words.shared > 0)
+            found.append(cosine if sure else None)
+        return found
+
     def _index(self, key: IndexKey) -> Index | None:
         return self._indexes.index(key, self._source.revision(key.scope))
 

@@ -9,17 +9,19 @@ from typing import Any
 
 from optillm_memory.background.threads import start_thread
 from optillm_memory.conversation.actions import Action, action_of, normal_action
-from optillm_memory.conversation.observation import read
+from optillm_memory.conversation.observation import Reading, read
 from optillm_memory.conversation.parse import Conversation
 from optillm_memory.conversation.redact import storable
-from optillm_memory.conversation.steps import TEXT_TOOL, calls_of, command_in
+from optillm_memory.conversation.steps import TEXT_TOOL, calls_of, command_in, is_observation
 from optillm_memory.conversation.text import text_of
 from optillm_memory.decide.guard import known_to_fail, of_same_form, same_but_for_names
-from optillm_memory.inject.advice import Advice
+from optillm_memory.inject.advice import FAILURE, Advice
 from optillm_memory.learn.attempts import environment_of, message_of
-from optillm_memory.learn.suggest import Example, Suggestion
+from optillm_memory.learn.dialect import LANGUAGE, form_of
+from optillm_memory.learn.suggest import Example
 from optillm_memory.learn.suggester import Suggester
-from optillm_memory.records import KnownFix, PastAttempt
+from optillm_memory.records import KnownFix, PastAttempt, Placement, Step
+from optillm_memory.request.news import News
 from optillm_memory.request.turn import Turn
 from optillm_memory.settings import Settings
 from optillm_memory.store.tables.fixes import FixReads
@@ -41,16 +43,20 @@ class Adviser:
         self._clock = clock
         self._suggester = Suggester(start_thread)
 
-    def on_results(self, turn: Turn, pending: Sequence[Advice] = ()) -> list[Advice]:
+    def on_results(
+        self, turn: Turn, pending: Sequence[Advice] = (), standing: Sequence[Placement] = ()
+    ) -> list[Advice]:
         """Return advice on the actions whose results came with this request and show a failure.
 
         `pending` is advice on the actions that were asked for; those that the results have settled are left out.
+        What stands in the conversation already (`standing`) is not said again.
         """
         found = []
+        advised = {(i.memory_id, normal_action(i.suggestion or "")) for p in standing for i in p.items}
         settled = set()
         tried = self._tried(turn)
         for step in turn.parsed.observed[:_MOST_CALLS]:
-            reading = read(step.observation or "", tool=step.tool, arguments=step.arguments)
+            reading = self._read(turn, step)
             action = self._action(step.tool, step.arguments)
             if reading.verdict == "success":
                 settled.add(_words(action, action.text))
@@ -62,12 +68,14 @@ class Adviser:
             past = self._source.past_attempts(turn.scope, action.key, environment=environment_of(turn.options.tags))
             count = 1 + sum(p.verdict == "failure" and p.step_id != step.step_id for p in past)
             for fix, text, confidence in fixes:
-                # What this conversation has tried already is no news to it.
+                # What this conversation has tried or was told already is no news to it.
+                if (fix.memory_id, normal_action(text)) in advised:
+                    break
                 if fix.relation == "note" or _words(action, text) not in tried:
                     found.append(_advice(action, count, error, fix, text, confidence))
                     settled.add(_words(action, action.text))
                     break
-        return [*(a for a in pending if (a.tool, a.field, normal_action(a.action)) not in settled), *found]
+        return [*(a for a in pending if (a.tool, a.field, normal_action(a.action).rstrip("; ")) not in settled), *found]
 
     def on_answer(self, turn: Turn, message: Mapping[str, Any]) -> list[Advice]:
         """Return advice on the actions of an answer that are known to fail; empty where there are none."""
@@ -113,6 +121,14 @@ class Adviser:
             return [_advice(action, 1, error, *fresh[0])] if fresh else []
         return []
 
+    def _read(self, turn: Turn, step: Step) -> Reading:
+        """Read a result, also in what its tool's dialect is known to be."""
+        reading = read(step.observation or "", tool=step.tool, arguments=step.arguments)
+        if reading.verdict != "unknown" or (form := form_of(step.observation or "")) is None:
+            return reading
+        learned = form.key in self._source.dialect(turn.scope, storable(step.tool, self._settings.max_text))
+        return Reading("failure", basis=LANGUAGE, signature=form) if learned else reading
+
     def _failures(self, turn: Turn, action: Action) -> list[PastAttempt]:
         """Return the failures that speak against an action now."""
         past = self._source.past_attempts(turn.scope, action.key, environment=environment_of(turn.options.tags))
@@ -128,38 +144,66 @@ class Adviser:
         limit, secrets = self._settings.max_text, self._settings.redact
         return action_of(storable(tool, limit, secrets=secrets), storable(arguments, limit, secrets=secrets))
 
-    def _fixes(self, turn: Turn, tool: str, signature: str, start: str = "") -> list[KnownFix]:
-        environment = environment_of(turn.options.tags)
+    def _fixes(
+        self, turn: Turn, tool: str, signature: str, *, start: str = "", action: str = "", output: str = ""
+    ) -> list[KnownFix]:
         return self._source.known_fixes(
-            turn.scope, tool, signature, environment=environment, episode_id=turn.episode_id, start=start
-        )
+            turn.scope, tool, signature, environment=environment_of(turn.options.tags), episode_id=turn.episode_id,
+            start=start, action=action, output=output,
+        )  # fmt: skip
 
     def _suggested(self, turn: Turn, action: Action, output: str, signature: str) -> list[tuple[KnownFix, str, float]]:
         """Return (fix that it rests on, corrected action, confidence), best first."""
-        fixes = self._fixes(turn, action.tool, signature)
+        fixes = self._fixes(turn, action.tool, signature, action=action.text, output=output)
         same = [f for f in fixes if f.relation == "note" and f.signature == signature and signature]
         own = _words(action, action.text)
         noted = [(f, f.text, f.value) for f in same if _words(Action(f.tool, f.field, ""), f.action) == own]
-        proven = [f for f in fixes if f.relation != "note" and _words(Action(f.tool, f.field, ""), f.action) == own]
-        if proven and (best := max(proven, key=lambda f: (f.signature == signature, f.value))).value >= _PROVEN:
-            return [(best, best.text, best.value), *noted[:1]]  # this very action: what worked, word for word
-        suggestion: Suggestion | None = None
-        usable = [f for f in fixes if f.relation != "note"]
-        if usable:
-            suggestion = self._suggester.suggest(
-                (turn.scope, action.tool),
-                # A value that moves a little makes no other book.
-                [Example(f.action, f.output, f.text, max(round(f.value, 1), 0.1)) for f in usable],
-                action.text,
-                output,
-                min_confidence=self._settings.fix_confidence,
-            )
-        if suggestion is None:
+        proven = [
+            f
+            for f in fixes
+            if f.relation != "note"
+            and f.signature == signature
+            and _words(Action(f.tool, f.field, ""), f.action) == own
+        ]
+        news = News(turn.parsed.messages, action, output, lambda words: self._constants(turn, action.tool, words))
+        for best in sorted(proven, key=lambda f: -f.value):
+            # This very action: what worked, word for word.
+            if best.value < _PROVEN:
+                break
+            first, same_goal = best.relation == "first", self._serves(turn, best)
+            if news.is_fit(best.text, first=first, same_goal=same_goal):
+                return [(best, best.text, best.value), *noted[:1]]
+        usable = [f for f in fixes if f.relation != "note" and f.field == action.field]
+        # A value that moves a little makes no other example.
+        examples = {Example(f.action, f.output, f.text, max(round(f.value, 1), 0.1)): f for f in usable}
+        found = self._suggester.suggest(
+            (turn.scope, action.tool),
+            list(examples),
+            action.text,
+            output,
+            min_confidence=self._settings.fix_confidence,
+        )
+        if found is None:
             return noted[:1]
-        rests_on = usable[suggestion.support[0]]
-        if rests_on.field != action.field:
+        suggestion, known = found
+        rests_on = next((examples[known[e]] for e in suggestion.support if known[e] in examples), None)
+        # What was done first helps against the same error only.
+        if rests_on is None or (rests_on.relation == "first" and rests_on.signature != signature):
+            return noted[:1]
+        first, same_goal = rests_on.relation == "first", self._serves(turn, rests_on)
+        if not news.is_fit(suggestion.action, first=first, same_goal=same_goal):
             return noted[:1]
         return [(rests_on, suggestion.action, suggestion.confidence), *noted[:1]]
+
+    def _serves(self, turn: Turn, fix: KnownFix) -> bool:
+        """Whether a fix is known from an episode with the very goal of this one, which is all that the user said."""
+        messages = turn.parsed.messages
+        said = sum(m.get("role") == "user" and not is_observation(messages, i) for i, m in enumerate(messages))
+        goal = storable(turn.parsed.task, self._settings.max_text, secrets=self._settings.redact)
+        return said == 1 and self._source.served(turn.scope, fix.memory_id, goal)
+
+    def _constants(self, turn: Turn, tool: str, words: Sequence[str]) -> bool:
+        return all(self._source.is_constant(turn.scope, tool, word) for word in words)
 
 
 def actions_in(message: Mapping[str, Any], conversation: Conversation) -> list[tuple[str, str]]:
@@ -173,13 +217,13 @@ def actions_in(message: Mapping[str, Any], conversation: Conversation) -> list[t
 
 def _words(action: Action, text: str) -> tuple[str, str, str]:
     # Another folder or limit does not make a suggestion new.
-    return action.tool, action.field, normal_action(text)
+    return action.tool, action.field, normal_action(text).rstrip("; ")
 
 
 def _advice(action: Action, count: int, error: str, fix: KnownFix | None, text: str, confidence: float) -> Advice:
     if fix is None:
         digest = hashlib.blake2b(action.key.encode("utf-8", "replace"), digest_size=12).hexdigest()
-        return Advice(f"failure-{digest}", action.tool, action.field, action.text, count, error)
+        return Advice(f"{FAILURE}{digest}", action.tool, action.field, action.text, count, error)
     return Advice(
         fix.memory_id, action.tool, action.field, action.text, count, error, text, fix.relation,
         fix.status == "verified", confidence,

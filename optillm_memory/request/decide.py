@@ -9,16 +9,20 @@ from dataclasses import replace
 from optillm_memory.background.encoder_service import EncoderService
 from optillm_memory.conversation import parse as conversations
 from optillm_memory.conversation.episodes import root_of
+from optillm_memory.conversation.goal import goal_of
 from optillm_memory.conversation.options import AUTO
 from optillm_memory.decide.holdout import assign
 from optillm_memory.inject.advice import as_advice
+from optillm_memory.inject.procedure import as_procedure, shortened
 from optillm_memory.inject.refusals import FORMS
 from optillm_memory.inject.render import Rendering, placement_at, render_fitting
 from optillm_memory.learn.conflicts import without_superseded
-from optillm_memory.recall.retriever import Retriever
+from optillm_memory.recall.retriever import OTHER_FRAME, Retriever
 from optillm_memory.records import Hit, Placement
+from optillm_memory.request.actions import ActionDecider
 from optillm_memory.request.advise import Adviser
 from optillm_memory.request.locate import Locator
+from optillm_memory.request.procedures import ProcedureAdviser
 from optillm_memory.request.reuse import ReuseDecider
 from optillm_memory.request.route import Router
 from optillm_memory.request.turn import Turn
@@ -40,6 +44,8 @@ class Decider:
         adviser: Adviser,
         reuse: ReuseDecider,
         router: Router,
+        procedures: ProcedureAdviser,
+        actions: ActionDecider,
     ) -> None:
         """Join what decides; `salt` gives the database's secret for the holdout."""
         self._source = source
@@ -51,6 +57,8 @@ class Decider:
         self._adviser = adviser
         self._reuse = reuse
         self._router = router
+        self._procedures = procedures
+        self._actions = actions
 
     def decide(self, turn: Turn, *, size: int, text_only: bool, approaches: Collection[str] | None) -> Turn:
         """Return the turn as it is to go upstream, or with the answer that is reused."""
@@ -73,21 +81,25 @@ class Decider:
     def _with_memory(self, turn: Turn, *, text_only: bool) -> Turn:
         assignment = assign(root_of(turn.episode_id), self._salt(), self._settings.holdout)
         turn = replace(turn, held_out=assignment.held_out, propensity=assignment.propensity)
-        if turn.options.reuse:
-            turn = self._reuse.consider(turn)
-            if turn.action == "reuse":
-                return turn
+        turn = self._reused(turn)
+        if turn.action == "reuse":
+            return turn
         refused = self._locator.refused_forms(turn)
         standing = [] if assignment.held_out or text_only else self._locator.standing(turn, refused)
         position = len(turn.parsed.messages) - 1
-        if standing and standing[-1].position == position:
+        again = bool(standing) and standing[-1].position == position
+        if again:
             rendering = None  # the very same request again: it gets what it got before
         elif "block" in refused and (turn.parsed.ends_with_observation or refused == FORMS):
             turn, rendering = turn.skip("refused_before"), None
         elif turn.parsed.ends_with_observation:
-            turn, rendering = self._advice(turn)
-        else:
+            turn, rendering = self._advice(turn, standing)
+        elif turn.parsed.is_first_turn:
             turn, rendering = self._recalled(turn, standing, {*refused, "turns"} if text_only else refused)
+        else:  # a user's turn in the middle of a dialogue is not a task
+            rendering = None
+        if rendering is None and "block" not in refused and not again:
+            turn, rendering = self._procedure(turn, standing)
         for memory_id in rendering.over_budget if rendering is not None else ():
             turn = turn.skip("over_budget", memory_id=memory_id)
         if assignment.held_out:
@@ -96,8 +108,27 @@ class Decider:
         fresh = placement_at(turn.parsed, position, rendering) if rendering is not None else None
         return turn.placing(standing, fresh)
 
-    def _advice(self, turn: Turn) -> tuple[Turn, Rendering | None]:
-        advice = self._adviser.on_results(turn, self._locator.pending_advice(turn))
+    def _reused(self, turn: Turn) -> Turn:
+        """Return the turn with the answer or the action that memory gives by itself, where the caller wants it."""
+        if wanted := turn.options.reuse:
+            turn = self._reuse.consider(turn)
+            if turn.action != "reuse" and wanted.get("actions"):
+                turn = self._actions.consider(turn)
+        return turn
+
+    def _procedure(self, turn: Turn, standing: Sequence[Placement]) -> tuple[Turn, Rendering | None]:
+        """Return the procedure for what the user wants, where the conversation has none yet."""
+        if not turn.parsed.ends_with_user or any(i.kind == "procedure" for p in standing for i in p.items):
+            return turn, None
+        found = self._procedures.offer(turn)
+        offer = found and shortened(found)
+        if offer is None or turn.options.max_items == 0:
+            return turn.skip("nothing_relevant") if not turn.skipped else turn, None
+        budget = turn.options.limits(1, self._settings.token_budget)["token_budget"]
+        return replace(turn, offer=offer), as_procedure(offer, token_budget=budget)
+
+    def _advice(self, turn: Turn, standing: Sequence[Placement]) -> tuple[Turn, Rendering | None]:
+        advice = self._adviser.on_results(turn, self._locator.pending_advice(turn), standing)
         if not advice:
             return turn.skip("nothing_relevant"), None
         limits = turn.options.limits(self._settings.max_block_items, self._settings.token_budget)
@@ -137,6 +168,34 @@ class Decider:
         )
         if pending.state != "ready":
             turn = turn.skip(f"encoder_{pending.state}_recall_is_lexical")
-        hits = without_superseded(hits, lambda ids: self._source.last_verified(turn.scope, ids))
+        hits = without_superseded(hits, lambda ids: self._source.verified_at(turn.scope, ids))
         seen = {item.memory_id for placement in standing for item in placement.items}
-        return turn, [h for h in hits if h.memory.memory_id not in seen]
+        return turn, self._fitting(turn, [h for h in hits if h.memory.memory_id not in seen])
+
+    def _fitting(self, turn: Turn, hits: list[Hit]) -> list[Hit]:
+        """Return the hits that fit by what the user wants alone, most similar first.
+
+        What all requests of an agent have in common makes their texts alike, whatever is asked. Where a request has
+        nothing of it, recall has seen what the user wants already.
+        """
+        task = turn.parsed.task
+        if not hits or "\n" not in task.strip():
+            return hits
+        shared = self._procedures.shared_lines(turn.scope, turn.parsed.frame)
+        goal = conversations.key_of(goal_of([task], shared))
+        if goal == conversations.key_of(task):
+            return hits
+        goals = [conversations.key_of(goal_of([hit.memory.task], shared)) for hit in hits]
+        asked, *others = [self._encoder.ask(text, turn.encoder_limit_s) for text in (goal, *goals)]
+        fits = self._retriever.related(
+            turn.scope,
+            goal,
+            asked.vector(),
+            goals,
+            [other.vector() for other in others],
+            fingerprint=self._encoder.fingerprint,
+            unrelated=self._encoder.unrelated,
+        )
+        weights = [h.memory.value * (1.0 if h.memory.frame == turn.parsed.frame else OTHER_FRAME) for h in hits]
+        found = zip(hits, fits, weights, strict=True)
+        return sorted([replace(h, score=fit * w) for h, fit, w in found if fit is not None], key=lambda h: -h.score)

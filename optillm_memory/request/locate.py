@@ -53,9 +53,9 @@ class Locator:
         self._recent.advise(turn.scope, turn.episode_id, advice, self._clock())
 
     def pending_advice(self, turn: Turn) -> Sequence[Advice]:
-        """Return, once, the advice that was kept for this request, less what has been forgotten since."""
+        """Return, once, the advice that was kept for this request, less what may not be used since."""
         pending = self._recent.pending_advice(turn.scope, turn.episode_id, self._clock())
-        gone = self._source.forgotten(item.memory_id for item in pending)
+        gone = self._source.unusable(turn.scope, (item.memory_id for item in pending))
         return [item for item in pending if item.memory_id not in gone]
 
     def refused_forms(self, turn: Turn) -> frozenset[str]:
@@ -72,11 +72,14 @@ class Locator:
         return turn.as_sent().skip("refused_with_memory", form=",".join(sorted(forms)))
 
     def standing(self, turn: Turn, refused: frozenset[str]) -> list[Placement]:
-        """Return what earlier requests put into this conversation, where it still stands as it did."""
+        """Return what earlier requests put into this conversation, where it still stands as it did.
+
+        What was forgotten, quarantined, retired or withdrawn since is not inserted again.
+        """
         if turn.located is None and turn.options.episode_id is None:
             return []
         inherits = turn.located.inherits if turn.located is not None else ""
-        ledger = self._source.unforgotten(self._ledger(turn, inherits or turn.episode_id))
+        ledger = self._source.still_usable(turn.scope, self._ledger(turn, inherits or turn.episode_id))
         return [p for p in still_anchored(ledger, turn.parsed.prefixes) if p.form not in refused]
 
     def _found(self, turn: Turn, conversation: Conversation) -> Located | None:

@@ -13,6 +13,7 @@ from optillm_memory.background.encoder_service import EncoderService
 from optillm_memory.background.maintenance import Maintenance
 from optillm_memory.conversation import parse as conversations
 from optillm_memory.conversation.feedback import parse_feedback
+from optillm_memory.conversation.goal import kept_lines
 from optillm_memory.conversation.parse import Conversation
 from optillm_memory.conversation.redact import QUOTED, storable
 from optillm_memory.conversation.steps import calls_of, steps_of, under_known_ids
@@ -130,6 +131,8 @@ class Recorder:
             continued=turn.located.continued if turn.located and response is not None else "",
             continuation=turn.located.continuation if turn.located and response is not None else "",
             one_shot=conversation.one_shot,
+            end_user=turn.options.end_user,
+            goal=self._stored(turn.options.goal),
         )
         placed = turn.for_ledger if response is not None else ()
         if tx.add_trace(trace, prefixes=prefixes, placements=placed, injected=turn.injected, withheld=turn.withheld):
@@ -141,6 +144,8 @@ class Recorder:
                 tx.vectors.put([(key, vector.tobytes())], self._encoder.fingerprint)
                 self._maintenance.vector_arrived(key)
             scope_id = tx.scopes.number(trace.scope)
+            if keys := kept_lines(conversation.messages, one_shot=conversation.one_shot):
+                tx.procedures.add_lines(scope_id, trace, keys)
             observed: Sequence[Step] = ()
             if steps := _steps(conversation, choices, prefixes):
                 known = tx.steps.known(scope_id, trace.episode_id)
@@ -151,8 +156,7 @@ class Recorder:
                 whole = {step_id for step_id, _, is_observed in known if is_observed}
                 fresh_steps = [self._step(s) for s in steps if s.step_id not in whole]
                 observed = tx.steps.add(scope_id, trace.episode_id, trace.trace_id, fresh_steps)
-            if turn.proposal is not None and turn.decision is not None:
-                tx.proposals.add(trace, scope_id, turn.proposal, turn.decision)
+            self._add_proposal(tx, trace, scope_id, turn)
             if turn.choice is not None:
                 tx.decisions.add(trace, scope_id, turn.choice, turn.length)
             fold.trace_arrived(tx, trace)
@@ -160,9 +164,18 @@ class Recorder:
 
     def _record_proposal(self, tx: Transaction, turn: Turn) -> None:
         trace = tx.traces.get(turn.trace_id)
-        if trace is not None and turn.proposal is not None and turn.decision is not None:
-            tx.proposals.add(trace, tx.scopes.number(trace.scope), turn.proposal, turn.decision)
+        if trace is not None:
+            self._add_proposal(tx, trace, tx.scopes.number(trace.scope), turn)
             fold.proposal_arrived(tx, trace)
+
+    def _add_proposal(self, tx: Transaction, trace: Trace, scope_id: int, turn: Turn) -> None:
+        proposal, action = turn.proposal, turn.next_action
+        if proposal is None or turn.decision is None:
+            return
+        if action is not None:  # it holds values of this very request
+            stored = replace(action, tool=self._stored(action.tool), arguments=self._stored(action.arguments))
+            proposal = replace(proposal, answer=stored.as_text())
+        tx.proposals.add(trace, scope_id, proposal, turn.decision)
 
     def _call(self, call: ModelCall) -> ModelCall:
         return replace(

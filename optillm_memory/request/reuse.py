@@ -67,7 +67,7 @@ class ReuseDecider:
             proposal = replace(proposal, encoder=self._encoder.fingerprint)
         max_error = wanted["max_error"] if wanted else None
         audits = [is_audited(turn.trace_id, self._salt(), self._audit_share * part) for part in (1.0, CONFIDENT_AUDITS)]
-        gate = self._gate(turn.scope, version) if wanted else Gate()
+        gate = self.gate(turn.scope, version) if wanted else Gate()
         decision = gate.decide(
             proposal, partition, max_error, audit=audits[0], audit_if_confident=audits[1], quarantined=quarantined
         )
@@ -79,7 +79,7 @@ class ReuseDecider:
             return turn
         return turn.skip(f"reuse_{decision.reason}") if wanted else turn
 
-    def _gate(self, scope: Scope, version: Version) -> Gate:
+    def gate(self, scope: Scope, version: Version) -> Gate:
         """Return a scope's gate, up to date with the labels that are on disk."""
         state = self._state(scope, version)
         while state.version != version:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 from optillm_memory.background.worker import BackgroundWorker
+from optillm_memory.request.actions import ActionDecider
 from optillm_memory.request.record import Recorder
 from optillm_memory.request.reuse import ReuseDecider
 from optillm_memory.request.turn import Turn
@@ -21,8 +23,9 @@ _CLOSING_S = 10.0
 class Shadow:
     """Considers finished requests one by one."""
 
-    def __init__(self, reuse: ReuseDecider, recorder: Recorder) -> None:
+    def __init__(self, reuse: ReuseDecider, actions: ActionDecider, recorder: Recorder) -> None:
         """Start with nothing to consider."""
+        self._actions = actions
         self._reuse = reuse
         self._recorder = recorder
         self._worker = BackgroundWorker("agent-memory-shadow")
@@ -51,5 +54,7 @@ class Shadow:
     def _consider(self, turn: Turn, due: float) -> None:
         self._hurry.wait(max(0.0, due - time.monotonic()))
         considered = self._reuse.consider(turn)
+        if considered.proposal is None:
+            considered = self._actions.consider(replace(turn, options=replace(turn.options, reuse=None)))
         if considered.proposal is not None:
             self._recorder.post_proposal(considered)

@@ -11,10 +11,12 @@ from optillm_memory.conversation.episodes import Located, new_episode_id
 from optillm_memory.conversation.options import Options
 from optillm_memory.conversation.parse import Conversation
 from optillm_memory.conversation.partition import partition_of
+from optillm_memory.decide.actions import NextAction
 from optillm_memory.decide.agreement import Proposal
 from optillm_memory.decide.gate import Decision
 from optillm_memory.decide.policy import Choice
 from optillm_memory.inject.place import append_text, place
+from optillm_memory.learn.procedures.offer import Offer
 from optillm_memory.records import Action, Injected, Message, Placement, Scope, new_trace_id
 from optillm_memory.request.deadline import Deadline
 from optillm_memory.store.tables.calls import ModelCall
@@ -30,9 +32,10 @@ class Turn:
     request would have had. `conversation` is None where memory was not consulted. `calls` are the model calls that made
     the answer, where that is not one plain call. `located` says by which prefix the episode was found, None where the
     conversation is new or the caller named it. `proposal` is what memory would answer by itself, `decision` what the
-    gate says of it; where the action is `reuse`, that is the answer, and nothing goes upstream. `arm` is what answers a
-    request of approach `auto`, `choice` how it was chosen where it is not the episode's, and `length` the request's
-    characters. `started` is on the monotonic clock, `created_at` in Unix seconds.
+    gate says of it; where the action is `reuse`, that is the answer, and nothing goes upstream; `next_action` is the
+    proposal where it is a tool call. `arm` is what answers a request of approach `auto`, `choice` how it was chosen
+    where it is not the episode's, and `length` the request's characters. `offer` is the procedure that this request was
+    newly given. `started` is on the monotonic clock, `created_at` in Unix seconds.
     """
 
     trace_id: str
@@ -63,6 +66,8 @@ class Turn:
     arm: str = ""
     choice: Choice | None = None
     length: int = 0
+    offer: Offer | None = None
+    next_action: NextAction | None = None
     deadline: Deadline = field(default_factory=Deadline, compare=False)
 
     @property
@@ -153,13 +158,18 @@ class Turn:
     def reused(self) -> dict[str, Any]:
         """Return the completion of a request that memory answers: the host's form, and no tokens used."""
         assert self.proposal is not None
-        message = {"role": "assistant", "content": self.proposal.answer}
+        message: Message = {"role": "assistant", "content": self.proposal.answer}
+        if self.next_action is not None:
+            function = {"name": self.next_action.tool, "arguments": self.next_action.arguments}
+            call = {"id": f"call_{self.trace_id.rpartition('-')[2]}", "type": "function", "function": function}
+            message = {"role": "assistant", "content": None, "tool_calls": [call]}
+        ending = "stop" if self.next_action is None else "tool_calls"
         return {
             "id": self.trace_id,
             "object": "chat.completion",
             "created": int(self.created_at),
             "model": self.model,
-            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+            "choices": [{"index": 0, "message": message, "finish_reason": ending}],
             "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
         }
 

@@ -26,6 +26,7 @@ from optillm_memory.store.tables.exposures import ExposureReads
 from optillm_memory.store.tables.feedback import feedback_shown
 from optillm_memory.store.tables.fixes import FixReads
 from optillm_memory.store.tables.memories import RecallReads
+from optillm_memory.store.tables.procedures import ProcedureReads
 from optillm_memory.store.tables.proposals import ProposalReads, proposal_of
 from optillm_memory.store.tables.steps import steps_of
 from optillm_memory.store.tables.vectors import VectorReads
@@ -58,6 +59,7 @@ class Store:
         self.recall = RecallReads(readers, dialect, search)
         self.episodes = EpisodeReads(readers)
         self.fixes = FixReads(readers)
+        self.procedures = ProcedureReads(readers)
         self.proposals = ProposalReads(readers)
         self.decisions = DecisionReads(readers)
         self.exposures = ExposureReads(readers)

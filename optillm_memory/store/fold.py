@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
+from optillm_memory.conversation.goal import kept_lines
+from optillm_memory.decide.actions import label_of
 from optillm_memory.errors import InvalidField
 from optillm_memory.learn.attempts import Attempt, inferred_id
+from optillm_memory.learn.dialect import LANGUAGE
+from optillm_memory.learn.endings import Ending, ending_of, may_end
 from optillm_memory.learn.exemplars import learn
 from optillm_memory.learn.fixes import FixEvidence, advice_evidence, demonstrated_fix, mine
 from optillm_memory.learn.outcomes import effective
+from optillm_memory.learn.procedures.mine import mined, run_of
 from optillm_memory.records import VERIFYING, Feedback, FeedbackReceipt, Scope, Step, Trace
+from optillm_memory.store.tables.procedures import sent
 from optillm_memory.store.transaction import Transaction
 
 
@@ -61,10 +68,46 @@ def rebuild(tx: Transaction) -> int:
     return len(trace_ids)
 
 
-def relearn_steps(tx: Transaction, scope: Scope, episode_id: str) -> list[Attempt]:
-    """Fold an episode's steps again into fixes; return its attempts."""
+def fold_older(tx: Transaction, count: int) -> bool:
+    """Fold the next episodes of an earlier release, by up to `count` traces; return whether there are more.
+
+    Where it is comes with the commit: interrupted it goes on from there, and several processes share the work.
+    """
+    upto, done = tx.counters.value("fold_upto"), tx.counters.value("folded")
+    if done >= upto:
+        return False
+    found = tx.traces.after(done, upto, count)
+    for _, trace_id in found:
+        trace = tx.traces.get(trace_id)
+        if trace is None or tx.traces.of_episode(trace.scope, trace.episode_id)[0] != trace_id:
+            continue  # an episode is folded with its first trace
+        traces, messages = tx.procedures.conversation(trace.scope, trace.episode_id)
+        if keys := kept_lines(messages, one_shot=traces[0].one_shot and len(traces) == 1):
+            tx.procedures.add_lines(tx.scopes.number(trace.scope), traces[0], keys)
+        relearn_steps(tx, trace.scope, trace.episode_id)
+    tx.counters.put("folded", found[-1][0] if found else upto)
+    return bool(found)
+
+
+def relearn_steps(
+    tx: Transaction, scope: Scope, episode_id: str, fresh: Collection[str] | None = None
+) -> list[Attempt]:
+    """Fold an episode's steps again into fixes, and its procedure; return its attempts.
+
+    Where its messages (those of the `fresh` steps, if given) change what is an error in a tool's dialect, the other
+    episodes with such messages are folded again, too.
+    """
+    relearn_procedure(tx, scope, episode_id)
     if not tx.steps.acted(scope, episode_id):
         return []
+    tx.steps.interpret(scope, episode_id)
+    for other in tx.steps.learn_dialect(scope, episode_id, fresh):
+        if other != episode_id:
+            _mine_again(tx, scope, other)
+    return _mine_again(tx, scope, episode_id)
+
+
+def _mine_again(tx: Transaction, scope: Scope, episode_id: str) -> list[Attempt]:
     evidence: list[FixEvidence] = []
     tx.steps.interpret(scope, episode_id)
     if attempts := tx.steps.attempts(scope, episode_id):
@@ -91,14 +134,67 @@ def relearn_steps(tx: Transaction, scope: Scope, episode_id: str) -> list[Attemp
     return attempts
 
 
+def relearn_procedure(tx: Transaction, scope: Scope, episode_id: str) -> None:
+    """Fold an episode into its procedure: it has one while its outcome is a verified success.
+
+    Where nobody reported an outcome and the session shows that it ended well, the procedure is a candidate. What memory
+    did itself teaches nothing: an episode with a reused answer or action has none.
+    """
+    procedure, first, ending = None, None, Ending()
+    verdict = tx.traces.verdict(scope, episode_id)
+    ended = verdict == "unknown" and _may_have_ended(tx, scope, episode_id)
+    proposed = tx.proposals.actions_of(tx.scopes.number(scope), episode_id)
+    labelled = verdict == "success" or any(served for _, _, served, _ in proposed)
+    traces, messages = tx.procedures.conversation(scope, episode_id) if labelled or ended else ([], [])
+    texts, steps = run_of(messages)
+    if ended and messages:
+        ending = ending_of(texts, steps, messages[-1])
+    if traces and "success" in (verdict, ending.verdict) and not any(trace.action == "reuse" for trace in traces):
+        first = traces[0]
+        procedure = mined(texts, steps)
+        if procedure is not None and first.goal:
+            procedure = replace(procedure, texts=(first.goal,))
+    steps, answered_at = (steps, answer_places(traces)) if labelled else ([], {})
+    for trace_id, action, served, before in proposed:
+        solved = None if verdict == "unknown" else verdict == "success"
+        correct = label_of(action, answered_at.get(trace_id), steps, served=served, solved=solved)
+        if correct != before:
+            tx.proposals.put_action_label(trace_id, correct)
+    tx.procedures.put(scope, episode_id, procedure, first, ending.basis)
+    tx.procedures.credit(scope, episode_id, verdict)
+
+
+def _may_have_ended(tx: Transaction, scope: Scope, episode_id: str) -> bool:
+    """Whether an episode's latest message can be its last: only then the whole of it is looked at."""
+    latest = tx.traces.latest(scope, episode_id)
+    if latest is None or latest.one_shot:
+        return False
+    messages = json.loads(latest.messages)
+    return bool(messages) and may_end(sent(messages[-1]))
+
+
+def answer_places(traces: Sequence[Trace]) -> dict[str, int]:
+    """Return the index of each trace's answer among the messages of their conversation."""
+    places, count = {}, 0
+    for trace in traces:
+        count += len(json.loads(trace.messages))
+        places[trace.trace_id] = count - 1
+    return places
+
+
 def steps_arrived(tx: Transaction, trace: Trace, fresh: Sequence[Step], *, received_at: float) -> None:
     """Fold the steps whose observations came with a trace: what they say becomes feedback on the traces that acted."""
     if not fresh:
+        if not tx.traces.is_untouched(trace):  # it may have ended its episode, or shown that it goes on
+            relearn_procedure(tx, trace.scope, trace.episode_id)
         return
     new = {step.step_id for step in fresh}
     acted: dict[str, None] = {}
-    for attempt in relearn_steps(tx, trace.scope, trace.episode_id):
-        if attempt.step_id in new and attempt.verdict != "unknown" and attempt.trace_id != trace.trace_id:
+    told = [*new, *(step.parent_id for step in fresh)]
+    for attempt in relearn_steps(tx, trace.scope, trace.episode_id, told):
+        # What a dialect means is a matter of all episodes, and none of this one's feedback.
+        known = attempt.verdict != "unknown" and attempt.basis != LANGUAGE
+        if attempt.step_id in new and known and attempt.trace_id != trace.trace_id:
             feedback = inferred(trace.scope, trace.episode_id, attempt, trace.created_at)
             tx.feedback.add(trace.scope.tenant, None, feedback, received_at)
             acted[attempt.trace_id] = None
@@ -132,13 +228,16 @@ def trace_arrived(tx: Transaction, trace: Trace) -> None:
         relearn_steps(tx, trace.scope, trace.episode_id)
     else:  # its episode may have an outcome already, and this trace may be the first where memory had an answer
         weigh(tx, trace.scope, trace.episode_id)
+        if tx.traces.verdict(trace.scope, trace.episode_id) != "unknown":
+            relearn_procedure(tx, trace.scope, trace.episode_id)
 
 
 def proposal_arrived(tx: Transaction, trace: Trace) -> None:
-    """Fold what memory would have answered to a trace: feedback may have come before it."""
-    own, of_episode = tx.feedback.on(trace)
-    if own or of_episode:
+    """Fold what memory would have answered to a trace: feedback on it, or on its episode, may have come before it."""
+    if any(tx.feedback.on(trace)):
         relearn(tx, [trace.trace_id])
+    if tx.traces.verdict(trace.scope, trace.episode_id) != "unknown":
+        relearn_procedure(tx, trace.scope, trace.episode_id)
 
 
 def feedback_arrived(

@@ -16,6 +16,7 @@ from optillm_memory.store.tables.exposures import ExposureTable
 from optillm_memory.store.tables.feedback import FeedbackTable
 from optillm_memory.store.tables.fixes import FixTable
 from optillm_memory.store.tables.meta import Counters
+from optillm_memory.store.tables.procedures import ProcedureTable
 from optillm_memory.store.tables.proposals import ProposalTable
 from optillm_memory.store.tables.scopes import ScopeTable
 from optillm_memory.store.tables.steps import StepTable
@@ -41,12 +42,13 @@ class Transaction:
         self.episodes = EpisodeTable(db)
         self.feedback = FeedbackTable(db, scopes, traces)
         self.steps = StepTable(db, scopes)
-        self.exemplars = ExemplarTable(db, scopes, counters, exposures, dialect)
+        vectors = self.vectors = VectorTable(db, dialect)
+        procedures = self.procedures = ProcedureTable(db, scopes, counters, traces, exposures, vectors)
+        self.exemplars = ExemplarTable(db, scopes, counters, exposures, procedures, dialect)
         self.fixes = FixTable(db, scopes, counters, traces, exposures)
         self.proposals = ProposalTable(db, counters, traces, normal)
         self.decisions = DecisionTable(db, scopes, counters, traces)
         self.calls = CallTable(db)
-        self.vectors = VectorTable(db, dialect)
 
     def add_trace(
         self,

@@ -99,7 +99,7 @@ def test_one_answer_to_a_question_is_left_whatever_the_order(pairs: list[tuple[i
     del chance
     hits = [hit(f"the question {'abc'[q]} of mine", f"answer {a}", memory_id=f"m{q}{a}") for q, a in pairs]
     times = {f"m{q}{a}": float(number) for number, (q, a) in enumerate(pairs)}
-    kept = {h.memory.memory_id for h in without_superseded(hits, lambda ids: {i: times[i] for i in ids})}
+    kept = {h.memory.memory_id for h in without_superseded(hits, lambda ids: {i: (times[i],) for i in ids})}
     latest = dict(pairs)
     assert kept == {f"m{q}{a}" for q, a in latest.items()}
 

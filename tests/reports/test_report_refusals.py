@@ -110,9 +110,7 @@ def body_of(form: str, *, stream: bool = False) -> JSON:
     """Return a request that gets memory in this form, in a conversation of its own."""
     messages: list[JSON] = [{"role": "user", "content": TASK}]
     if "history" in form:
-        greeting = f"Good morning, {uuid.uuid4().hex}."
-        greeted = {"role": "assistant", "content": "Good morning.", "reasoning_content": "A greeting."}
-        messages = [{"role": "user", "content": greeting}, greeted, *messages]
+        messages = [{"role": "user", "content": f"Good morning, {uuid.uuid4().hex}."}, *messages]
     return {"messages": messages, "stream": stream, **({"tools": TOOLS} if "tools" in form else {})}
 
 

@@ -589,7 +589,7 @@ def test_closing_words_are_injected_nowhere(host: Host, namespace: dict[str, str
     host.upstream.clear()
     for fields in ({"tools": TOOLS}, {}, {"model": "agent_memory&re2-m"}):
         answered = host.chat(JOB, memory=namespace, **fields)
-        assert answered["agent_memory"]["injected"] == []
+        assert {item["kind"] for item in answered["agent_memory"]["injected"]} <= {"procedure"}
     assert DONE not in json.dumps(host.sent)
     # The same answer to a one-shot request is one.
     host.teach(JOB, DONE, memory={**namespace, "user_id": "ann"})

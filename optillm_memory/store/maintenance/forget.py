@@ -14,6 +14,7 @@ from optillm_memory.store import fold
 from optillm_memory.store.sqlite.connection import marks
 from optillm_memory.store.tables.forgotten import GONE, gone_of
 from optillm_memory.store.tables.memories import NO_MEMORY
+from optillm_memory.store.tables.procedures import procedure_id
 from optillm_memory.store.transaction import Transaction
 
 NOTED_S = 7 * 86_400.0  # what is under way may hold a copy for as long
@@ -21,13 +22,13 @@ ASKED, ERASED = "forgetting", "erased"  # in `meta`: the last erasure that was a
 _REPLACEMENT = "(forgotten)"
 _STEP = "scope_id = ? AND episode_id = ? AND step_id = ?"
 _PLACE = "scope_id = ? AND episode_id = ? AND anchor = ? AND form = ?"
-_MEMORY_ID = re.compile(r"(?:mem|fix)-[0-9a-f]+")
+_MEMORY_ID = re.compile(r"(?:mem|fix|proc)-[0-9a-f]+")
 # What belongs to one trace alone.
 _BY_TRACE = (
     "injections", "calls", "proposals", "labels", "decisions", "rewards", "outcomes", "contributions", "prefixes",
     "traces",
 )  # fmt: skip
-_BY_EPISODE = ("prefixes", "ledger")
+_BY_EPISODE = ("prefixes", "ledger", "lines")
 
 
 def delete_traces(
@@ -44,6 +45,7 @@ def delete_traces(
     fixes = _fixes_of(tx, episodes)
     closed = [key for key in episodes if tx.traces.closing(*key) in {t.trace_id for t in traces}]
     steps = _delete_steps(tx, [t.trace_id for t in traces], errors if errors is not None else {})
+    named += sorted({procedure_id(scope, episode_id) for scope, episode_id, _ in steps})
     _delete_inferred(tx, steps)
     delete_feedback(tx, *_in("trace_id", [t.trace_id for t in traces]))
     for table in _BY_TRACE:
@@ -166,12 +168,14 @@ def _delete(tx: Transaction, table: str, condition: str, values: Iterable[Any]) 
 
 
 def _named_by(tx: Transaction, traces: Sequence[Trace]) -> list[str]:
-    """Return the ids of all exemplars that these traces have, or once had, anything to do with."""
+    """Return the ids of all exemplars and procedures that these traces have, or once had, anything to do with."""
     condition, values = _in("trace_id", [t.trace_id for t in traces])
     found = tx.db.execute(
         f"SELECT DISTINCT memory_id FROM contributions JOIN memories USING (number) WHERE {condition}", values
     ).fetchall()
     named = {row[0] for row in found}
+    procedures, values = _in("memory_id", sorted({procedure_id(t.scope, t.episode_id) for t in traces}))
+    named |= {row[0] for row in tx.db.execute(f"SELECT memory_id FROM memories WHERE {procedures}", values)}
     for trace in traces:  # feedback that was retracted has left no trace but itself
         demonstrations = tx.db.execute(
             "SELECT value FROM feedback WHERE metric = 'demonstration' AND (trace_id = ? OR episode_id = ?)",
@@ -239,17 +243,20 @@ def _delete_placements(tx: Transaction, scope: Scope, episode_id: str) -> None:
 
 
 def _withdraw_answer(tx: Transaction, trace: Trace) -> None:
-    """Empty an answer that was reused from a forgotten memory: it stays known that there was one."""
+    """Empty an answer, or an action's arguments, reused from a forgotten memory: it stays known that there was one."""
     sql = f"SELECT 1 FROM proposals WHERE trace_id = ? AND {GONE}"
     if trace.action != "reuse" or not tx.db.execute(sql, (trace.trace_id,)).fetchone():
         return
-    messages = [
-        {**m, "content": _REPLACEMENT} if m.get("content") == trace.answer else m for m in json.loads(trace.messages)
-    ]
+    *messages, last = json.loads(trace.messages)
+    if calls := last.get("tool_calls"):
+        last = {**last, "tool_calls": [{**call, "arguments": "{}"} for call in calls]}
+        tx.db.execute("UPDATE steps SET arguments = '{}' WHERE made_by = ?", (trace.trace_id,))
+    else:
+        last = {**last, "content": _REPLACEMENT}
     tx.traces.clear_cache()
     tx.db.execute(
         "UPDATE traces SET answer = ?, messages = ? WHERE trace_id = ?",
-        (_REPLACEMENT, json.dumps(messages), trace.trace_id),
+        (trace.answer and _REPLACEMENT, json.dumps([*messages, last]), trace.trace_id),
     )
 
 
@@ -268,7 +275,7 @@ def _scrub(tx: Transaction, memory_ids: Sequence[str], now: float) -> None:
     condition, values = _in("memory_id", memory_ids)
     standing = tx.db.execute(
         f"SELECT memory_id FROM memories WHERE {condition} "
-        f"AND (kind = 'exemplar' AND status NOT IN {NO_MEMORY} "
+        f"AND (kind IN ('exemplar', 'procedure') AND status NOT IN {NO_MEMORY} "
         "OR EXISTS (SELECT 1 FROM fixes WHERE fixes.memory_id = memories.memory_id))",
         values,
     ).fetchall()
@@ -310,7 +317,7 @@ EMPTY_SCOPE = f"""
     AND NOT EXISTS (SELECT 1 FROM feedback WHERE seq > ? AND feedback.scope_id = scopes.id)"""
 TARGETLESS = """NOT EXISTS (SELECT 1 FROM traces WHERE traces.trace_id = feedback.trace_id)
     AND NOT EXISTS (SELECT 1 FROM traces WHERE traces.episode_id = feedback.episode_id)"""
-_STANDING = "status IN ('verified', 'quarantined', 'retired')"
+_STANDING = "status IN ('verified', 'superseded', 'quarantined', 'retired')"
 _ENOUGH = 10  # successes without a failure: a memory then rests on the latest alone
 _HERE = "traces.scope_id = ? AND traces.episode_id = ?"
 # What an episode is worth: 3 a memory rests on it, 2 it counts in the gate, the policy, the uplift or a memory's value,
@@ -318,7 +325,7 @@ _HERE = "traces.scope_id = ? AND traces.episode_id = ?"
 _WORTH = f"""
     SELECT CASE
         WHEN EXISTS (SELECT 1 FROM traces CROSS JOIN contributions USING (trace_id) JOIN memories USING (number)
-            WHERE {_HERE} AND role = 'evidence' AND verified AND {_STANDING}
+            WHERE {_HERE} AND role IN ('evidence', 'solved') AND verified AND {_STANDING}
             AND NOT (failures = 0 AND successes > {_ENOUGH}))
         OR EXISTS (SELECT 1 FROM fix_evidence JOIN memories USING (memory_id)
             WHERE fix_evidence.scope_id = ? AND episode_id = ? AND role <> 'followed' AND {_STANDING})

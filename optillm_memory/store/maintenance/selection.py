@@ -49,7 +49,7 @@ class Selection:
             ("agent_id = ?", self.agent_id),
             ("tenant = ?", self.tenant),
             ("created_at < ?", self.before),
-            (_RESTS_ON_FIX if (self.memory_id or "").startswith("fix-") else _RESTS_ON, self.memory_id),
+            (_RESTS_ON.get((self.memory_id or "").partition("-")[0], _RESTS_ON["mem"]), self.memory_id),
         ]
         return _joined(parts)
 
@@ -199,10 +199,16 @@ class ForgettingReads:
 
 
 _TELLING, _QUOTED = 8, 60  # characters of an error that tell it from others
-_RESTS_ON = """traces.trace_id IN (SELECT trace_id FROM contributions JOIN memories USING (number)
-    WHERE memory_id = ? AND role = 'evidence')"""
-_RESTS_ON_FIX = """EXISTS (SELECT 1 FROM fix_evidence WHERE memory_id = ? AND role <> 'followed'
-    AND fix_evidence.scope_id = traces.scope_id AND fix_evidence.episode_id = traces.episode_id)"""
+# The traces that a memory rests on, by the kind of its id.
+_RESTS_ON = {
+    "mem": """traces.trace_id IN (SELECT trace_id FROM contributions JOIN memories USING (number)
+        WHERE memory_id = ? AND role = 'evidence')""",
+    "fix": """EXISTS (SELECT 1 FROM fix_evidence WHERE memory_id = ? AND role <> 'followed'
+        AND fix_evidence.scope_id = traces.scope_id AND fix_evidence.episode_id = traces.episode_id)""",
+    "proc": """EXISTS (SELECT 1 FROM memories JOIN contributions USING (number)
+        JOIN traces AS own ON own.trace_id = contributions.trace_id WHERE memory_id = ? AND role = 'solved'
+        AND own.scope_id = traces.scope_id AND own.episode_id = traces.episode_id)""",
+}
 _ENDED = """
     SELECT ended, scope_id, episode_id FROM (
         SELECT max(created_at) AS ended, scope_id, episode_id FROM traces GROUP BY scope_id, episode_id) AS episodes

@@ -343,6 +343,7 @@ ORPHANS: dict[str, tuple[str, str]] = {
     "steps": (f"{_NO_TRACE.format('steps')} OR {_NO_EPISODE.format('steps')}", _MEND),
     "prefixes": (f"trace_id <> '' AND {_NO_TRACE.format('prefixes')}", _MEND),
     "ledger": (_NO_EPISODE.format("ledger"), _MEND),
+    "lines": (_NO_EPISODE.format("lines"), _MEND),
     "feedback": (f"scope_id IS NOT NULL AND {_NO_SCOPE.format('feedback')}", _MEND),
     "memories": (f"status NOT IN {NO_MEMORY} AND {_NO_SCOPE.format('memories')}", REBUILD),
     **{name: (_NO_TRACE.format(name), REBUILD) for name in ("outcomes", "contributions", "fix_evidence")},
@@ -363,7 +364,7 @@ _DERIVED = {
         (
             f"SELECT count(*) FROM memories WHERE status NOT IN {NO_MEMORY} "
             "AND NOT EXISTS (SELECT 1 FROM contributions WHERE contributions.number = memories.number "
-            "AND role = 'evidence' AND success) "
+            "AND role IN ('evidence', 'solved') AND success) "
             "AND NOT EXISTS (SELECT 1 FROM fixes WHERE fixes.memory_id = memories.memory_id)"
         ),
         "memories rest on nothing",

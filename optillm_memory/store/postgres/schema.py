@@ -96,6 +96,9 @@ _CONTINUATIONS = (
     "continuation #TEXT NOT NULL DEFAULT ''",
     "one_shot BOOLEAN NOT NULL DEFAULT TRUE",
 )
+_NAMED = ("end_user #TEXT NOT NULL DEFAULT ''", "goal #TEXT NOT NULL DEFAULT ''")
+_LINES = "seq #KEY, scope_id BIGINT NOT NULL, episode_id #TEXT NOT NULL, frame #TEXT NOT NULL, keys #TEXT NOT NULL"
+_LINE_INDEXES = ("lines_episode ON lines(scope_id, episode_id)", "lines_frame ON lines(scope_id, frame, seq)")
 _STEPS = (
     "scope_id BIGINT NOT NULL, episode_id #TEXT NOT NULL, step_id #TEXT NOT NULL, parent_id #TEXT NOT NULL, "
     "call_id #TEXT NOT NULL, ordinal BIGINT NOT NULL, tool #TEXT NOT NULL, arguments #TEXT NOT NULL, "
@@ -106,7 +109,7 @@ TABLES: dict[str, str] = {
     "meta": "key #TEXT PRIMARY KEY, value BIGINT",
     "scopes": "id #KEY, tenant #TEXT NOT NULL, namespace #TEXT NOT NULL, user_id #TEXT NOT NULL, "
     "agent_id #TEXT NOT NULL, UNIQUE(tenant, namespace, user_id, agent_id)",
-    "traces": ", ".join((_TRACES, *_CONTINUATIONS)),
+    "traces": ", ".join((_TRACES, *_CONTINUATIONS, *_NAMED)),
     "injections": "trace_id #TEXT NOT NULL, memory_id #TEXT NOT NULL, kind #TEXT NOT NULL, "
     "score DOUBLE PRECISION NOT NULL, tokens BIGINT NOT NULL, suggestion #TEXT, "
     "withheld BOOLEAN NOT NULL DEFAULT FALSE, PRIMARY KEY(trace_id, memory_id)",
@@ -158,6 +161,7 @@ TABLES: dict[str, str] = {
     "rewards": "trace_id #TEXT PRIMARY KEY, scope_id BIGINT NOT NULL, reward DOUBLE PRECISION, "
     "tokens BIGINT NOT NULL, latency_ms DOUBLE PRECISION NOT NULL, revision BIGINT NOT NULL",
     "forgotten": "memory_id #TEXT PRIMARY KEY, at DOUBLE PRECISION NOT NULL",
+    "lines": _LINES,
 }
 _INDEXES = (
     "traces_episode ON traces(scope_id, episode_id, created_at)",
@@ -189,6 +193,7 @@ _PREFIXES = (
     "PRIMARY KEY(scope_id, hash)"
 )
 _FIRST = TABLES | {"contributions": _CONTRIBUTIONS, "traces": _TRACES, "steps": _STEPS, "prefixes": _PREFIXES}
+_FIRST.pop("lines")
 _MIGRATIONS: dict[str, tuple[str, ...]] = {
     "p001_tables": (
         "CREATE EXTENSION IF NOT EXISTS vector SCHEMA public",
@@ -212,4 +217,10 @@ _MIGRATIONS: dict[str, tuple[str, ...]] = {
         f"ALTER TABLE steps ADD COLUMN {_MADE}",
     ),
     "p005_fewer_indexes": migrations.FEWER_INDEXES,
+    "p006_lines_and_procedures": (
+        f"CREATE TABLE lines({_LINES})",
+        *(f"CREATE INDEX {index}" for index in _LINE_INDEXES),
+        *(f"ALTER TABLE traces ADD COLUMN {column}" for column in _NAMED),
+        migrations.FOLD_OLDER,
+    ),
 }

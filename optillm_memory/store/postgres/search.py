@@ -133,7 +133,7 @@ _SETTINGS = """
 _NEAREST = """
     SELECT number, vector::halfvec({dimension}) <=> CAST(? AS halfvec({dimension})) AS distance
     FROM vectors JOIN memories ON memories.key_hash = vectors.key_hash
-    WHERE fingerprint = {fingerprint} AND scope_id = ? AND status = 'verified' AND kind = 'exemplar'
+    WHERE fingerprint = {fingerprint} AND scope_id = ? AND kind = 'exemplar' AND status IN ('verified', 'superseded')
     ORDER BY vector::halfvec({dimension}) <=> CAST(? AS halfvec({dimension})) LIMIT ?"""
 _VALID = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(?)"
 # The statistics of an index on vectors are of no use to anybody, and hold vectors.

@@ -29,12 +29,12 @@ Connection: TypeAlias = stdlib_sqlite3.Connection  # the type; the object may be
 DatabaseError: type[Exception] = sqlite3.DatabaseError
 OperationalError: type[Exception] = sqlite3.OperationalError
 IntegrityError: type[Exception] = sqlite3.IntegrityError
-LATEST = "m009_fewer_indexes"  # the last of the numbered migrations
+LATEST = "m010_lines_and_procedures"  # the last of the numbered migrations
 BUSY_TIMEOUT_S = 10.0
 _AWAY_S, _REOPENED_S = 5.0, 0.1  # how long who opens a file again waits for those who read, and they for that
 _TELL_S = 0.2
 _CHECKED_BYTES = 64 << 20  # a check reads the whole file: a larger one would delay the start
-WAL_BYTES = 16 << 20  # a larger WAL is copied into the file and cut off after the commit that made it so
+WAL_BYTES = 14 << 20  # a larger WAL is copied into the file and cut off after the commit that made it so
 WORDS_LEFT = "words_left"  # in `meta`: the full-text index may hold words of rows that were deleted
 _WORDS_SECURE = "SELECT 1 FROM memories_fts_config WHERE k = 'secure-delete' AND v = 1"
 _JOURNALS = ("-shm", "-wal", "-journal")

@@ -84,10 +84,19 @@ def m009_fewer_indexes(db: Database) -> None:
         db.execute(statement)
 
 
+@migrations()
+def m010_lines_and_procedures(db: Database) -> None:
+    """Make room for what the users of an agent wrote, by line; note the end user and the goal that a caller named."""
+    for statement in _M010:
+        db.execute(statement)
+
+
 FEWER_INDEXES = (
     *(f"DROP INDEX {name}" for name in ("steps_step_id", "steps_made_by", "injections_memory")),
     "CREATE INDEX prefixes_trace ON prefixes(trace_id)",
 )
+# What was recorded before procedures were learned is folded in the background, up to here.
+FOLD_OLDER = "INSERT INTO meta SELECT 'fold_upto', max(seq) FROM traces HAVING max(seq) > 0"
 _NUMBERED = re.compile(r"m\d{3}_")
 _M001 = (
     "CREATE TABLE meta(key TEXT PRIMARY KEY, value) WITHOUT ROWID",
@@ -273,4 +282,15 @@ _M008 = (
     "ALTER TABLE traces ADD COLUMN continuation TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE traces ADD COLUMN one_shot INTEGER NOT NULL DEFAULT 1",
     "ALTER TABLE steps ADD COLUMN made TEXT NOT NULL DEFAULT ''",
+)
+_M010 = (
+    """CREATE TABLE lines(
+        seq INTEGER PRIMARY KEY, scope_id INTEGER NOT NULL, episode_id TEXT NOT NULL, frame TEXT NOT NULL,
+        keys TEXT NOT NULL)""",
+    "CREATE INDEX lines_episode ON lines(scope_id, episode_id)",
+    "CREATE INDEX lines_frame ON lines(scope_id, frame, seq)",
+    "CREATE INDEX memories_key ON memories(key_hash, scope_id) WHERE key_hash <> ''",  # those of the same task
+    "ALTER TABLE traces ADD COLUMN end_user TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE traces ADD COLUMN goal TEXT NOT NULL DEFAULT ''",
+    FOLD_OLDER,
 )

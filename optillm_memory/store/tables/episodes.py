@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from optillm_memory.conversation.episodes import Candidate, forks_of, root_of
+from optillm_memory.inject.advice import FAILURE
 from optillm_memory.records import Injected, Placement, Scope, Trace
 from optillm_memory.store.backend import Pool
 from optillm_memory.store.sqlite.connection import Connection, marks
 from optillm_memory.store.tables import scopes
 from optillm_memory.store.tables.feedback import STANDING
-from optillm_memory.store.tables.forgotten import gone_of
 
 _BEGIN_ALIKE = 16  # conversations that begin alike; of more the latest are considered
 
@@ -89,16 +89,21 @@ class EpisodeReads:
             for anchor, position, form, payload, items in found
         ]
 
-    def forgotten(self, memory_ids: Iterable[str]) -> set[str]:
-        """Return those of the memories that were forgotten: no copy of them may be used."""
-        if not (named := set(memory_ids)):
+    def unusable(self, scope: Scope, memory_ids: Iterable[str]) -> set[str]:
+        """Return those of the memories of which no copy may be used (any more): forgotten, switched off, or in doubt.
+
+        A fix may be a candidate, which says so where it stands; that an action failed is no memory.
+        """
+        named = {memory_id for memory_id in memory_ids if not memory_id.startswith(FAILURE)}
+        if not named:
             return named
         with self.readers.borrow() as db:
-            return gone_of(db, named)
+            sql = f"SELECT memory_id FROM memories WHERE +scope_id = ? AND memory_id IN ({marks(named)}) AND {_USABLE}"
+            return named - {row[0] for row in db.execute(sql, (scopes.known(db, scope), *named)).fetchall()}
 
-    def unforgotten(self, placements: Sequence[Placement]) -> list[Placement]:
-        """Return these placements without those of memories that were forgotten since."""
-        gone = self.forgotten(item.memory_id for placement in placements for item in placement.items)
+    def still_usable(self, scope: Scope, placements: Sequence[Placement]) -> list[Placement]:
+        """Return these placements without those that have something of a memory that may not be used any more."""
+        gone = self.unusable(scope, (item.memory_id for placement in placements for item in placement.items))
         return [p for p in placements if not any(item.memory_id in gone for item in p.items)]
 
 
@@ -109,6 +114,8 @@ def _candidate(db: Connection, scope: Scope, scope_id: int, prefix: str, episode
     return Candidate(episode_id, float(latest), bool(closed), frozenset(row[0] for row in continued))
 
 
+# What was superseded stays where it stands, for the provider's prompt cache.
+_USABLE = "(status IN ('verified', 'superseded') OR (status = 'candidate' AND kind = 'fix'))"
 # An episode's latest request, whether it has an outcome (its own, or this very answer was verified as right), and how
 # it has gone on from a prefix.
 _CANDIDATE = f"""

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from optillm_memory.learn import exemplars
+from optillm_memory.learn.conflicts import superseded, words_of
 from optillm_memory.learn.exemplars import Learned
 from optillm_memory.records import Trace
 from optillm_memory.store.backend import Dialect
-from optillm_memory.store.sqlite.connection import Connection
+from optillm_memory.store.sqlite.connection import Connection, marks
 from optillm_memory.store.tables import words
 from optillm_memory.store.tables.exposures import ExposureTable
 from optillm_memory.store.tables.meta import Counters
+from optillm_memory.store.tables.procedures import OF_PROCEDURES, PREFIX, ProcedureTable
 from optillm_memory.store.tables.scopes import ScopeTable
 from optillm_memory.store.tables.vectors import key_hash
 
@@ -41,6 +43,7 @@ class ExemplarTable:
     scopes: ScopeTable
     counters: Counters
     exposures: ExposureTable
+    procedures: ProcedureTable
     dialect: Dialect
 
     def put(self, trace: Trace, learned: Learned, *, untouched: bool = False) -> None:
@@ -50,7 +53,7 @@ class ExemplarTable:
         """
         before = [] if untouched else self.db.execute(_TAUGHT, (trace.trace_id,)).fetchall()
         if before:
-            self.db.execute("DELETE FROM contributions WHERE trace_id = ?", (trace.trace_id,))
+            self.db.execute(_UNTEACH, (trace.trace_id,))
         touched: dict[str, int] = {memory_id: int(number) for memory_id, number in before}
         by_memory: dict[str, list[_Contribution]] = {}
         for item in self._contributions(trace, learned, untouched=untouched):
@@ -73,14 +76,23 @@ class ExemplarTable:
                 for item in by_memory.get(memory_id, ())
             ],
         )
+        tasks = {self._task_of(number) for number in touched.values()}
         for memory_id, number in sorted(touched.items()):
             self._refresh(number, memory_id, revision)
+        tasks |= {self._task_of(number) for number in touched.values()}
+        if fresh:
+            tasks.add((key_hash(trace.task), self.scopes.number(trace.scope), trace.frame))
+        for task in sorted(tasks):
+            self._settle(task, revision)
 
     def refresh(self, memory_id: str, revision: int) -> None:
         """Bring a memory up to date with all evidence on it."""
         number, _ = self._known(memory_id)
         if number is not None:
+            tasks = {self._task_of(number)}
             self._refresh(number, memory_id, revision)
+            for task in sorted(tasks | {self._task_of(number)}):
+                self._settle(task, revision)
 
     def touch(self, numbers: Iterable[int]) -> None:
         """Give memories a new revision, so that every process loads them again."""
@@ -109,6 +121,9 @@ class ExemplarTable:
         return found + [_Contribution(row[0], "use", success, result.verified, None) for row in used]
 
     def _refresh(self, number: int, memory_id: str, revision: int) -> None:
+        if memory_id.startswith(PREFIX):
+            self.procedures.refresh(memory_id)
+            return
         right, wrong, any_right, used_right, used_wrong, before, exposed = self.db.execute(
             _TALLY, (number, memory_id, number)
         ).fetchone()
@@ -130,6 +145,34 @@ class ExemplarTable:
             words.put(self.db, number, scope_id, task)
         elif state != "verified" and before == "verified":
             words.drop(self.db, number)
+
+    def _task_of(self, number: int) -> tuple[str, int, str]:
+        """Return what the memories of the same task have in common: key hash, scope and frame."""
+        key, scope_id, frame = self.db.execute(_TASK_OF, (number,)).fetchone()
+        return str(key), int(scope_id), str(frame)
+
+    def _settle(self, task: tuple[str, int, str], revision: int) -> None:
+        """Bring up to date which of the verified answers to a task later ones supersede."""
+        found = self.db.execute(_SAME_TASK, task).fetchall() if task[0] else []
+        if len(found) < 2 and all(status == "verified" for _, _, status, _ in found):  # noqa: PLR2004
+            return
+        verified: dict[int, list[float]] = {row[0]: [] for row in found}
+        for number, at in self.db.execute(f"{_VERIFIED_AT} AND number IN ({marks(found)})", [row[0] for row in found]):
+            verified[number].append(float(at))
+        alike: dict[str, dict[str, list[float]]] = {}
+        for number, memory_id, _, text in found:
+            alike.setdefault(words_of(text), {})[memory_id] = verified[number]
+        gone = {memory_id for times in alike.values() for memory_id in superseded(times)}
+        for number, memory_id, before, text in found:
+            state = "superseded" if memory_id in gone else "verified"
+            if state != before:
+                self.db.execute(
+                    "UPDATE memories SET status = ?, revision = ? WHERE number = ?", (state, revision, number)
+                )
+                if state == "verified":
+                    words.put(self.db, number, task[1], text)
+                else:
+                    words.drop(self.db, number)
 
     def _put_fresh(self, trace: Trace, items: Sequence[_Contribution], revision: int, *, exposed: bool) -> int:
         """Insert a memory that there was no evidence on before this trace; return its number."""
@@ -179,7 +222,18 @@ _WITHDRAW = """
 # A memory's number, and whether its uplift was ever measured.
 _KNOWN = """
     SELECT (SELECT number FROM memories WHERE memory_id = ?), EXISTS (SELECT 1 FROM exposures WHERE memory_id = ?)"""
-_TAUGHT = "SELECT memory_id, number FROM contributions JOIN memories USING (number) WHERE trace_id = ?"
+_TAUGHT = f"""
+    SELECT memory_id, number FROM contributions JOIN memories USING (number)
+    WHERE trace_id = ? AND role NOT IN {OF_PROCEDURES}"""
+_UNTEACH = f"DELETE FROM contributions WHERE trace_id = ? AND role NOT IN {OF_PROCEDURES}"
+# What answers the same task, and when each answer was verified.
+_TASK_OF = "SELECT key_hash, scope_id, frame FROM memories WHERE number = ?"
+_SAME_TASK = """
+    SELECT number, memory_id, status, task FROM memories WHERE key_hash = ? AND scope_id = ? AND frame = ?
+    AND key_hash <> '' AND kind = 'exemplar' AND status IN ('verified', 'superseded')"""
+_VERIFIED_AT = """
+    SELECT number, created_at FROM contributions JOIN traces USING (trace_id)
+    WHERE role = 'evidence' AND success AND verified"""
 # Verified right and wrong answers, any right answer, and verified outcomes of the requests it was injected into; its
 # status, and whether its uplift was ever measured.
 _TALLY = """

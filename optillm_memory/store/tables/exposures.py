@@ -152,7 +152,8 @@ _CONCERNED = """
 _USED = """
     SELECT traces.trace_id, memory_id, kind, 0 FROM traces JOIN scopes ON scopes.id = traces.scope_id
     JOIN injections ON injections.trace_id = traces.trace_id WHERE ({0})
-    UNION SELECT traces.trace_id, memory_id, 'exemplar', 1 FROM traces JOIN scopes ON scopes.id = traces.scope_id
+    UNION SELECT traces.trace_id, memory_id, CASE WHEN memory_id LIKE 'proc-%' THEN 'procedure' ELSE 'exemplar' END, 1
+    FROM traces JOIN scopes ON scopes.id = traces.scope_id
     JOIN proposals ON proposals.trace_id = traces.trace_id WHERE ({0}) AND (served OR reason = 'holdout')"""
 _DECISIONS = """
     WITH chosen AS (

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optillm_memory.learn.attempts import OUTPUT_LIMIT, environment_of, shortened
+from optillm_memory.learn.dialect import LANGUAGE
 from optillm_memory.learn.fixes import Fix, FixEvidence, fix_status, value_in
 from optillm_memory.records import KnownFix, PastAttempt, Scope
 from optillm_memory.store.backend import Pool
@@ -123,11 +124,14 @@ class FixReads:
         environment: str,
         episode_id: str,
         start: str = "",
+        action: str = "",
+        output: str = "",
         limit: int = 200,
     ) -> list[KnownFix]:
         """Return the fixes of a tool's failures that may be suggested, those of the same error first.
 
-        `start` is what the failing actions begin with. What rests on the asking episode alone is excluded.
+        Among these come first those of this very `action`, and of this very `output`. `start` is what the failing
+        actions begin with. What rests on the asking episode alone is excluded.
         """
         with self.readers.borrow() as db:
             found = db.execute(
@@ -136,8 +140,8 @@ class FixReads:
                 "AND substr(action, 1, length(?)) = ? AND status IN ('verified', 'candidate') "
                 "AND EXISTS (SELECT 1 FROM fix_evidence WHERE success "
                 "AND fix_evidence.memory_id = fixes.memory_id AND episode_id <> ?) "
-                "ORDER BY signature = ? DESC, revision DESC, memory_id LIMIT ?",
-                (scopes.known(db, scope), tool, start, start, episode_id, signature, limit),
+                "ORDER BY signature = ? DESC, action = ? DESC, output = ? DESC, revision DESC, memory_id LIMIT ?",
+                (scopes.known(db, scope), tool, start, start, episode_id, signature, action, shortened(output), limit),
             ).fetchall()
             tallies: dict[str, dict[str, tuple[int, int, int, int]]] = {}
             for memory_id, where, *counts in db.execute(
@@ -177,6 +181,37 @@ class FixReads:
             ).fetchall()
         return [key.split("\x1f")[2] for key, tags in found if environment_of(json.loads(tags)) == environment]
 
+    def served(self, scope: Scope, memory_id: str, task: str) -> bool:
+        """Whether a fix was found in an episode with this task."""
+        with self.readers.borrow() as db:
+            found = db.execute(
+                "SELECT 1 FROM fix_evidence JOIN traces USING (trace_id) WHERE fix_evidence.scope_id = ? "
+                "AND memory_id = ? AND success AND task = ? LIMIT 1",
+                (scopes.known(db, scope), memory_id, task),
+            ).fetchone()
+        return found is not None
+
+    def dialect(self, scope: Scope, tool: str) -> frozenset[str]:
+        """Return the forms of message that are errors of a tool in this scope."""
+        with self.readers.borrow() as db:
+            found = db.execute(
+                "SELECT DISTINCT signature FROM attempts WHERE scope_id = ? AND action_key >= ? AND action_key < ? "
+                "AND basis = ?",
+                (scopes.known(db, scope), f"{tool}\x1f", f"{tool}\x20", LANGUAGE),
+            ).fetchall()
+        return frozenset(row[0] for row in found)
+
+    def is_constant(self, scope: Scope, tool: str, word: str) -> bool:
+        """Whether a word stands in actions of three tasks or more that did not fail, and so belongs to none."""
+        with self.readers.borrow() as db:
+            found = db.execute(
+                "SELECT count(DISTINCT episode_id), count(DISTINCT task) FROM (SELECT attempts.episode_id, task FROM "
+                f"{_TRIED} AND action_key >= ? AND action_key < ? AND verdict <> 'failure' "
+                "AND instr(action_key, ?) > 0 LIMIT ?)",
+                (scopes.known(db, scope), f"{tool}\x1f", f"{tool}\x20", word, _SEEN),
+            ).fetchone()
+        return bool(min(found) >= _TASKS)
+
     def past_attempts(self, scope: Scope, action_key: str, *, environment: str, limit: int = 50) -> list[PastAttempt]:
         """Return the earlier tries of an action in one environment, latest first."""
         with self.readers.borrow() as db:
@@ -189,6 +224,8 @@ class FixReads:
 
 
 _KNOWN = ("memory_id", "status", "tool", "field", "action", "output", "signature", "relation", "text")
+_TASKS = 3  # of which a constant stands in the actions
+_SEEN = 300  # actions with a word that are looked at
 _TRIED = """
     attempts JOIN steps USING (scope_id, episode_id, step_id) JOIN traces USING (trace_id)
     WHERE attempts.scope_id = ?"""

@@ -103,16 +103,19 @@ class RecallReads:
             ).fetchall()
         return {row[0]: memory_of(row) for row in found}
 
-    def last_verified(self, scope: Scope, memory_ids: Sequence[str]) -> Mapping[str, float]:
-        """Return when each memory was verified last: the time of the trace, in Unix seconds."""
+    def verified_at(self, scope: Scope, memory_ids: Sequence[str]) -> Mapping[str, Sequence[float]]:
+        """Return when each memory was verified: the times of the traces, in Unix seconds."""
         with self.readers.borrow() as db:
             found = db.execute(
-                "SELECT memory_id, max(traces.created_at) FROM memories CROSS JOIN contributions USING (number) "
+                "SELECT memory_id, traces.created_at FROM memories CROSS JOIN contributions USING (number) "
                 f"CROSS JOIN traces USING (trace_id) WHERE memory_id IN ({marks(memory_ids)}) "
-                "AND +memories.scope_id = ? AND role = 'evidence' AND success AND verified GROUP BY memory_id",
+                "AND +memories.scope_id = ? AND role = 'evidence' AND success AND verified",
                 (*memory_ids, scopes.known(db, scope)),
             ).fetchall()
-        return {memory_id: float(at) for memory_id, at in found}
+        times: dict[str, list[float]] = {}
+        for memory_id, at in found:
+            times.setdefault(memory_id, []).append(float(at))
+        return times
 
     def of_episode_alone(self, scope: Scope, memory_ids: Sequence[str], episode_id: str) -> set[str]:
         """Return those of the memories that rest on this episode, or the one it began with, and on no other."""

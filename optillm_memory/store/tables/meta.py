@@ -33,6 +33,16 @@ class Counters:
         """Write one value: whether writing works at all."""
         self._db.execute("INSERT INTO meta VALUES ('probe', 1) ON CONFLICT (key) DO UPDATE SET value = meta.value + 1")
 
+    def value(self, name: str) -> int:
+        """Return a number that is kept here, 0 where it is not."""
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (name,)).fetchone()
+        return int(row[0]) if row else 0
+
+    def put(self, name: str, value: int) -> None:
+        """Keep a number."""
+        sql = "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value"
+        self._db.execute(sql, (name, value))
+
     def _next(self, counter: str) -> int:
         row = self._db.execute("UPDATE meta SET value = value + 1 WHERE key = ? RETURNING value", (counter,)).fetchone()
         return int(row[0])

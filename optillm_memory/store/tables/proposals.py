@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from optillm_memory.decide.actions import NextAction, action_partition
 from optillm_memory.decide.agreement import Proposal
 from optillm_memory.decide.gate import Decision, Label
 from optillm_memory.decide.gate_updater import Change
@@ -18,7 +19,9 @@ from optillm_memory.store.backend import Pool
 from optillm_memory.store.sqlite.connection import Connection, marks
 from optillm_memory.store.tables import memories, meta, scopes
 from optillm_memory.store.tables.meta import Counters
+from optillm_memory.store.tables.procedures import PREFIX
 from optillm_memory.store.tables.traces import TraceTable
+from optillm_memory.store.tables.vectors import SEARCHED
 
 _AUDITED = "audit"
 
@@ -35,6 +38,15 @@ class ProposalTable:
     def add(self, trace: Trace, scope_id: int, proposal: Proposal, decision: Decision) -> None:
         """Append what memory would have answered to a trace, and what the gate decided."""
         self.traces.touch(trace.trace_id)
+        if proposal.memory_ids[0].startswith(PREFIX):
+            if (
+                not decision.serve
+                and self.db.execute(
+                    _PROPOSED_BEFORE, (scope_id, trace.episode_id, proposal.answer, trace.trace_id)
+                ).fetchone()
+            ):
+                return  # the same action again, as long as the agent does not take it: one label is enough
+            trace = replace(trace, partition=action_partition(trace.frame, NextAction.of_text(proposal.answer).tool))
         parts = {name: getattr(proposal, name) for name in ("agreement", "similarity", "margin", "encoder")}
         self.db.execute(
             "INSERT INTO proposals VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
@@ -50,6 +62,24 @@ class ProposalTable:
             (trace.trace_id, scope_id, self.counters.revision()),
         )
 
+    def actions_of(self, scope_id: int, episode_id: str) -> list[tuple[str, NextAction, bool, bool | None]]:
+        """Return (trace id, action, served, label) of the actions that memory proposed in an episode."""
+        found = self.db.execute(_ACTIONS, (scope_id, episode_id)).fetchall()
+        return [
+            (trace_id, NextAction.of_text(answer), bool(served), None if correct is None else bool(correct))
+            for trace_id, answer, served, correct in found
+        ]
+
+    def put_action_label(self, trace_id: str, correct: bool | None) -> None:
+        """Bring the label of an action up to date; one that was served and wrong counts against its procedure."""
+        revision = self.counters.revision()
+        self.db.execute("UPDATE labels SET correct = ?, revision = ? WHERE trace_id = ?", (correct, revision, trace_id))
+        self.db.execute(
+            "UPDATE memories SET revision = ? WHERE memory_id = (SELECT memory_id FROM proposals "
+            "WHERE trace_id = ? AND (served OR audit))",
+            (revision, trace_id),
+        )
+
     def put_label(self, trace: Trace, learned: Learned) -> None:
         """Bring the label of a trace's proposal up to date, and the memory that a hit rested on."""
         row = self.db.execute(
@@ -57,7 +87,7 @@ class ProposalTable:
             "WHERE trace_id = ?",
             (trace.trace_id,),
         ).fetchone()
-        if row is None:
+        if row is None or row[1].startswith(PREFIX):  # an action's label is found with its episode
             return
         proposed, memory_id, hit, before = row
         correct = label(trace, learned, proposed, self.normal)
@@ -71,6 +101,15 @@ class ProposalTable:
             self.db.execute("UPDATE memories SET revision = ? WHERE memory_id = ?", (revision, memory_id))
 
 
+# Whether an action was proposed earlier in its episode.
+_PROPOSED_BEFORE = """
+    SELECT 1 FROM traces CROSS JOIN proposals USING (trace_id) WHERE traces.scope_id = ? AND episode_id = ?
+    AND proposals.answer = ? AND trace_id < ? LIMIT 1"""
+_ACTIONS = f"""
+    SELECT trace_id, proposals.answer, served, correct FROM traces CROSS JOIN proposals USING (trace_id)
+    JOIN labels USING (trace_id) WHERE traces.scope_id = ? AND episode_id = ? AND memory_id LIKE '{PREFIX}%'"""
+
+
 @dataclass
 class ProposalReads:
     """The read half, for the gate; every call is bound to one scope."""
@@ -82,12 +121,11 @@ class ProposalReads:
         return meta.version(self.readers, scope)
 
     def exemplars(self, scope: Scope, numbers: Iterable[int]) -> Mapping[int, Exemplar]:
-        """Return the verified exemplars of the scope that have these numbers, as the gate sees them."""
+        """Return the exemplars of the scope that have these numbers, as the gate sees them; also superseded ones."""
         wanted = list(numbers)
         with self.readers.borrow() as db:
             found = db.execute(
-                f"{memories.SELECT} WHERE +scope_id = ? AND status = 'verified' AND kind = 'exemplar' "
-                f"AND number IN ({marks(wanted)})",
+                f"{memories.SELECT} WHERE +scope_id = ? AND {SEARCHED} AND number IN ({marks(wanted)})",
                 (scopes.known(db, scope), *wanted),
             ).fetchall()
             asked, ids = [row[0] for row in found], [row[1] for row in found]

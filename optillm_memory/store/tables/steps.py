@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optillm_memory.conversation.actions import action_of
-from optillm_memory.conversation.observation import read
+from optillm_memory.conversation.actions import Action, action_of
+from optillm_memory.conversation.observation import Reading, read
 from optillm_memory.learn.attempts import Attempt, inferred_id, message_of, nature_of, shortened
+from optillm_memory.learn.dialect import LANGUAGE, Reply, form_of, is_error
 from optillm_memory.records import Scope, Step
 from optillm_memory.store.sqlite.connection import Connection, marks, objects
 from optillm_memory.store.tables.scopes import ScopeTable
@@ -101,12 +102,60 @@ class StepTable:
             for step_id, parent, trace_id, tool, arguments, *rest in found
         ]
 
+    def learn_dialect(self, scope: Scope, episode_id: str, step_ids: Collection[str] | None) -> list[str]:
+        """Decide anew which forms of message of these steps (of all, for None) are errors; return affected episodes.
+
+        The decision depends on what the log holds of a tool's results, not on earlier decisions.
+        """
+        scope_id = self.scopes.number(scope)
+        found = self.db.execute(
+            "SELECT DISTINCT tool, signature FROM attempts JOIN steps USING (scope_id, episode_id, step_id) "
+            "WHERE scope_id = ? AND episode_id = ? AND basis IN (?, ?)"
+            + ("" if step_ids is None else f" AND step_id IN ({marks(step_ids)})"),
+            (scope_id, episode_id, _FORM, LANGUAGE, *(step_ids or ())),
+        ).fetchall()
+        affected: dict[str, None] = {}
+        for tool, form in found:
+            of_form = (scope_id, f"{tool}\x1f", f"{tool}\x20", form)
+            new = (LANGUAGE, "failure") if is_error(form, self._replies(of_form)) else (_FORM, "unknown")
+            for row in self.db.execute(
+                f"SELECT DISTINCT episode_id FROM attempts WHERE {_OF_FORM} AND basis <> ?", (*of_form, new[0])
+            ).fetchall():
+                affected[row[0]] = None
+            self.db.execute(
+                f"UPDATE attempts SET basis = ?, verdict = ? WHERE {_OF_FORM} AND basis IN (?, ?) AND basis <> ?",
+                (*new, *of_form, _FORM, LANGUAGE, new[0]),
+            )
+        return list(affected)
+
+    def _replies(self, of_form: tuple[int, str, str, str]) -> list[Reply]:
+        """Return the latest results of a form, and the latest others of the tool, with the calls that followed."""
+        scope_id, low, high, form = of_form
+        found: list[Reply] = []
+        for same in ("=", "<>"):
+            for episode, key, own, after, after_form, failed in self.db.execute(
+                "SELECT a.episode_id, a.action_key, CASE WHEN a.basis IN (?, ?) THEN a.signature ELSE '' END, "
+                "b.action_key, CASE WHEN b.basis IN (?, ?) THEN b.signature ELSE '' END, "
+                "b.verdict = 'failure' AND b.basis <> ? FROM attempts AS a LEFT JOIN steps AS s ON s.scope_id = "
+                "a.scope_id AND s.episode_id = a.episode_id AND s.parent_id = a.step_id LEFT JOIN attempts AS b ON "
+                "b.scope_id = s.scope_id AND b.episode_id = s.episode_id AND b.step_id = s.step_id "
+                f"WHERE a.scope_id = ? AND a.action_key >= ? AND a.action_key < ? AND a.signature {same} ? "
+                "AND (a.basis IN (?, ?) OR a.verdict <> 'failure') ORDER BY a.at DESC, a.episode_id, a.step_id LIMIT ?",
+                (_FORM, LANGUAGE, _FORM, LANGUAGE, LANGUAGE, scope_id, low, high, form, _FORM, LANGUAGE, _REPLIES),
+            ).fetchall():
+                following = _action_of(after) if after is not None else None
+                found.append(Reply(episode, _action_of(key), own, following, after_form or "", bool(failed)))
+        return found
+
     def _interpret(
         self, key: tuple[int, str], step_id: str, tool: str, arguments: str, observation: str, at: float
     ) -> None:
         reading = read(observation, tool=tool, arguments=arguments)
         signature = reading.signature.key if reading.signature else ""
         result = (reading.verdict, nature_of(reading, observation), signature, message_of(reading, observation))
+        if reading.verdict == "unknown" and (form := form_of(observation)) is not None:
+            # It may turn out to be an error in this tool's dialect.
+            result = ("unknown", _FORM, form.key, message_of(Reading("failure", signature=form), observation))
         self.db.execute(
             "INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (*key, step_id, action_of(tool, arguments).key, *result, shortened(observation), at),
@@ -124,6 +173,14 @@ def steps_of(db: Connection, scope_id: int, episode_id: str) -> list[dict[str, A
     )
 
 
+def _action_of(key: str) -> Action:
+    tool, field, text, *rest = key.split("\x1f")
+    return Action(tool, field, text, rest[0] if rest else "")
+
+
+_FORM = "form"  # the basis of a verdict that is unknown: the form of the message is kept
+_REPLIES = 200
+_OF_FORM = "scope_id = ? AND action_key >= ? AND action_key < ? AND signature = ?"
 _STEP = "scope_id = ? AND episode_id = ? AND step_id = ?"
 # The trace whose answer ended a prefix in this episode.
 _MAKER = """

@@ -62,6 +62,11 @@ class TraceTable:
         """Return the ids of all traces, oldest first."""
         return [row[0] for row in self._db.execute("SELECT trace_id FROM traces ORDER BY created_at, trace_id")]
 
+    def after(self, seq: int, upto: int, limit: int) -> list[tuple[int, str]]:
+        """Return (number, id) of the next traces after a number, up to another."""
+        sql = "SELECT seq, trace_id FROM traces WHERE seq > ? AND seq <= ? ORDER BY seq LIMIT ?"
+        return [(int(number), str(name)) for number, name in self._db.execute(sql, (seq, upto, limit)).fetchall()]
+
     # -- episodes ----------------------------------------------------------------------------------
 
     def episodes(self) -> list[tuple[Scope, str]]:
@@ -85,6 +90,13 @@ class TraceTable:
         """Return the ids of an episode's traces, oldest first."""
         sql = f"SELECT trace_id FROM traces WHERE {_OF_EPISODE} ORDER BY created_at, trace_id"
         return [str(row[0]) for row in self._db.execute(sql, self._key(scope, episode_id)).fetchall()]
+
+    def latest(self, scope: Scope, episode_id: str) -> Trace | None:
+        """Return the latest trace of an episode, one that did not fail where there is one."""
+        order = "ORDER BY CASE WHEN error IS NULL THEN 0 ELSE 1 END, created_at DESC, trace_id DESC LIMIT 1"
+        sql = f"SELECT trace_id FROM traces WHERE {_OF_EPISODE} {order}"
+        row = self._db.execute(sql, self._key(scope, episode_id)).fetchone()
+        return self.get(row[0]) if row else None
 
     def closing(self, scope: Scope, episode_id: str) -> str | None:
         """Return the latest trace of the episode that has an answer in words."""
@@ -121,6 +133,10 @@ class TraceTable:
         if not touched:
             self._untouched[trace.scope, trace.episode_id] = trace.trace_id
         return not touched
+
+    def is_untouched(self, trace: Trace) -> bool:
+        """Whether a trace is known to be untouched."""
+        return self._untouched.get((trace.scope, trace.episode_id)) == trace.trace_id
 
     def take_untouched(self, trace_id: str, received_at: float) -> Trace | None:
         """Return a trace that is still untouched, for feedback of this age; after that it no longer is."""
@@ -170,6 +186,7 @@ _NAMES = (
     *("trace_id", "episode_id", "created_at", "model", "approach", "action", "held_out", "propensity", "task"),
     *("frame", "messages", "answer", "finish_reason", "error", "skipped", "prompt_tokens", "completion_tokens"),
     *("latency_ms", "recall_ms", "tags", "extra_calls", "partition", "continued", "continuation", "one_shot"),
+    *("end_user", "goal"),
 )
 _FLAGS = ("held_out", "one_shot")
 _VALUES, _TAGS = attrgetter(*_NAMES), _NAMES.index("tags")

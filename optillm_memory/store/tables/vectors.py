@@ -11,7 +11,8 @@ from optillm_memory.conversation.parse import key_of
 from optillm_memory.store.backend import Dialect, Pool
 from optillm_memory.store.sqlite.connection import Connection, marks
 
-SEARCHED = "kind = 'exemplar' AND status = 'verified'"
+# Recall leaves out what is superseded; to the gate it is a neighbour that disagrees.
+SEARCHED = "kind = 'exemplar' AND status IN ('verified', 'superseded')"
 # Numbers examined in one statement: some milliseconds, so that no reader holds on to an old state for long.
 _STRETCH = 2_000
 

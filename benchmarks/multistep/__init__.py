@@ -1,0 +1,1 @@
+"""Multi-step tasks for the scripted agent: environment, policy, and four passes over them."""
