@@ -14,7 +14,6 @@ from optillm_memory.conversation.goal import (
     KEY_LENGTH,
     SharedLines,
     goal_of,
-    has_shared_lines,
     line_key,
     line_keys,
     own_utterances,
@@ -124,9 +123,6 @@ def test_lines_of_three_conversations_are_the_agent_s() -> None:
     shared = known(*(f"{MANUAL.replace('3', str(n))}\nTask: free {n} disks of {name}" for n, name in enumerate("abc")))
     text = f"{MANUAL.replace('3', '77')}\nTask: rotate the keys"
     assert goal_of([text], shared) == "Task: rotate the keys"
-    assert has_shared_lines([text], shared)
-    assert not has_shared_lines(["Task: rotate the keys"], shared)
-    assert not has_shared_lines([MANUAL], shared)
 
 
 def test_two_conversations_are_not_enough() -> None:
@@ -178,7 +174,6 @@ def test_nothing_written_has_no_goal() -> None:
     """No utterance, or none with a line, is no goal, known agent or not."""
     assert goal_of([], SharedLines()) == goal_of([], known("a", "b", "c")) == ""
     assert goal_of(["\n\n"], known("a", "b", "c")) == ""
-    assert not has_shared_lines([], known("a", "b", "c"))
 
 
 LINES = st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=4).map("\n".join)

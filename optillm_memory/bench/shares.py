@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from optillm_memory.learn.confidence import wilson
+
 _Z = 1.959964  # of a normal distribution, 95 % lies within so many standard deviations
 
 
@@ -13,10 +15,9 @@ def share(name: str, count: int, total: int) -> dict[str, Any]:
     """Return a share with its count and its interval (Wilson 1927); no value where there was nothing to count."""
     if not total:
         return {name: None, f"{name}_count": "0/0", f"{name}_interval": None}
-    p, z2 = count / total, _Z * _Z
-    middle = (p + z2 / (2 * total)) / (1 + z2 / total)
-    half = _Z * math.sqrt(p * (1 - p) / total + z2 / (4 * total * total)) / (1 + z2 / total)
-    return {name: round(p, 4), f"{name}_count": f"{count}/{total}", f"{name}_interval": _within(middle, half)}
+    found = wilson(count, total, _Z)
+    interval = _within(found.low, found.high)
+    return {name: round(count / total, 4), f"{name}_count": f"{count}/{total}", f"{name}_interval": interval}
 
 
 def mean(name: str, values: Sequence[float]) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def mean(name: str, values: Sequence[float]) -> dict[str, Any]:
         return {name: None, f"{name}_count": 0, f"{name}_interval": None}
     middle = sum(values) / n
     spread = math.sqrt(sum((v - middle) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
-    interval = None if spread is None else _within(middle, _Z * spread)
+    interval = None if spread is None else _within(middle - _Z * spread, middle + _Z * spread)
     return {name: round(middle, 4), f"{name}_count": n, f"{name}_interval": interval}
 
 
@@ -39,7 +40,8 @@ def ratio(name: str, parts: Sequence[tuple[int, int]]) -> dict[str, Any]:
     interval = None
     if n > 1:
         variance = n / (n - 1) * sum((a - found * b) ** 2 for a, b in parts) / (below * below)
-        interval = _within(found, _Z * math.sqrt(variance))
+        half = _Z * math.sqrt(variance)
+        interval = _within(found - half, found + half)
     return {name: round(found, 4), f"{name}_count": f"{above}/{below}", f"{name}_interval": interval}
 
 
@@ -57,5 +59,5 @@ def lines(figures: Mapping[str, Any]) -> dict[str, Any]:
     return shown
 
 
-def _within(middle: float, half: float) -> list[float]:
-    return [round(max(0.0, middle - half), 4), round(min(1.0, middle + half), 4)]
+def _within(low: float, high: float) -> list[float]:
+    return [round(max(0.0, low), 4), round(min(1.0, high), 4)]

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from optillm_memory.conversation.steps import is_observation
@@ -60,6 +61,7 @@ def kept_lines(messages: Sequence[Mapping[str, Any]], *, one_shot: bool) -> list
     return [] if one_shot and len(keys) == 1 else keys
 
 
+@lru_cache(maxsize=16_384)  # an agent repeats its instructions with every request
 def line_key(line: str) -> str:
     """Return a line's key: a hash of its words, numbers masked, so that a counter makes no other line."""
     masked = _DIGITS.sub("0", " ".join(line.split()))
@@ -81,12 +83,6 @@ def own_utterances(texts: Sequence[str], shared: SharedLines) -> list[str]:
     least = min((shared.counts.get(key, 0) for lines in keyed for _, key in lines), default=0)
     kept = ["\n".join(line for line, key in lines if shared.counts.get(key, 0) == least) for lines in keyed]
     return [text for text in kept if text]
-
-
-def has_shared_lines(texts: Sequence[str], shared: SharedLines) -> bool:
-    """Whether some of the lines of texts are the agent's own, and some are not."""
-    held = {shared.holds(key) for key in line_keys(texts)}
-    return shared.conversations >= KNOWN_FROM and held == {True, False}
 
 
 def goal_of(texts: Sequence[str], shared: SharedLines) -> str:

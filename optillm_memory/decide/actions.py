@@ -31,6 +31,7 @@ from optillm_memory.learn.procedures.values import (
     shape_of_observation,
     stands_in,
     text_of_leaf,
+    values_at,
 )
 
 # The cosine by which a goal is farther away than the nearest when it has 1/e of its weight.
@@ -206,7 +207,7 @@ def _still_holds(step: ProcedureStep, done: Sequence[RunStep]) -> bool:
         given.setdefault(where, []).append(text_of_leaf(leaf))
     for slot in step.slots:
         if slot.kind == "step" and (source := _source(slot, done)) is not None:
-            shown = set(_shown(slot, source))
+            shown = set(values_at(source.observation, _path(slot)))
             if not all(v in shown if shown else stands_in(v, source.observation) for v in given.get(slot.name, ())):
                 return False
     return True
@@ -271,7 +272,7 @@ def _value(slot: Slot, texts: Sequence[str], done: Sequence[RunStep], is_constan
         return found[0] if len(found) == 1 else None
     if slot.kind == "step":
         source = _source(slot, done)
-        values = {} if source is None else _shown(slot, source)
+        values = {} if source is None else values_at(source.observation, _path(slot))
         return next(iter(values.values())) if len(values) == 1 else None
     if slot.kind == "constant" and is_constant(slot.origin):
         return parsed(slot.origin)
@@ -284,7 +285,5 @@ def _source(slot: Slot, done: Sequence[RunStep]) -> RunStep | None:
     return next((step for step in reversed(done) if step.tool == tool), None)
 
 
-def _shown(slot: Slot, source: RunStep) -> dict[str, Any]:
-    """Return the values that a step shows at an argument's place, by their text."""
-    path = slot.origin.partition(":")[2]
-    return {text_of_leaf(leaf): leaf for where, leaf in leaves(parsed(source.observation)) if where == path}
+def _path(slot: Slot) -> str:
+    return slot.origin.partition(":")[2]

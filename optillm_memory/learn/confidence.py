@@ -37,6 +37,14 @@ class Counts:
     without_failures: int = 0
 
 
+def wilson(count: int, total: int, z: float) -> Interval:
+    """Return the interval of a share of independent cases, `z` standard errors to each side (Wilson 1927)."""
+    share = count / total
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
+    return Interval(middle - half, middle + half)
+
+
 def lower_bound(
     payoffs: Array, floors: Array, counts: Array, alpha: float, *, least: float, most: float = 1.0
 ) -> float:

@@ -7,21 +7,21 @@ next: it calls the same tool again with similar arguments, and the answer has an
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 
 from optillm_memory.conversation.actions import Action, normal_action
 from optillm_memory.conversation.error_search import lines_of
 from optillm_memory.conversation.signature import Signature, normalised
 from optillm_memory.conversation.wrapping import unwrap
+from optillm_memory.learn.confidence import wilson
+from optillm_memory.learn.intents import alike
 
 LEAST_EPISODES = 8
 _LEAST_SHARE, _LIFT, _Z = 0.6, 0.25, 1.64
 _LINES, _CHARS, _WORDS = 3, 300, 3
-_ALIKE = 0.5
+_ALIKE, _COMPARED = 0.5, 400  # share, characters
 _WORD = re.compile(r"[^\W\d_]{2,}")
 LANGUAGE = "dialect"
 
@@ -59,7 +59,8 @@ def is_error(form: str, replies: Sequence[Reply]) -> bool:
         (own if reply.form == form else others).setdefault(reply.episode_id, []).append(_corrected(reply))
     if len(own) < LEAST_EPISODES:
         return False
-    low = _lower_bound([_most(found) for found in own.values()])
+    right = [_most(found) for found in own.values()]
+    low = wilson(sum(right), len(right), _Z).low
     usual = [_most(found) for found in others.values()]
     return low >= _LEAST_SHARE and low >= _LIFT + (sum(usual) / len(usual) if usual else 0.0)
 
@@ -79,7 +80,7 @@ def _is_like(one: Action, other: Action) -> bool:
     if first and second:
         same = sum(second.get(name) == value for name, value in first.items())
         return 2 * len(first.keys() & second.keys()) > len(first.keys() | second.keys()) and same > 0
-    return _ratio(normal_action(one.text), normal_action(other.text)) >= _ALIKE
+    return alike(normal_action(one.text)[:_COMPARED], normal_action(other.text)[:_COMPARED], _ALIKE)
 
 
 def _arguments(action: Action) -> Mapping[str, object]:
@@ -91,18 +92,5 @@ def _arguments(action: Action) -> Mapping[str, object]:
     return value if isinstance(value, dict) and len(value) > 1 else {}
 
 
-def _ratio(one: str, other: str) -> float:
-    return SequenceMatcher(None, one[:400], other[:400], autojunk=False).ratio()
-
-
 def _most(found: Sequence[bool]) -> bool:
     return 2 * sum(found) > len(found)
-
-
-def _lower_bound(outcomes: Sequence[bool]) -> float:
-    """Return the lower bound of a share (Wilson 1927)."""
-    count = len(outcomes)
-    share = sum(outcomes) / count
-    middle = share + _Z * _Z / (2 * count)
-    half = _Z * math.sqrt(share * (1 - share) / count + _Z * _Z / (4 * count * count))
-    return (middle - half) / (1 + _Z * _Z / count)

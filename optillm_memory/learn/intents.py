@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from difflib import SequenceMatcher
 from functools import lru_cache
-from typing import Any
 
 from optillm_memory.conversation.actions import Action
+from optillm_memory.learn.procedures.values import leaves, parsed
 
 LONGEST_FIX = 600  # characters: what is longer is a text of its own, and no correction of an action
 _ALIKE, _SHARED, _KEPT = 0.6, 0.34, 0.5
@@ -97,7 +96,7 @@ def _alike_words(one: list[str], other: list[str], before: str, after: str) -> b
     shared = len(first & second) / len(first | second)
     if shared >= _SHARED and (one[0] == other[0] or one[0] in other or len(one) > 1):
         return True
-    return _alike(before[:_COMPARED], after[:_COMPARED])
+    return alike(before[:_COMPARED], after[:_COMPARED], _ALIKE)
 
 
 def _objects(words: Sequence[str]) -> set[str]:
@@ -115,30 +114,14 @@ def _is_small(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
     return max(len(one), len(other)) - kept <= _FEW_WORDS or kept >= _KEPT * max(len(one), len(other))
 
 
-@lru_cache(maxsize=8192)  # an episode is mined again with each of its steps
-def _alike(one: str, other: str) -> bool:
+@lru_cache(maxsize=16_384)  # an episode is mined again with each of its steps
+def alike(one: str, other: str, least: float) -> bool:
+    """Whether two texts share so much of their characters, in order (Ratcliff and Metzener 1988)."""
     matcher = SequenceMatcher(None, one, other, autojunk=False)
     bounds = (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)  # each is an upper bound of the next
-    return all(bound() >= _ALIKE for bound in bounds)
+    return all(bound() >= least for bound in bounds)
 
 
-def _leaves(text: str) -> Iterator[str]:
-    if not text.startswith(("{", "[")):
-        return
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        yield text
-        return
-    yield from _texts(value)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _texts(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner)
+def _leaves(text: str) -> list[str]:
+    """Return the texts in JSON arguments; what looks like JSON and is none is one text."""
+    return [leaf for _, leaf in leaves(parsed(text)) if isinstance(leaf, str)] if text.startswith(("{", "[")) else []

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
-from optillm_memory.conversation.text import text_of
 from optillm_memory.decide.actions import NextAction, action_partition, propose_action
 from optillm_memory.decide.gate import CONFIDENT_AUDITS, Gate, is_audited
 from optillm_memory.learn.procedures.mine import run_of
@@ -50,7 +48,7 @@ class ActionDecider:
         """
         wanted = turn.options.reuse if turn.options.reuse and turn.options.reuse.get("actions") else None
         proposal = None
-        if not _ends_with_answer(turn):
+        if turn.parsed.ends_with_user or turn.parsed.ends_with_observation:
             found = self._procedures.solved(turn, turn.encoder_limit_s if wanted else _SHADOW_ENCODER_S)
             if found.near:
                 texts, done = run_of(turn.parsed.messages)
@@ -75,12 +73,3 @@ class ActionDecider:
         if decision.serve:
             return replace(turn, action="reuse")
         return turn.skip(f"reuse_{decision.reason}") if wanted else turn
-
-
-def _ends_with_answer(turn: Turn) -> bool:
-    messages = turn.parsed.messages
-    return not messages or messages[-1].get("role") not in ("user", "tool", "function") or not _has_text(messages)
-
-
-def _has_text(messages: Sequence[Mapping[str, Any]]) -> bool:
-    return any(message.get("role") == "user" and text_of(message).strip() for message in messages)

@@ -87,19 +87,9 @@ class Decider:
         refused = self._locator.refused_forms(turn)
         standing = [] if assignment.held_out or text_only else self._locator.standing(turn, refused)
         position = len(turn.parsed.messages) - 1
-        again = bool(standing) and standing[-1].position == position
-        if again:
-            rendering = None  # the very same request again: it gets what it got before
-        elif "block" in refused and (turn.parsed.ends_with_observation or refused == FORMS):
-            turn, rendering = turn.skip("refused_before"), None
-        elif turn.parsed.ends_with_observation:
-            turn, rendering = self._advice(turn, standing)
-        elif turn.parsed.is_first_turn:
-            turn, rendering = self._recalled(turn, standing, {*refused, "turns"} if text_only else refused)
-        else:  # a user's turn in the middle of a dialogue is not a task
-            rendering = None
-        if rendering is None and "block" not in refused and not again:
-            turn, rendering = self._procedure(turn, standing)
+        rendering = None
+        if not standing or standing[-1].position != position:  # the very same request gets what it got before
+            turn, rendering = self._rendered(turn, standing, refused | {"turns"} if text_only else refused)
         for memory_id in rendering.over_budget if rendering is not None else ():
             turn = turn.skip("over_budget", memory_id=memory_id)
         if assignment.held_out:
@@ -107,6 +97,26 @@ class Decider:
             return replace(turn, action="holdout", withheld=withheld) if withheld else turn
         fresh = placement_at(turn.parsed, position, rendering) if rendering is not None else None
         return turn.placing(standing, fresh)
+
+    def _rendered(
+        self, turn: Turn, standing: Sequence[Placement], refused: frozenset[str]
+    ) -> tuple[Turn, Rendering | None]:
+        """Return what memory has to say to the last message, in a form that was not refused, or why it says nothing."""
+        conversation = turn.parsed
+        if not conversation.ends_with_observation and not (conversation.ends_with_user and conversation.task.strip()):
+            return turn.skip("no_new_user_message"), None
+        if refused >= FORMS or ("block" in refused and conversation.ends_with_observation):
+            return turn.skip("refused_before"), None
+        rendering = None
+        if conversation.ends_with_observation:
+            rendering = self._advice(turn, standing)
+        elif conversation.is_first_turn:  # a user's turn in the middle of a dialogue is not a task
+            turn, hits = self._hits(turn, standing)
+            if hits and (rendering := self._exemplars(turn, hits, refused)) is None:
+                return turn.skip("refused_before"), None
+        if rendering is None and "block" not in refused:
+            turn, rendering = self._procedure(turn, standing)
+        return (turn if rendering is not None else turn.skip("nothing_relevant")), rendering
 
     def _reused(self, turn: Turn) -> Turn:
         """Return the turn with the answer or the action that memory gives by itself, where the caller wants it."""
@@ -123,35 +133,24 @@ class Decider:
         found = self._procedures.offer(turn)
         offer = found and shortened(found)
         if offer is None or turn.options.max_items == 0:
-            return turn.skip("nothing_relevant") if not turn.skipped else turn, None
+            return turn, None
         budget = turn.options.limits(1, self._settings.token_budget)["token_budget"]
         return replace(turn, offer=offer), as_procedure(offer, token_budget=budget)
 
-    def _advice(self, turn: Turn, standing: Sequence[Placement]) -> tuple[Turn, Rendering | None]:
+    def _advice(self, turn: Turn, standing: Sequence[Placement]) -> Rendering | None:
         advice = self._adviser.on_results(turn, self._locator.pending_advice(turn), standing)
-        if not advice:
-            return turn.skip("nothing_relevant"), None
         limits = turn.options.limits(self._settings.max_block_items, self._settings.token_budget)
-        return turn, as_advice(advice, **limits)
+        return as_advice(advice, **limits) if advice else None
 
-    def _recalled(
-        self, turn: Turn, standing: Sequence[Placement], refused: Collection[str]
-    ) -> tuple[Turn, Rendering | None]:
-        """Return what recall finds for a new user message, in a form that was not refused."""
-        conversation, settings = turn.parsed, self._settings
-        if not conversation.task.strip() or not conversation.ends_with_user:
-            return turn.skip("no_new_user_message"), None
-        turn, hits = self._hits(turn, standing)
-        if not hits:
-            return turn.skip("nothing_relevant"), None
-        rendering = render_fitting(
+    def _exemplars(self, turn: Turn, hits: Sequence[Hit], refused: Collection[str]) -> Rendering | None:
+        settings = self._settings
+        return render_fitting(
             hits,
-            conversation,
+            turn.parsed,
             refused,
             turns=turn.options.limits(settings.max_items, settings.token_budget),
             block=turn.options.limits(settings.max_block_items, settings.token_budget),
         )
-        return turn.skip("refused_before") if rendering is None else turn, rendering
 
     def _hits(self, turn: Turn, standing: Sequence[Placement]) -> tuple[Turn, list[Hit]]:
         """Return the hits that do not stand in the conversation already."""

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from optillm_memory.background.encoder_service import EncoderService
 from optillm_memory.conversation.goal import SharedLines, own_utterances, utterances
-from optillm_memory.conversation.observation import read
-from optillm_memory.conversation.parse import Conversation, key_of
+from optillm_memory.conversation.parse import key_of
 from optillm_memory.conversation.text import text_of
-from optillm_memory.learn.procedures.mine import SAY
+from optillm_memory.learn.procedures.mine import SAY, run_of
 from optillm_memory.learn.procedures.offer import Offer, Solved, agreeing, offer
 from optillm_memory.recall.retriever import NEVER, Version
 from optillm_memory.records import Scope
@@ -78,12 +77,17 @@ class _AgentState:
     stale: dict[int, None] = field(default_factory=dict)  # entries whose goal is to be worked out anew
     goals_of: int = 0  # conversations that were known when that began last
 
+    def clear(self) -> None:
+        """Forget all of it, but for whoever holds the lock."""
+        self.version, self.place, self.goals_of, self.shared = NEVER, 0, 0, SharedLines()
+        self.lines, self.counts, self.entries, self.stale = {}, Counter(), {}, {}
+
 
 @dataclass(frozen=True, slots=True)
 class SolvedAlike:
     """Solved episodes of one kind of goal, best first; `is_constant` tells which values belong to the kind of task.
 
-    `tools` are those that the agent's solved episodes used more than now and then.
+    `is_used` tells which tools the agent's solved episodes used more than now and then.
     `misled` is when an action that was served from an episode as near as these was last found wrong (0: never),
     `fingerprint` that of the encoder by which they are alike.
     """
@@ -92,7 +96,7 @@ class SolvedAlike:
     is_constant: Callable[[str], bool]
     fingerprint: str
     misled: float = 0.0
-    tools: Collection[str] = ()
+    is_used: Callable[[str], bool] = lambda _: False
 
 
 class ProcedureAdviser:
@@ -117,7 +121,7 @@ class ProcedureAdviser:
         """Return which lines an agent's conversations have in common."""
         state = self._state(scope, frame)
         with state.lock:
-            self._read_lines(state, scope, frame)
+            self._read(state, scope, frame)
             return state.shared
 
     def offer(self, turn: Turn) -> Offer | None:
@@ -125,8 +129,8 @@ class ProcedureAdviser:
         found = self.solved(turn, turn.encoder_limit_s)
         if not found.near:
             return None
-        is_known = _known_tools(turn, found.tools)
-        return offer(found.near, _done(turn.parsed), found.is_constant, is_known)
+        done = [step.tool for step in run_of(turn.parsed.messages)[1] if step.tool != SAY and not step.failed]
+        return offer(found.near, done, found.is_constant, _known_tools(turn, found.is_used))
 
     def solved(self, turn: Turn, limit_s: float) -> SolvedAlike:
         """Return the solved episodes whose goal is of one kind with that of a request's episode, best first."""
@@ -134,8 +138,7 @@ class ProcedureAdviser:
         nothing = SolvedAlike((), lambda _: False, self._encoder.fingerprint)
         state = self._state(turn.scope, conversation.frame)
         with state.lock:
-            self._read_lines(state, turn.scope, conversation.frame)
-            self._read_procedures(state, turn.scope, conversation.frame)
+            self._read(state, turn.scope, conversation.frame)
             shared = state.shared
             if not any(e.stored.episode_id != turn.episode_id for e in state.entries.values()):
                 return nothing
@@ -152,7 +155,7 @@ class ProcedureAdviser:
             return nothing
         near, misled = self._nearest(entries, own, vector, turn.options.end_user)
         constants = _Constants(entries, self._cosine(_ALIKE))
-        return SolvedAlike(near, constants, self._encoder.fingerprint, misled, _tools_of(entries))
+        return SolvedAlike(near, constants, self._encoder.fingerprint, misled, _Tools(entries))
 
     # -- what is known of an agent -------------------------------------------------------------------
 
@@ -164,7 +167,11 @@ class ProcedureAdviser:
                 self._agents.popitem(last=False)
             return state
 
-    def _read_lines(self, state: _AgentState, scope: Scope, frame: str) -> None:
+    def _read(self, state: _AgentState, scope: Scope, frame: str) -> None:
+        """Read on what was written of an agent since it was last asked about; the caller holds its lock."""
+        version = self._recall.revision(scope)
+        if version.origin != state.version.origin:  # forgotten, or made anew: nothing that was known holds
+            state.clear()
         for place, episode_id, keys in self._source.lines(scope, frame, state.place):
             state.place = place
             state.counts.subtract(state.lines.get(episode_id, ()))
@@ -174,12 +181,6 @@ class ProcedureAdviser:
             state.counts.subtract(state.lines.pop(next(iter(state.lines))))
         if len(state.lines) != state.shared.conversations:
             state.shared = SharedLines(len(state.lines), state.counts)
-
-    def _read_procedures(self, state: _AgentState, scope: Scope, frame: str) -> None:
-        version = self._recall.revision(scope)
-        if (version.generation, version.scope) != (state.version.generation, state.version.scope):
-            state.entries.clear()
-            state.version = NEVER
         if version == state.version:
             return
         for stored in self._source.changed(scope, state.version.revision):
@@ -283,20 +284,25 @@ class _Constants:
         return len(kinds) >= _FAMILIES
 
 
-def _tools_of(entries: Sequence[_Entry]) -> set[str]:
-    """Return the tools of an agent: of few solved episodes all, of more those that several of them used."""
-    used = Counter(tool for entry in entries for tool in {step.tool for step in entry.stored.steps})
-    least = 1 if len(entries) < _FEW else _FAMILIES
-    return {tool for tool, count in used.items() if count >= least}
+class _Tools:
+    """Tells which tools are an agent's: of few solved episodes all, of more those that several of them used."""
+
+    def __init__(self, entries: Sequence[_Entry]) -> None:
+        """Look for tools among all solved episodes of an agent."""
+        self._entries = entries
+
+    def __call__(self, tool: str) -> bool:
+        """Return whether a tool is used."""
+        used = sum(any(step.tool == tool for step in entry.stored.steps) for entry in self._entries)
+        return used >= (1 if len(self._entries) < _FEW else _FAMILIES)
 
 
-def _known_tools(turn: Turn, used: Collection[str]) -> Callable[[str], bool]:
-    """Return what tells whether a tool is one of the agent's: the request offers it, or names it, or it is known."""
-    offered = offered_tools(turn.body)
-    if offered:
+def _known_tools(turn: Turn, is_used: Callable[[str], bool]) -> Callable[[str], bool]:
+    """Return what tells whether a tool is one of the agent's: the request offers it, or names it, or it is used."""
+    if offered := offered_tools(turn.body):
         return lambda tool: tool in offered
     text = "\n".join(text_of(message) for message in turn.parsed.messages)
-    return lambda tool: tool in used or tool in text
+    return lambda tool: tool in text or is_used(tool)
 
 
 def _value(stored: StoredProcedure) -> float:
@@ -307,14 +313,3 @@ def _value(stored: StoredProcedure) -> float:
 
 def _words(own: Sequence[str]) -> list[list[str]]:
     return [text.split() for text in own]
-
-
-def _done(conversation: Conversation) -> list[str]:
-    """Return the tools of the steps of a conversation that succeeded, in order."""
-    return [
-        step.tool
-        for step in conversation.steps
-        if step.tool != SAY
-        and step.observation is not None
-        and read(step.observation, tool=step.tool, arguments=step.arguments).verdict != "failure"
-    ]

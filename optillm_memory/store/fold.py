@@ -185,7 +185,8 @@ def answer_places(traces: Sequence[Trace]) -> dict[str, int]:
 def steps_arrived(tx: Transaction, trace: Trace, fresh: Sequence[Step], *, received_at: float) -> None:
     """Fold the steps whose observations came with a trace: what they say becomes feedback on the traces that acted."""
     if not fresh:
-        if not tx.traces.is_untouched(trace):  # it may have ended its episode, or shown that it goes on
+        # It may have ended its episode, or shown that it goes on; one with an outcome was folded when it arrived.
+        if not tx.traces.is_untouched(trace) and tx.traces.verdict(trace.scope, trace.episode_id) == "unknown":
             relearn_procedure(tx, trace.scope, trace.episode_id)
         return
     new = {step.step_id for step in fresh}

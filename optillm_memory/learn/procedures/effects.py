@@ -150,11 +150,6 @@ def _by_name(words: Sequence[str]) -> Effect:
     return "unknown"
 
 
-def changes_state(tool: str, arguments: str) -> bool:
-    """Whether a call is known to change the state of the world."""
-    return effect_of(tool, arguments) == "writes"
-
-
 def _only_looks(command: str) -> bool:
     command = _HARMLESS.sub(" ", command)
     if _SHELL_WRITES.search(command):

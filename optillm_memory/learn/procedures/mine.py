@@ -15,11 +15,13 @@ from optillm_memory.learn.procedures.values import (
     digest_of,
     is_specific,
     leaves,
+    origins_of,
     parsed,
     shape_of,
     shape_of_observation,
     stands_in_lowered,
     text_of_leaf,
+    values_at,
 )
 
 SAY = ""  # the tool of a text turn that the user replied to
@@ -67,7 +69,7 @@ class ProcedureStep:
     @property
     def key(self) -> tuple[str, tuple[tuple[str, str, str], ...]]:
         """What makes two steps the same step of a procedure: the tool, and where the values come from."""
-        return self.tool, tuple((s.name, s.kind, s.origin if s.kind == "step" else "") for s in self.slots)
+        return self.tool, origins_of(self.slots)
 
     def as_json(self) -> list[Any]:
         """Return the step as it is stored."""
@@ -243,25 +245,21 @@ def _repeats(kept: Sequence[_Kept], index: int) -> bool:
 
     Which of them is the right one is known when it has been looked at.
     """
-    origins = _origins(kept[index])
+    origins = origins_of(kept[index].slots)
     listed = [origin for _, kind, origin in origins if kind == "step" and ("[]" in origin or "{}" in origin)]
     if not listed:
         return False
-    same = [k for k in kept if k.step.tool == kept[index].step.tool and _origins(k) == origins]
+    same = [k for k in kept if k.step.tool == kept[index].step.tool and origins_of(k.slots) == origins]
     if len({k.step.arguments for k in same}) > 1:
         return True
-    return kept[index].step.effect == "reads" and any(_values_at(kept[:index], origin) > 1 for origin in listed)
+    return kept[index].step.effect == "reads" and any(_choices(kept[:index], origin) > 1 for origin in listed)
 
 
-def _values_at(before: Sequence[_Kept], origin: str) -> int:
+def _choices(before: Sequence[_Kept], origin: str) -> int:
+    """Return how many values stood where one was taken from."""
     tool, _, path = origin.partition(":")
     latest = next((k.step for k in reversed(before) if k.step.tool == tool), None)
-    found = leaves(parsed(latest.observation)) if latest else ()
-    return len({text_of_leaf(leaf) for where, leaf in found if where == path})
-
-
-def _origins(kept: _Kept) -> list[tuple[str, str, str]]:
-    return [(slot.name, slot.kind, slot.origin if slot.kind == "step" else "") for slot in kept.slots]
+    return len(values_at(latest.observation, path)) if latest else 0
 
 
 def _step(kept: _Kept, *, repeats: bool) -> ProcedureStep:

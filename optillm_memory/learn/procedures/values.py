@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 SourceKind = Literal["user", "step", "constant", "free"]
-_WORD = re.compile(r"[^\s,;:!?\"'()\[\]{}<>|*`]+")
-_PART = re.compile(r"[0-9]+|[a-z]+|[A-Z]+|[A-Z][a-z]+|.", re.DOTALL)
 _LEAVES = 2_000  # of one observation
 _DEEPEST = 4  # levels of an observation that make its form
 
@@ -73,6 +71,16 @@ def _is_id(key: str) -> bool:
 def text_of_leaf(leaf: Any) -> str:
     """Return a leaf as the text that it is compared by."""
     return leaf if isinstance(leaf, str) else json.dumps(leaf)
+
+
+def values_at(observation: str, path: str) -> dict[str, Any]:
+    """Return the distinct values at a path of a JSON observation, by their text."""
+    return {text_of_leaf(leaf): leaf for where, leaf in leaves(parsed(observation)) if where == path}
+
+
+def origins_of(slots: Iterable[Slot]) -> tuple[tuple[str, str, str], ...]:
+    """Return where the values of arguments come from, so that it is equal for equal steps of a procedure."""
+    return tuple((slot.name, slot.kind, slot.origin if slot.kind == "step" else "") for slot in slots)
 
 
 @lru_cache(maxsize=4096)
