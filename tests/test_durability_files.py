@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -183,14 +184,36 @@ def test_a_file_that_can_only_be_read_from_anew_is_opened_again_without_a_write(
         memory.store._readers.close()
         for suffix in ("-wal", "-shm"):
             path.with_name(path.name + suffix).unlink()
-
-        def read() -> bool:
-            with contextlib.suppress(StoreError):
-                return bool(memory.recall("a task"))
-            return False
-
-        assert until(read)
+        assert recalled(memory, "a task")
         assert until(path.with_name(path.name + "-wal").exists)
+
+
+def recalled(memory: Memory, task: str) -> bool:
+    """Whether a task is recalled, as soon as the file can be read again."""
+
+    def read() -> bool:
+        with contextlib.suppress(StoreError):
+            return bool(memory.recall(task))
+        return False
+
+    return until(read)
+
+
+def test_one_more_connection_waits_until_the_file_is_opened_again(path: Path) -> None:
+    """The WAL was deleted while all connections are lent: who opens one more waits for the writer to make another."""
+    with lexical_memory(path.parent) as memory, contextlib.ExitStack() as lent:
+        teach(memory, "a task", "done")
+        memory.settle()
+        readers = memory.store._readers
+        readers.close()
+        db = lent.enter_context(readers.borrow())
+        db.execute("SELECT count(*) FROM traces").fetchone()
+        path.with_name(path.name + "-wal").unlink()
+        threading.Timer(0.02, lent.close).start()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("optillm_memory.store.sqlite.connection._REOPENED_S", 30.0)
+            with readers.borrow() as another:
+                assert another.execute("SELECT count(*) FROM traces").fetchone() == (1,)
 
 
 SEEN = """
@@ -206,11 +229,11 @@ def test_journals_that_are_deleted(path: Path, suffixes: tuple[str, ...]) -> Non
         before = taught(memory, 10)
         for suffix in suffixes:
             path.with_name(path.name + suffix).unlink()
-        assert memory.recall("task 7")  # what is open goes on
+        assert recalled(memory, "task 7")  # what is open goes on
         served(memory, "a task of meanwhile")
         memory.settle()
         after = [teach(memory, f"a task {number} of after", "done") for number in range(5)]
-        assert memory.recall("a task 3 of after")
+        assert recalled(memory, "a task 3 of after")
         assert known(memory, *before, *after)
         assert memory.store.fault == ""
         # What another process finds, and what a kill would leave: only what the files hold by their names.

@@ -59,6 +59,20 @@ def test_silence_is_success_only_where_nothing_like_it_is_tried_again() -> None:
     assert mined(wrong, quiet, again) == [(WRONG, "instead", again.action.text, again.step_id)]
 
 
+@pytest.mark.parametrize(
+    ("later", "output", "is_fix"),
+    [
+        ("python test_a.py", "", False), ("python3 -q test_a.py", "", False), ("python test_a.py", "OK", True),
+        ("pytest test_a.py", "", True), ("python3 -m pytest test_a.py", "", True),
+    ],
+)  # fmt: skip
+def test_a_test_file_without_what_runs_it_tests_nothing(later: str, output: str, *, is_fix: bool) -> None:
+    """A file of tests that is run as a program prints nothing: that is no success of the tests."""
+    failed = attempt("python -m pytest test_a.py", "failure", output="No module named pytest")
+    found = mined(failed, attempt(later, "success", output=output), attempt("make all"))
+    assert [text for _, _, text, _ in found] == [later] * is_fix
+
+
 def test_what_was_done_before_the_same_action_worked() -> None:
     """The same action that works after others needed them `first`; looking, failing and much else tell nothing."""
     wrong, right = attempt("python app.py", "failure"), attempt("python app.py", "success", step_id="again")

@@ -77,6 +77,15 @@ def test_what_served_the_same_goal_may_be_told_with_its_values() -> None:
     assert news.is_fit("SELECT surname FROM t", same_goal=True)
 
 
+def test_a_name_in_the_error_of_another_episode_is_no_constant() -> None:
+    """What was done first is told with what many tasks name, but not with what the error was about there."""
+    news = News([], shell("python reproduce.py"), "No module named 'second_app'", lambda _: True)
+    assert news.is_fit("mkdir first_app", first_against="No module named 'yaml'")
+    assert not news.is_fit("mkdir first_app", first_against="No module named 'first_app'")
+    assert news.is_fit("mkdir second_app", first_against="No module named 'first_app'")
+    assert news.is_fit("mkdir first_app", first_against="No module named 'first_app'", same_goal=True)
+
+
 @pytest.mark.parametrize("length", [10, 300, 600])
 def test_an_item_is_short(length: int) -> None:
     """With its heading no item is above 1,200 characters, however long the action, the error and the fix."""

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optillm_memory.conversation.text import BLOCK_CLOSE, BLOCK_OPEN
-from optillm_memory.inject.procedure import as_procedure
+from optillm_memory.inject.procedure import as_procedure, shortened
 from optillm_memory.inject.render import MARK
 from optillm_memory.learn.procedures.effects import effect_of
 from optillm_memory.learn.procedures.mine import SAY, STEPS_MOST, ProcedureStep, RunStep, mined
@@ -116,6 +116,21 @@ def test_no_question_without_what_it_was_asked_for() -> None:
     """Where the change after a question is not agreed on, the question goes, too."""
     other = (WAY[0], ASK, step(BOOK, flight="user"))
     assert tools(offered((WAY[0], *WAY[2:]), other)) == ["get_user"]
+    assert tools(offered((ASK, *WAY), (ASK, WAY[0], WAY[1], *other[1:]))) == ["get_user", GET]
+    assert tools(offered((ASK, *WAY[:2]))) == ["get_user", GET]
+    assert tools(offered((ASK, *WAY, ASK, WAY[1]))) == ["get_user", GET, "?", CANCEL, GET]
+
+
+def test_a_question_goes_with_the_change_that_is_cut() -> None:
+    """Where a procedure is too long for its last change, the question before it and its looks goes, too."""
+    looks = [step(f"get_{'x' * 50}_{n}", user_id="user", a="user", b="user") for n in range(7)]
+    found = offered((WAY[0], ASK, *looks, WAY[3]))
+    assert found is not None
+    assert tools(found)[1] == "?"
+    cut = shortened(found)
+    assert cut is not None
+    assert CANCEL not in tools(cut)
+    assert "?" not in tools(cut)
 
 
 def test_farther_goals_do_not_vote() -> None:

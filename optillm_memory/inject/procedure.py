@@ -16,7 +16,7 @@ from dataclasses import replace
 from optillm_memory.conversation.text import BLOCK_CLOSE, BLOCK_OPEN
 from optillm_memory.inject.render import MARK, Rendering, estimate_tokens, quoted
 from optillm_memory.learn.procedures.mine import SAY, ProcedureStep
-from optillm_memory.learn.procedures.offer import Offer
+from optillm_memory.learn.procedures.offer import Offer, without_idle_questions
 from optillm_memory.learn.procedures.values import Slot, parsed
 from optillm_memory.records import Injected
 
@@ -34,10 +34,10 @@ def shortened(offer: Offer) -> Offer | None:
 
     One that is given word for word is worth its end: it is not cut.
     """
-    while len("\n".join(_lines(offer))) > _LONGEST or (offer.remaining and offer.remaining[-1].tool == SAY):
-        offer = replace(offer, steps=offer.steps[:-1])
-        if not offer.remaining or offer.verbatim:
+    while len("\n".join(_lines(offer))) > _LONGEST:
+        if offer.verbatim:
             return None
+        offer = replace(offer, steps=(*offer.steps[: offer.done], *without_idle_questions(offer.remaining[:-1])))
     return offer if offer.remaining else None
 
 

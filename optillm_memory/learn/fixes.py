@@ -11,7 +11,7 @@ from typing import Literal
 from optillm_memory.conversation.actions import Action, normal_action
 from optillm_memory.conversation.wrapping import unwrap
 from optillm_memory.learn.attempts import Attempt
-from optillm_memory.learn.intents import EDITS, LONGEST_FIX, LOOKS, is_document, same_intent
+from optillm_memory.learn.intents import EDITS, LONGEST_FIX, LOOKS, drops_module, is_document, same_intent
 from optillm_memory.learn.procedures.effects import COMMAND_FIELDS, is_named_change
 from optillm_memory.records import Feedback, Scope
 
@@ -193,8 +193,11 @@ def _after(failed: Attempt, last: Mapping[str, Attempt]) -> list[Attempt]:
 
 
 def _ran(failed: Attempt, later: Attempt, last: Mapping[str, Attempt]) -> bool:
-    if later.verdict == "success" and unwrap(later.output).text.strip():
+    silent = not unwrap(later.output).text.strip()
+    if later.verdict == "success" and not silent:
         return True
+    if silent and drops_module(failed.action, later.action):
+        return False  # a file of tests that is run without pytest prints nothing and tests nothing
     if later.verdict == "failure":  # tests that now run and fail did run
         return later.basis in ABOUT_SOMETHING_ELSE and later.signature != failed.signature
     # Without a verdict it ran if its tool says so when something fails, or if the agent did not try the same again.

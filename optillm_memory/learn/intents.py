@@ -29,6 +29,7 @@ EDITS = re.compile(
     r"|git (?:apply|checkout|restore|stash|reset|add|commit))"
     r"(?=\s|$)|(?:\S*/)?(?:python[\d.]*|node|ruby|bash|sh)\s)"
 )
+_MODULE = re.compile(r"(?:\S*/)?python[\d.]*(?:\s+-[A-Za-ln-z]\S*)*\s+-m\s*([\w.]+)")
 _MISSING = re.compile(r"no such file|can(?:no|')t (?:open|find|access)|not found|does not exist", re.IGNORECASE)
 _INTERPRETER = re.compile(r"(?:\S*/)?(?:python[\d.]*|node|ruby|bash|sh)")
 # Programs that only show something.
@@ -81,6 +82,12 @@ def same_intent(failed: Action, later: Action, error: str = "") -> bool:
     if _program_at_fault(one, error) and objects and 2 * len(objects & kept) > len(objects):
         return True
     return _alike_words(one, other, before, after) and _is_small(tuple(one), tuple(other))
+
+
+def drops_module(failed: Action, later: Action) -> bool:
+    """Whether an action runs without the module that another one ran, as `python f.py` for `python -m pytest f.py`."""
+    module = _MODULE.match(core(failed.text))
+    return module is not None and _MODULE.match(core(later.text)) is None and module[1] not in later.text.split()
 
 
 def _program_at_fault(words: list[str], error: str) -> bool:

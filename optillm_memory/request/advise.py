@@ -170,8 +170,7 @@ class Adviser:
             # This very action: what worked, word for word.
             if best.value < _PROVEN:
                 break
-            first, same_goal = best.relation == "first", self._serves(turn, best)
-            if news.is_fit(best.text, first=first, same_goal=same_goal):
+            if self._is_fit(turn, news, best, best.text):
                 return [(best, best.text, best.value), *noted[:1]]
         usable = [f for f in fixes if f.relation != "note" and f.field == action.field]
         # A value that moves a little makes no other example.
@@ -190,10 +189,13 @@ class Adviser:
         # What was done first helps against the same error only.
         if rests_on is None or (rests_on.relation == "first" and rests_on.signature != signature):
             return noted[:1]
-        first, same_goal = rests_on.relation == "first", self._serves(turn, rests_on)
-        if not news.is_fit(suggestion.action, first=first, same_goal=same_goal):
+        if not self._is_fit(turn, news, rests_on, suggestion.action):
             return noted[:1]
         return [(rests_on, suggestion.action, suggestion.confidence), *noted[:1]]
+
+    def _is_fit(self, turn: Turn, news: News, fix: KnownFix, text: str) -> bool:
+        against = fix.output if fix.relation == "first" else None
+        return news.is_fit(text, first_against=against, same_goal=self._serves(turn, fix))
 
     def _serves(self, turn: Turn, fix: KnownFix) -> bool:
         """Whether a fix is known from an episode with the very goal of this one, which is all that the user said."""

@@ -39,18 +39,21 @@ class News:
         self._constants = constants
         self._text: str | None = None
 
-    def is_fit(self, text: str, *, first: bool = False, same_goal: bool = False) -> bool:
+    def is_fit(self, text: str, *, first_against: str | None = None, same_goal: bool = False) -> bool:
         """Whether a text is an edit of the failing action, or small, and says nothing of other episodes.
 
-        What served the same goal, word for word, may be told with its values.
+        `first_against`: the output that a text was mined from where it was done first. What it names there is a value
+        of that episode, however often it came. What served the same goal, word for word, may be told with its values.
         """
         made = Action(self._action.tool, self._action.field, text)
         if len(text) > LONGEST_FIX or is_document(made) or normal_action(text) == normal_action(self._action.text):
             return False
-        if not first and not same_intent(self._action, made, self._output):
+        if first_against is None and not same_intent(self._action, made, self._output):
             return False
         foreign = self.foreign(text)
-        return not foreign or same_goal or self._constants(foreign)
+        if not foreign or same_goal:
+            return True
+        return not any(word in (first_against or "") for word in foreign) and self._constants(foreign)
 
     def foreign(self, text: str) -> list[str]:
         """Return the words of a text that are neither of this conversation nor plain vocabulary."""

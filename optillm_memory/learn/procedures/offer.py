@@ -83,7 +83,8 @@ def offer(
         near = [s for s in nearest if s.similarity >= nearest[0].similarity - _WITHIN][:SUPPORTS]
         best = max(near, key=lambda s: (_centrality(s, near), s.similarity))
         steps = _agreed(best, near)
-    steps = tuple(_spoken(step, is_constant, verbatim=bool(equal)) for step in _of_known_tools(steps, is_known))
+    steps = without_idle_questions(_of_known_tools(steps, is_known))
+    steps = tuple(_spoken(step, is_constant, verbatim=bool(equal)) for step in steps)
     at = _progress(steps, done)
     found = Offer(steps, at, tuple(s.episode_id for s in near), near[0].similarity, best.memory_id, bool(equal))
     acts = [step for step in found.remaining if step.tool != SAY]
@@ -94,10 +95,18 @@ def offer(
 def _of_known_tools(steps: Sequence[ProcedureStep], is_known: Callable[[str], bool]) -> tuple[ProcedureStep, ...]:
     """Return the steps up to the first change by a tool that the agent may not have, without looks by such tools."""
     end = next((n for n, step in enumerate(steps) if step.writes and not is_known(step.tool)), len(steps))
-    kept = [step for step in steps[:end] if step.tool == SAY or is_known(step.tool)]
-    while kept and kept[-1].tool == SAY:
-        kept.pop()
-    return tuple(kept)
+    return tuple(step for step in steps[:end] if step.tool == SAY or is_known(step.tool))
+
+
+def without_idle_questions(steps: Sequence[ProcedureStep]) -> tuple[ProcedureStep, ...]:
+    """Return the steps without the questions that no change follows: what the user was asked for is not among them."""
+    kept: list[ProcedureStep] = []
+    changes = False
+    for step in reversed(steps):
+        if step.tool != SAY or changes:
+            kept.append(step)
+            changes = step.tool != SAY and (changes or step.writes)
+    return tuple(reversed(kept))
 
 
 def _standing(equal: Sequence[Solved]) -> list[Solved]:
@@ -136,8 +145,6 @@ def _agreed(best: Solved, near: Sequence[Solved]) -> tuple[ProcedureStep, ...]:
                 break
             continue
         kept.append(replace(step, slots=_slots(step, found), repeats=any(f.repeats for f in found)))
-    while kept and kept[-1].tool == SAY:
-        kept.pop()  # a question without what it was asked for
     return tuple(kept)
 
 

@@ -33,6 +33,7 @@ LATEST = "m010_lines_and_procedures"  # the last of the numbered migrations
 BUSY_TIMEOUT_S = 10.0
 _AWAY_S, _REOPENED_S = 5.0, 0.1  # how long who opens a file again waits for those who read, and they for that
 _TELL_S = 0.2
+_LOOKED_AGAIN_S = 0.01
 _CHECKED_BYTES = 64 << 20  # a check reads the whole file: a larger one would delay the start
 WAL_BYTES = 14 << 20  # a larger WAL is copied into the file and cut off after the commit that made it so
 WORDS_LEFT = "words_left"  # in `meta`: the full-text index may hold words of rows that were deleted
@@ -393,24 +394,31 @@ class Readers:
                 self._changed.notify_all()
 
     def _open(self) -> Connection:
-        with self._changed:
-            if not self._changed.wait_for(lambda: not self._shut, _REOPENED_S):
-                raise StoreError(f"cannot read {self._path}: it is being opened again")
-            self._open_ones += 1
-        connection: Connection | None = None
-        try:
-            connection = connect(self._path, read_only=True)
-            connection.execute("PRAGMA query_only=ON")
-            connection.execute("PRAGMA busy_timeout=200")
-        except BaseException as error:
-            self._close(connection)
-            if not isinstance(error, DatabaseError):
-                raise
-            if is_corruption(error):
-                self.on_corruption()
-            self._told()
-            raise StoreError(f"cannot read {self._path}: {error}") from error
-        return connection
+        """Open a connection that reads; a WAL that was taken away is waited for."""
+        deadline = time.monotonic() + _REOPENED_S
+        while True:
+            with self._changed:
+                if not self._changed.wait_for(lambda: not self._shut, max(0.0, deadline - time.monotonic())):
+                    raise StoreError(f"cannot read {self._path}: it is being opened again")
+                self._open_ones += 1
+            connection: Connection | None = None
+            try:
+                connection = connect(self._path, read_only=True)
+                connection.execute("PRAGMA query_only=ON")
+                connection.execute("PRAGMA busy_timeout=200")
+                connection.execute("PRAGMA schema_version").fetchone()  # the first to look at the file
+            except BaseException as error:
+                self._close(connection)
+                if not isinstance(error, DatabaseError):
+                    raise
+                if corrupt := is_corruption(error):
+                    self.on_corruption()
+                self._told()
+                if corrupt or time.monotonic() > deadline:
+                    raise StoreError(f"cannot read {self._path}: {error}") from error
+            else:
+                return connection
+            time.sleep(_LOOKED_AGAIN_S)
 
     def _told(self) -> bool:
         """Tell who writes to look at the file, now and then: where nothing can be read, perhaps nothing is written."""
