@@ -63,6 +63,9 @@ def test_silence_is_success_only_where_nothing_like_it_is_tried_again() -> None:
     ("later", "output", "is_fix"),
     [
         ("python test_a.py", "", False), ("python3 -q test_a.py", "", False), ("python test_a.py", "OK", True),
+        ("python test_a.py", "<returncode>0</returncode>\n<output>\n</output>", False),
+        ("python test_a.py", "Exit code: 0\nStdout:\n\nStderr:\n", False),
+        ("python test_a.py", "<returncode>0</returncode>\n<output>\nOK\n</output>", True),
         ("pytest test_a.py", "", True), ("python3 -m pytest test_a.py", "", True),
     ],
 )  # fmt: skip
@@ -71,6 +74,14 @@ def test_a_test_file_without_what_runs_it_tests_nothing(later: str, output: str,
     failed = attempt("python -m pytest test_a.py", "failure", output="No module named pytest")
     found = mined(failed, attempt(later, "success", output=output), attempt("make all"))
     assert [text for _, _, text, _ in found] == [later] * is_fix
+
+
+def test_a_search_in_a_file_is_no_way_to_run_it() -> None:
+    """The same file in another program: to search in it is not what a failing program was for."""
+    failed = attempt("python3 -m pytest test_a.py", "failure", output="No module named pytest")
+    assert mined(failed, attempt('grep -n "lim" test_a.py', "success")) == []
+    missing = attempt("rg -n lim test_a.py", "failure", output="rg: command not found")
+    assert mined(missing, attempt("grep -n lim test_a.py", "success")) != []
 
 
 def test_what_was_done_before_the_same_action_worked() -> None:

@@ -274,6 +274,14 @@ def test_a_goal_that_is_alike_shows_no_arguments() -> None:
     assert offer(solved(sql("SELECT name FROM pupils", "Ada")), ()) is None
 
 
+def test_a_shell_command_that_the_user_wrote_tells_nothing() -> None:
+    """Steps of a tool of many uses that only say "some command" or "the one from the user" make no procedure."""
+    way = [step("bash", command="free"), step("bash", command="user")]
+    assert offer(solved(tuple(way)), ()) is None
+    assert offer(solved((*way, step("bash", command="user"))), ()) is None
+    assert offer(solved((step("get_page", url="user"), step("bash", command="user"))), ()) is not None
+
+
 # -- constants -------------------------------------------------------------------------------------
 
 

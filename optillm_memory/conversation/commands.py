@@ -24,10 +24,11 @@ _PIECES = re.compile(
     r"""'[^']*'?|"(?:[^"\\]|\\.)*"?|\|\||&&|\|&?|;|\n|[^\s'"|;&]+|&|\\""",
     re.DOTALL,
 )
-_VIEWERS = frozenset(
+SEARCHERS = frozenset(("grep", "egrep", "fgrep", "zgrep", "rg", "ag", "ack", "findstr"))
+_VIEWERS = SEARCHERS.union(
     (
         *("cat", "head", "tail", "less", "more", "nl", "bat", "batcat", "strings", "xxd", "od", "hexdump", "jq", "yq"),
-        *("cut", "sort", "uniq", "column", "tac", "rev", "fold", "grep", "egrep", "fgrep", "rg", "ag", "ack", "zgrep"),
+        *("cut", "sort", "uniq", "column", "tac", "rev", "fold"),
         *("zcat", "awk", "gawk", "mawk", "echo", "printf", "ls", "find", "fd", "tree", "wc", "stat", "file", "diff"),
         *("cmp", "comm", "man", "history", "env", "ps", "journalctl", "dmesg", "curl", "wget", "http", "type", "which"),
         *("pwd", "date"),
@@ -41,9 +42,7 @@ _VIEWING_VERBS = {
     "kubectl": frozenset(("logs", "describe", "get")),
     "gh": frozenset(("run", "pr", "issue", "api", "view")),
 }
-_COMPARERS = frozenset(
-    ("grep", "egrep", "fgrep", "rg", "ag", "zgrep", "diff", "cmp", "comm", "test", "[", "[[", "which", "pgrep", "expr")
-)
+_COMPARERS = SEARCHERS.union(("diff", "cmp", "comm", "test", "[", "[[", "which", "pgrep", "expr"))
 _NEUTRAL = frozenset(("cd", "pushd", "popd", "export", "set", "source", ".", "unset", "shopt", "umask", "ulimit"))
 _PREFIXES = frozenset(
     ("sudo", "time", "nohup", "exec", "command", "env", "nice", "xargs", "npx", "uvx", "poetry", "pipenv", "uv")

@@ -56,6 +56,7 @@ _TIMED_OUT = re.compile(
     r"^[\[(<]?(?:error: )?(?:the )?(?:command|process|execution|operation|script|tool|bash)\b.{0,60}?\btimed out\b",
     re.IGNORECASE,
 )
+_FRAME = re.compile(r"</?[a-z_]{1,20}>|^(?:output|stdout|stderr)\s{0,2}:?\s*$", re.IGNORECASE | re.MULTILINE)
 _LABEL = re.compile(r"^(?:output|stdout|stderr|wall time)\b.{0,40}$", re.IGNORECASE | re.MULTILINE)
 
 
@@ -76,6 +77,11 @@ class ToolResult:
     error: str = ""
     structured: bool = False
     wraps: bool = False
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing was printed: what there is are the tags and labels that a harness puts around an output."""
+        return not _FRAME.sub("", self.text).strip()
 
 
 def ends_of(text: str) -> str:

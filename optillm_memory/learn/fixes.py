@@ -193,7 +193,7 @@ def _after(failed: Attempt, last: Mapping[str, Attempt]) -> list[Attempt]:
 
 
 def _ran(failed: Attempt, later: Attempt, last: Mapping[str, Attempt]) -> bool:
-    silent = not unwrap(later.output).text.strip()
+    silent = unwrap(later.output).is_silent
     if later.verdict == "success" and not silent:
         return True
     if silent and drops_module(failed.action, later.action):

@@ -9,6 +9,7 @@ from difflib import SequenceMatcher
 from functools import lru_cache
 
 from optillm_memory.conversation.actions import Action
+from optillm_memory.conversation.commands import SEARCHERS
 from optillm_memory.learn.procedures.values import leaves, parsed
 
 LONGEST_FIX = 600  # characters: what is longer is a text of its own, and no correction of an action
@@ -74,7 +75,8 @@ def same_intent(failed: Action, later: Action, error: str = "") -> bool:
     if not one or not other or is_document(later):
         return False
     changes = EDITS.match(after) is not None and not _INTERPRETER.fullmatch(other[0])
-    if other[0] != one[0] and (changes or other[0].lower() in LOOKS):
+    searches = other[0] in SEARCHERS and one[0] not in SEARCHERS
+    if other[0] != one[0] and (changes or searches or other[0].lower() in LOOKS):
         return False
     objects, kept = _objects(one), _objects(other)
     if objects and not objects & kept and _SCRIPT.search(before) and not _MISSING.search(error):

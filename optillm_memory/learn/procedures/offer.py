@@ -190,8 +190,9 @@ def _is_schema(path: str) -> bool:
 
 
 def _is_empty(step: ProcedureStep) -> bool:
-    """Whether a step only says that a tool of many uses, such as a shell, was used."""
-    return not _tells(step) and any(slot.name in COMMAND_FIELDS for slot in step.slots)
+    """Whether a step only says that a tool of many uses, such as a shell, was used, or for what the user wrote."""
+    commands = [slot.kind for slot in step.slots if slot.name in COMMAND_FIELDS]
+    return bool(commands) and not step.arguments and (not _tells(step) or all(kind == "user" for kind in commands))
 
 
 def _tells(step: ProcedureStep) -> bool:
