@@ -46,7 +46,7 @@ def main() -> None:
               help="Share of episodes without memory in the runs with a holdout.")  # fmt: skip
 @click.option("--part", type=click.Choice(("all", "shell", "multistep")), default="all", show_default=True,
               help="The tasks with a real shell, the simulated tasks of many steps, or both.")  # fmt: skip
-@click.option("--instances", type=click.IntRange(1), default=6, show_default=True,
+@click.option("--instances", type=click.IntRange(1), default=12, show_default=True,
               help="Tasks of each family, of many steps.")  # fmt: skip
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True,
               help="Number of times that these are done, with other names.")  # fmt: skip

@@ -235,6 +235,18 @@ def test_equal_goals_go_along_with_equal_steps() -> None:
     assert proposed(way, done=[ran(SQL, "[[1]]", query="SELECT a FROM u")]) is None
 
 
+def test_a_detour_on_the_way_to_an_equal_goal_is_passed_over() -> None:
+    """A look by a tool that the solved episode did without changes nothing; anything else is a way of its own."""
+    look, change = ran("get_store_hours", {"open": 9}), ran("set_store_hours", "Done.", open=9)
+    way = replace(WAY, equal=True)
+    assert action(proposed(way, done=[RUN[0], look], text=ASKED)) == (GET, {"order_id": "W1234567"})
+    assert action(proposed(way, done=[look, RUN[0], look, look], text=ASKED)) == (GET, {"order_id": "W1234567"})
+    assert proposed(way, done=[RUN[0], change], text=ASKED) is None
+    assert proposed(way, done=[RUN[0], ran("get_store_hours", "Error: closed")], text=ASKED) is None
+    assert proposed(way, done=[RUN[0], RUN[0]], text=ASKED) is None
+    assert proposed(WAY, done=[OTHER_RUN[0], look]) is None
+
+
 def test_equal_goals_do_not_bring_back_a_value_that_changed() -> None:
     """Where an earlier step shows another value now, that one is taken, or none where it is not the only one."""
     one = ran(GET, {"parcels": ["PX-0000007"]}, order_id="W1234567")

@@ -204,10 +204,11 @@ def test_who_writes_waits_for_no_deletion(tmp_path: Path) -> None:
 def test_between_two_commits_of_a_deletion_others_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A commit of a deletion ends when its time is up; what was queued meanwhile is written before the next one."""
     order: list[tuple[str, int]] = []
-    seconds = itertools.count(0.0, erasing._SLICE_S / 4)  # by the time of the test each episode takes a quarter
+    seconds = itertools.count(0.0, erasing._SLICE_S / 4)  # by the time of the test each part takes a quarter
     monkeypatch.setattr(erasing, "clock", lambda: next(seconds))
     with closing(SqliteStore(tmp_path / "memory.db")) as store:
-        store.write(partial(put, [trace(f"task {n}", "no", episode_id=f"e{n // 2}") for n in range(50)])).result(10)
+        store.write(partial(put, [trace(f"task {n}", "no", episode_id=f"e{n // 2}") for n in range(100)])).result(10)
+        store.write(partial(put, [trace("long", "no", episode_id="f") for _ in range(20)])).result(10)
         original = deletion.delete_traces
 
         def observed(tx: Transaction, ids: Sequence[str], now: float) -> int:
@@ -216,9 +217,10 @@ def test_between_two_commits_of_a_deletion_others_write(tmp_path: Path, monkeypa
             return original(tx, ids, now)
 
         monkeypatch.setattr(deletion, "delete_traces", observed)
-        assert forget_rows(store, Selection(namespace="default"))["traces"] == 50
+        assert forget_rows(store, Selection(namespace="default"))["traces"] == 120
     runs = [[size for _, size in run] for kind, run in itertools.groupby(order, key=itemgetter(0)) if kind != "other"]
-    assert runs == [[2] * 4] * 6 + [[2]]
+    # Short episodes are deleted together, a long one by itself.
+    assert runs == [[8] * 4] * 3 + [[4, 20]]
 
 
 def test_feedback_that_waits_is_deleted_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,6 +186,7 @@ def _grouped(groups: Sequence[_Group], found: NextAction, item: Solved, vote: fl
 def _next(
     solved: Solved, texts: Sequence[str], done: Sequence[RunStep], is_constant: Callable[[str], bool]
 ) -> NextAction | None:
+    done = _along(solved, done)
     place = _place(solved, done)
     if place is None or place >= len(solved.steps):
         return None
@@ -241,6 +242,14 @@ def _bound(
             return None
         bound[slot.name] = value
     return bound
+
+
+def _along(solved: Solved, done: Sequence[RunStep]) -> Sequence[RunStep]:
+    """Return the steps less the detours: to an equal goal, looks by tools that the solved episode did without."""
+    if not solved.equal:
+        return done
+    own = {step.tool for step in solved.steps}
+    return [step for step in done if step.tool in own or step.effect != "reads"]
 
 
 def _place(solved: Solved, done: Sequence[RunStep]) -> int | None:

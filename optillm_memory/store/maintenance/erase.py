@@ -18,7 +18,9 @@ BATCH = 100  # rows in one commit at most: others write in between
 WAIT_S = 120.0
 ERASED_WITHIN_S = 60  # from the answer until no byte is left, where nobody reads the same state for longer
 _AT_ONCE = 1_000  # traces that are looked up together
-_SLICE_S = 0.005  # after which a commit takes up no more
+_TOGETHER = 8  # traces of short episodes that are deleted by the same statements
+_SLICE_S = 0.008  # after which a commit takes up no more
+_COPIED = 4  # commits after which what they wrote is copied to where it stays
 Progress = Callable[[str], None]
 T = TypeVar("T")
 
@@ -56,7 +58,7 @@ def forget_rows(store: Store, selection: Selection, *, progress: Progress = lamb
     forget_warnings(store, store.forgetting.errors_of(selection))
     done = 0
     while batch := store.forgetting.chosen(selection, _AT_ONCE):
-        done += _in_slices(store, batch, lambda tx, part: deletion.delete_traces(tx, part, time.time()))
+        done += _in_slices(store, _joined(batch), lambda tx, part: deletion.delete_traces(tx, part, time.time()))
         progress(f"{done} of {counts['traces']} traces forgotten")
     forget_copies(store)
     waiting = 0
@@ -111,11 +113,12 @@ def _in_slices(
     After each commit all others that wait to write have their turn.
     """
     parts = [part for group in groups for part in _batches(group)]
-    total = place = 0
+    total = place = commits = 0
     while place < len(parts):
         count, place = store.write(partial(_slice, operation, parts, place)).result(WAIT_S)
-        total += count
-        store.copy_wal()  # here, and not when the writer has to, with others waiting
+        total, commits = total + count, commits + 1
+        if commits % _COPIED == 0:
+            store.copy_wal()  # here, and not when the writer has to, with others waiting
     return total
 
 
@@ -129,6 +132,17 @@ def _slice(
         if clock() >= ends:
             break
     return total, place
+
+
+def _joined(groups: Sequence[Sequence[T]]) -> list[Sequence[T]]:
+    """Return groups with small ones joined."""
+    joined: list[list[T]] = []
+    for group in groups:
+        if joined and len(joined[-1]) + len(group) <= _TOGETHER:
+            joined[-1].extend(group)
+        else:
+            joined.append(list(group))
+    return list(joined)
 
 
 def _batches(found: Sequence[T]) -> list[Sequence[T]]:

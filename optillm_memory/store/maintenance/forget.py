@@ -28,7 +28,9 @@ _BY_TRACE = (
     "injections", "calls", "proposals", "labels", "decisions", "rewards", "outcomes", "contributions", "prefixes",
     "traces",
 )  # fmt: skip
-_BY_EPISODE = ("prefixes", "ledger", "lines")
+# What belongs to an episode; releases before 0.1 noted a prefix without its trace.
+_IN_EPISODE = "scope_id = ? AND episode_id = ?"
+_BY_EPISODE = {"ledger": _IN_EPISODE, "lines": _IN_EPISODE, "prefixes": f"trace_id = '' AND {_IN_EPISODE}"}
 
 
 def delete_traces(
@@ -55,8 +57,8 @@ def delete_traces(
         if emptied or key in closed:  # feedback on the whole was on its last trace: it fits no other
             _delete_episode_feedback(tx, *key)
         if emptied:
-            for table in _BY_EPISODE:
-                _delete(tx, table, "scope_id = ? AND episode_id = ?", [tx.scopes.number(key[0]), key[1]])
+            for table, condition in _BY_EPISODE.items():
+                _delete(tx, table, condition, [tx.scopes.number(key[0]), key[1]])
     shared = _episodes_with(tx, fixes)
     _delete(tx, "fixes", *_in("memory_id", fixes))  # defined again by those that still show them
     _fold(tx, [*episodes, *(key for key in shared if key not in set(episodes))])
