@@ -145,6 +145,11 @@ class Settings:
     max_bytes: int = _setting(
         0, "largest number of bytes in use in the database, enforced in the same way; 0 is no limit", low=0
     )
+    allowed_hosts: str = _setting(
+        "",
+        "names, separated by commas, by which callers without a key may reach a server that listens on this machine "
+        "only, beside `localhost`: those of a reverse proxy",
+    )
     identify_users: bool = _setting(
         True,
         "if a request has no `user_id`, use the end user named in OpenAI's `user` or `safety_identifier`, or in a "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,8 +13,11 @@ import flask
 
 from optillm_memory.conversation.options import FIELD, Options, identified, parse_options
 from optillm_memory.errors import InvalidField
+from optillm_memory.host.origin import foreign_origin, is_loopback
 from optillm_memory.host.runtime import runtime
 from optillm_memory.records import OPERATOR, Scope, Tenant
+
+logger = logging.getLogger(__name__)
 
 SLUG = "agent_memory"
 ANONYMOUS = "anonymous"
@@ -74,6 +77,9 @@ def _read(host: Any, request: flask.Request) -> Incoming | None:
     if options.approach is not None and (options.approach not in known or options.approach == SLUG):
         raise InvalidField(f"{FIELD}.approach", f"{options.approach!r} is not an approach of this optillm")
     options = identified(options, body, dict(request.headers), maps=runtime().settings.identify_users)
+    if reason := refusal_of(request, host):
+        logger.warning("agent_memory: a request is answered without memory: %s", reason)
+        options = replace(options, mode="off", reuse=None, feedback=())
     size = request.content_length or len(request.get_data())  # a body in chunks has no length until it is read
     return Incoming(body, size, tenant_of(request), options, operation, approaches, model)
 
@@ -104,6 +110,13 @@ def tenant_of_key(key: str) -> str:
     return f"key-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}" if key else ANONYMOUS
 
 
+def refusal_of(request: flask.Request, host: Any) -> str | None:
+    """Return why memory is kept from a caller; None where it is not. One with a key has a tenant of its own."""
+    if tenant_of(request) != ANONYMOUS:
+        return None
+    return foreign_origin(request, str(host.server_config["host"]), runtime().settings.allowed_hosts)
+
+
 def caller_of(request: flask.Request, host: Any) -> Tenant:
     """Return the tenant whose data a caller of our routes may see: its own, or all of them for the operator.
 
@@ -112,7 +125,7 @@ def caller_of(request: flask.Request, host: Any) -> Tenant:
     """
     tenant = tenant_of(request)
     forwarded = request.headers.get("X-Forwarded-For") or request.headers.get("Forwarded")
-    local = _is_loopback(host.server_config["host"]) and _is_loopback(request.remote_addr or "") and not forwarded
+    local = is_loopback(host.server_config["host"]) and is_loopback(request.remote_addr or "") and not forwarded
     if tenant == ANONYMOUS and local and not host.server_config["optillm_api_key"]:
         return OPERATOR
     return tenant
@@ -125,12 +138,3 @@ def scope_of(request: flask.Request, tenant: str) -> Scope:
     options = parse_options(named, headers, now=time.time())
     options = identified(options, {}, headers, maps=runtime().settings.identify_users)
     return Scope(tenant, options.namespace, options.user_id, options.agent_id)
-
-
-def _is_loopback(address: str) -> bool:
-    if address == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False

@@ -9,7 +9,7 @@ import flask
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from optillm_memory.errors import AgentMemoryError, InvalidField, NotFound, StoreUnavailable, TooLarge
-from optillm_memory.host.incoming import ANONYMOUS, caller_of, scope_of
+from optillm_memory.host.incoming import ANONYMOUS, caller_of, refusal_of, scope_of
 from optillm_memory.host.runtime import runtime
 from optillm_memory.host.server import host
 from optillm_memory.memory import Memory
@@ -39,6 +39,13 @@ def on_error(error: AgentMemoryError) -> Answer:
     if isinstance(error, TooLarge):
         return error_response(str(error), 413, code="too_large")
     return error_response(str(error), 503, code="memory_unavailable")
+
+
+@blueprint.before_request
+def refuse_foreign_pages() -> Answer | None:
+    """Refuse what a page of another site sent without a key; on this machine it would be the operator."""
+    reason = refusal_of(flask.request, host())
+    return None if reason is None else error_response(reason, 403, code="foreign_origin")
 
 
 @blueprint.post("/feedback")
