@@ -6,14 +6,16 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from builders import SCOPE, body, hashing_memory, lexical_memory, response, teach
 from hosting import until
+from numpy.typing import NDArray
 from test_durability import passing, says_in
 
 from optillm_memory import Memory, StoreUnavailable
@@ -206,6 +208,25 @@ def test_after_closing_there_is_no_encoder() -> None:
     assert in_time(lambda: [service.encode(["a text"])]) == [None]
     assert in_time(lambda: [service.vector("a text", 5)]) == [None]
     assert service.wait(1) == "closed"
+
+
+class Slow(HashingEncoder):
+    """Takes its time, as a model does that computes without the interpreter's lock."""
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return the vectors of several texts, after a while."""
+        time.sleep(0.2)
+        return super().encode(texts)
+
+
+def test_closing_waits_for_what_is_being_encoded() -> None:
+    """No model computes after closing: the end of the process would be aborted by it."""
+    service = EncoderService(Slow)
+    assert service.wait(10) == "ready"
+    pending = [service.ask(f"text {number}", 10) for number in range(3)]
+    service.close()
+    assert service._thread not in threading.enumerate()
+    assert all(each.vector() is not None for each in pending)
 
 
 def test_closing_while_it_loads_leaves_nobody_waiting() -> None:

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 Vector = NDArray[np.float32]
 BATCH = 16
+_CLOSING_S = 5.0
 _STOP = None
 
 
@@ -73,7 +74,8 @@ class EncoderService:
         self._cache_size = cache_size
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[tuple[str, Future[Vector]] | None] = queue.SimpleQueue()
-        self._started = self._closed = False
+        self._thread: threading.Thread | None = None
+        self._closed = False
         if not lazy:
             self._ensure_thread()
 
@@ -115,16 +117,21 @@ class EncoderService:
         return self.state
 
     def close(self) -> None:
-        """Let the thread end after what it was asked; from now on there is no encoder."""
+        """Let the thread end after what it was asked, and wait for that; from now on there is no encoder.
+
+        A process that ends while the model computes is aborted by it. What only loads is not waited for.
+        """
         with self._lock:
             self._closed, self.state = True, "closed"
             self._queue.put(_STOP)
+            thread = self._thread
+        if thread is not None and self.settled.is_set() and thread is not threading.current_thread():
+            thread.join(_CLOSING_S)
 
     def _ensure_thread(self) -> None:
         with self._lock:
-            if not (self._started or self._closed):
-                start_thread("agent-memory-encoder", self._run)
-                self._started = True
+            if self._thread is None and not self._closed:
+                self._thread = start_thread("agent-memory-encoder", self._run)
 
     def _queued(self, keys: Sequence[str]) -> list[Future[Vector]]:
         """Queue keys for the thread; none where it would not answer, now or any more."""
