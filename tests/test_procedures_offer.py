@@ -282,6 +282,15 @@ def test_a_shell_command_that_the_user_wrote_tells_nothing() -> None:
     assert offer(solved((step("get_page", url="user"), step("bash", command="user"))), ()) is not None
 
 
+def test_one_episode_alone_tells_of_one_change() -> None:
+    """What else its user wanted may be nobody's wish; two make it a procedure, and an equal goal is shown whole."""
+    both = (ASK, *WAY, ASK, step(BOOK, cabin="user"))
+    assert tools(offered(both)) == tools(offered((ASK, *WAY)))
+    assert tools(offered(both, done=[CANCEL])) == []
+    assert tools(offered(both, both))[-2:] == ["?", BOOK]
+    assert tools(offer(solved(both, equal=True), ()))[-2:] == ["?", BOOK]
+
+
 # -- constants -------------------------------------------------------------------------------------
 
 
@@ -419,7 +428,7 @@ def test_no_name_and_no_value_leaves_the_block(odd: str) -> None:
         ProcedureStep("get_it", (Slot("id", "user", ""),), arguments=arguments, observed="x"),
     ]
     for equal in (False, True):
-        found = offer(solved(way, equal=equal), (), lambda _: True)
+        found = offer(solved(way, way, equal=equal), (), lambda _: True)
         assert is_one_block(shown(found)), shown(found)
 
 

@@ -132,7 +132,10 @@ def _centrality(one: Solved, near: Sequence[Solved]) -> float:
 
 
 def _agreed(best: Solved, near: Sequence[Solved]) -> tuple[ProcedureStep, ...]:
-    """Return the steps that enough of the episodes share, up to the first change of state that they do not agree on."""
+    """Return the steps that enough of the episodes share, up to the first change of state that they do not agree on.
+
+    Of what one episode alone changed, all but the first was perhaps another wish of its user.
+    """
     votes: list[list[ProcedureStep]] = [[] for _ in best.steps]
     for other in near:
         for i, j in aligned(best.steps, other.steps):
@@ -145,7 +148,8 @@ def _agreed(best: Solved, near: Sequence[Solved]) -> tuple[ProcedureStep, ...]:
                 break
             continue
         kept.append(replace(step, slots=_slots(step, found), repeats=any(f.repeats for f in found)))
-    return tuple(kept)
+    changes = [place for place, step in enumerate(kept) if step.writes]
+    return tuple(kept[: changes[0] + 1] if len(changes) > 1 and len(near) == 1 else kept)
 
 
 def _slots(step: ProcedureStep, found: Sequence[ProcedureStep]) -> tuple[Slot, ...]:
