@@ -91,6 +91,8 @@ def test_what_was_done_before_the_same_action_worked() -> None:
     first = [("python app.py", "first", "pip install yaml", "again")]
     assert mined(wrong, pip, right) == first
     assert mined(wrong, attempt("cat app.py 2>/dev/null"), attempt("npm i x", "failure"), pip, right) == first
+    assert mined(wrong, attempt("grep -rn yaml ."), attempt("rg yaml"), pip, right) == first
+    assert mined(wrong, attempt("grep -rn yaml ."), right) == []
     assert mined(wrong, pip, make, right) == [("python app.py", "first", "pip install yaml && export A=1", "again")]
     for edit in (
         "cat > .env <<E\nA=1\nE",

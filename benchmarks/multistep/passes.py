@@ -43,7 +43,7 @@ def run(
     *,
     seeds: int = 1,
     seed: int = 0,
-    instances: int = 6,
+    instances: int = 12,
     follow: Sequence[float] = FOLLOW,
     max_error: float = 0.05,
     share: float = 0.5,

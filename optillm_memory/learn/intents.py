@@ -38,6 +38,7 @@ LOOKS = frozenset(
     (
         *("cat", "ls", "head", "tail", "pwd", "which", "find", "tree", "less", "echo", "type", "file", "wc"),
         *("show", "desc", "describe", "explain", "pragma", "help"),
+        *SEARCHERS,
     )
 )
 _PAGER = re.compile(
@@ -75,8 +76,8 @@ def same_intent(failed: Action, later: Action, error: str = "") -> bool:
     if not one or not other or is_document(later):
         return False
     changes = EDITS.match(after) is not None and not _INTERPRETER.fullmatch(other[0])
-    searches = other[0] in SEARCHERS and one[0] not in SEARCHERS
-    if other[0] != one[0] and (changes or searches or other[0].lower() in LOOKS):
+    looks = other[0].lower() in LOOKS and not SEARCHERS.issuperset((one[0], other[0]))
+    if other[0] != one[0] and (changes or looks):
         return False
     objects, kept = _objects(one), _objects(other)
     if objects and not objects & kept and _SCRIPT.search(before) and not _MISSING.search(error):

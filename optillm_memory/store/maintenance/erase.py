@@ -136,13 +136,13 @@ def _slice(
 
 def _joined(groups: Sequence[Sequence[T]]) -> list[Sequence[T]]:
     """Return groups with small ones joined."""
-    joined: list[list[T]] = []
+    joined: list[Sequence[T]] = []
     for group in groups:
         if joined and len(joined[-1]) + len(group) <= _TOGETHER:
-            joined[-1].extend(group)
+            joined[-1] = [*joined[-1], *group]
         else:
-            joined.append(list(group))
-    return list(joined)
+            joined.append(group)
+    return joined
 
 
 def _batches(found: Sequence[T]) -> list[Sequence[T]]:

@@ -28,7 +28,7 @@ _BY_TRACE = (
     "injections", "calls", "proposals", "labels", "decisions", "rewards", "outcomes", "contributions", "prefixes",
     "traces",
 )  # fmt: skip
-# What belongs to an episode; releases before 0.1 noted a prefix without its trace.
+# What belongs to an episode; a prefix has gone with its trace, unless an earlier schema noted it without one.
 _IN_EPISODE = "scope_id = ? AND episode_id = ?"
 _BY_EPISODE = {"ledger": _IN_EPISODE, "lines": _IN_EPISODE, "prefixes": f"trace_id = '' AND {_IN_EPISODE}"}
 
