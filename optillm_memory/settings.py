@@ -161,6 +161,11 @@ class Settings:
         "that is more); after it the first answer is returned",
         low=0,
     )
+    direct: bool = _setting(
+        True,
+        "send plain requests to an OpenAI-compatible upstream over connections of our own, and relay the answer as it "
+        "comes; `off` leaves them to optillm",
+    )
     redact: bool = _setting(True, "replace API keys, tokens and private keys before anything is stored")
 
     def __post_init__(self) -> None:

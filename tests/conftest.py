@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hosting import LEAN_PATH, Host, served
+from hosting import LEAN_PATH, Host, on_lane, served
 from hypothesis import settings
 from postgres import Server, running
 
@@ -49,6 +49,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the tests of a module that names `LANES` on each of these: on the direct lane, or through the host."""
+    lanes = getattr(metafunc.module, "LANES", None)
+    if lanes is not None and "lane" in metafunc.fixturenames:
+        metafunc.parametrize("lane", lanes, scope="module")
+
+
+@pytest.fixture(scope="module")
+def lane() -> str:
+    """Give the way that plain requests take in this module."""
+    return "direct"
+
+
 @pytest.fixture(scope="module")
 def upstream() -> Iterator[RecordingUpstream]:
     """Give an upstream that echoes and records."""
@@ -57,9 +70,9 @@ def upstream() -> Iterator[RecordingUpstream]:
 
 
 @pytest.fixture(scope="module")
-def module_host(upstream: RecordingUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    """Start `optillm-memory serve` once for a module."""
-    with served(upstream, tmp_path_factory.mktemp("host") / "memory.db") as host:
+def module_host(lane: str, upstream: RecordingUpstream, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """Start `optillm-memory serve` once for a module, or once for each lane."""
+    with served(upstream, tmp_path_factory.mktemp("host") / "memory.db", env=on_lane(lane)) as host:
         yield host
 
 

@@ -134,6 +134,14 @@ class Host:
             yield client
 
 
+BOTH_LANES = ("direct", "host")
+
+
+def on_lane(lane: str) -> dict[str, str]:
+    """Return the setting with which plain requests take a lane."""
+    return {"OPTILLM_AGENT_MEMORY_DIRECT": "on" if lane == "direct" else "off"}
+
+
 def authorization(key: str | None) -> dict[str, str]:
     """Return the header of a caller's key."""
     return {} if key is None else {"Authorization": f"Bearer {key}"}

@@ -136,13 +136,11 @@ def test_errors_look_like_openai(reply: ReplyFunction, error: type[openai.APIErr
     assert len(server.requests) == 1
 
 
-def test_refuses_streams_bad_bodies_and_other_paths(upstream: RecordingUpstream) -> None:
-    """A leaked `stream`, a body that is no object and an unknown path do not pass for success."""
-    with pytest.raises(openai.BadRequestError, match="stream was passed upstream"):
-        ask(upstream, stream=True)
+def test_refuses_bad_bodies_and_other_paths(upstream: RecordingUpstream) -> None:
+    """A body that is no object and an unknown path do not pass for success."""
     assert httpx.post(f"{upstream.base_url}/chat/completions", content=b"[1]").status_code == 400
     assert httpx.post(f"{upstream.base_url}/embeddings", json={}).status_code == 404
-    assert [request.body[:3] for request in upstream.requests[1:]] == [b"[1]"]
+    assert [request.body[:3] for request in upstream.requests] == [b"[1]"]
 
 
 def test_serves_many_clients_at_once() -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from acting import ORDER, PARCEL, REUSE, SYSTEM, TOOLS, shown, task_of, way_of
-from hosting import JSON, KEY, MODEL, Host, chunks_of, served, until
+from hosting import BOTH_LANES, JSON, KEY, MODEL, Host, chunks_of, on_lane, served, until
 
 from optillm_memory.testing.upstream import Answer, RecordingUpstream, Reply, echo, tool_call
 
 pytestmark = pytest.mark.host
+LANES = BOTH_LANES
 
 LOOKS = {"read_only": [ORDER, PARCEL]}
 BOTH = [name for name, _ in way_of(7)]
@@ -33,9 +34,9 @@ def model(request: JSON) -> Answer:
 
 
 @pytest.fixture(scope="module")
-def acting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+def acting(lane: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """Run a host whose setting declares one tool, and let it see the task solved until its gate is open."""
-    env = {"OPTILLM_AGENT_MEMORY_READ_ONLY_TOOLS": ORDER}
+    env = {"OPTILLM_AGENT_MEMORY_READ_ONLY_TOOLS": ORDER, **on_lane(lane)}
     db = tmp_path_factory.mktemp("acting") / "memory.db"
     with RecordingUpstream(model) as upstream, served(upstream, db, env=env) as host:
         for number in range(TAUGHT):

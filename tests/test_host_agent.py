@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosting import JSON, MODEL, Host, served
+from hosting import BOTH_LANES, JSON, MODEL, Host, served
 
 from optillm_memory.testing.upstream import Answer, RecordingUpstream, Reply, tool_call
 
 pytestmark = pytest.mark.host
+LANES = BOTH_LANES
 
 BLOCK, SUGGESTED = "<agent_memory>", "what worked instead"
 TOOLS = [{"type": "function", "function": {"name": "bash", "parameters": {"type": "object", "properties": {}}}}]

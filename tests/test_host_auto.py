@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosting import JSON, MODEL, Host, served
+from hosting import BOTH_LANES, JSON, MODEL, Host, on_lane, served
 
 from optillm_memory.testing.upstream import RecordingUpstream, Reply, tool_call
 
 pytestmark = pytest.mark.host
+LANES = BOTH_LANES
 
 ENV = {
     "OPTILLM_AGENT_MEMORY_ARMS": "none@default, none@small=0.1, re2@default, gone@default",
@@ -80,9 +81,10 @@ def test_the_policy_learns_and_goes_on_after_a_restart(upstream: RecordingUpstre
 
 
 @pytest.fixture(scope="module")
-def auto(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def auto(lane: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Run a server with arms of which the words-only one comes first."""
     env = {**ENV, "OPTILLM_AGENT_MEMORY_ARMS": "re2@default, none@small", "OPTILLM_AGENT_MEMORY_WARMUP_SHARE": "0"}
+    env |= on_lane(lane)
     with RecordingUpstream() as upstream, served(upstream, tmp_path_factory.mktemp("auto") / "m.db", env=env) as host:
         yield host
 

@@ -15,6 +15,7 @@ from optillm_memory.conversation.text import SEPARATOR
 from optillm_memory.testing.upstream import Reply, tool_call
 
 pytestmark = pytest.mark.host
+LANES = ("host",)  # test_direct_fidelity.py is about the other one
 
 PLAIN, MEMORY = "gpt-4o-mini", "agent_memory-gpt-4o-mini"
 TASK = "Which file holds the retry limit of the nightly uploader?"

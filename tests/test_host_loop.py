@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosting import KEY, LEAN, MODEL, QUIET, Host, running, served, until
+from hosting import BOTH_LANES, KEY, LEAN, MODEL, QUIET, Host, running, served, until
 
 from optillm_memory.bench.stream import wait_for_encoder
 from optillm_memory.testing.host import HostProcess
 from optillm_memory.testing.upstream import RecordingUpstream
 
 pytestmark = pytest.mark.host
+LANES = BOTH_LANES
 
 TASK = "How do I raise the retry limit of the nightly uploader?"
 REWORDED = "What is the way to increase the nightly uploader's retry limit?"

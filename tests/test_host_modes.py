@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosting import JSON, MODEL, Host, chunks_of, served, until
+from hosting import BOTH_LANES, JSON, MODEL, Host, chunks_of, served, until
 from openai.types.chat import ChatCompletionMessage
 
 from optillm_memory.testing.upstream import RecordingUpstream, Reply, tool_call
 
 pytestmark = pytest.mark.host
+LANES = BOTH_LANES
 
 TASK = "Which file holds the retry limit of the nightly uploader?"
 ANSWER = "It is in uploader.toml."

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hosting import JSON, MODEL, Host, chunks_of, served, until
+from hosting import BOTH_LANES, JSON, MODEL, Host, chunks_of, served, until
 
 from optillm_memory.testing.upstream import RecordingUpstream
 
 pytestmark = pytest.mark.host
+LANES = BOTH_LANES
 
 TASK = "Which team owns the nightly export of the ledger?"
 ANSWER = "The finance platform team."

@@ -279,16 +279,25 @@ def decide(
 @tasks_file
 @numbers("--sizes", "0,1000,10000", "Numbers of traces")
 @click.option("--repeats", type=click.IntRange(1), default=200, show_default=True, help="Requests of each kind.")
+@numbers("--clients", "1,8,32,128", "Numbers of clients at once, of an upstream that takes 2 s for an answer")
+@click.option("--seconds", type=click.FloatRange(0), default=10.0, show_default=True,
+              help="How long so many clients ask; 0 leaves them out.")  # fmt: skip
 @seeded
 @reported
-def latency(sizes: list[int], repeats: int, seed: int, data: Path | None, output: Output) -> None:
-    """Measure a round trip with approach `none`, one with memory, and the encoder alone."""
-    from optillm_memory.bench.latency import run
+def latency(
+    sizes: list[int], repeats: int, clients: list[int], seconds: float, seed: int, data: Path | None, output: Output
+) -> None:
+    """Measure round trips and first tokens: the upstream itself, approach `none`, memory on both lanes, the encoder."""
+    from optillm_memory.bench.latency import run, under_load
     from optillm_memory.bench.tasks import load_tasks
 
+    tasks = load_tasks(data)
     with progress(len(sizes) * (repeats + 10), "round trips") as bar:
-        figures = run(load_tasks(data), sizes=sizes, repeats=repeats, seed=seed, say=say, tick=lambda: bar.update(1))
-    output.write(figures, {"repeats": repeats, "seed": seed, "data": name_of(data)})
+        figures = run(tasks, sizes=sizes, repeats=repeats, seed=seed, say=say, tick=lambda: bar.update(1))
+    if seconds:
+        figures["load"] = under_load(tasks, clients=clients, seconds=seconds, seed=seed, say=say)
+    settings = {"repeats": repeats, "clients": clients, "seconds": seconds, "seed": seed, "data": name_of(data)}
+    output.write(figures, settings)
 
 
 @bench.command()

@@ -232,6 +232,10 @@ _FACTS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
         lambda s: " ".join(inspect.signature(s.execute_single_approach).parameters) == _PARAMETERS,
     ),
     (
+        "client", "the host makes its client in get_config, and says whether it batches and logs",
+        lambda s: callable(s.get_config) and hasattr(s, "request_batcher") and hasattr(s, "conversation_logger"),
+    ),
+    (
         "key check", "the API key is checked before any route",
         lambda s: any(f.__name__ == "check_api_key" for f in s.app.before_request_funcs.get(None, [])),
     ),

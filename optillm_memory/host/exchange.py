@@ -57,6 +57,7 @@ class Exchange:
     receipts: Callable[[float], list[FeedbackReceipt]] | None = None
     acknowledged: list[dict[str, str]] | None = None
     finished: bool = False
+    is_partial: bool = False  # what went out was not the whole answer; `error` says why
 
     @classmethod
     def begin(cls, host: Any, runtime: Runtime, incoming: Incoming) -> Exchange:
@@ -114,13 +115,13 @@ class Exchange:
         later, refused = self.later, self.turn
         if later is None or not later.refused or (response.status_code == OK and later.answered):
             return response
-        self._give_up_insertions()
+        self.give_up_insertions()
         endpoint = flask.request.endpoint
         assert endpoint is not None
         view: Callable[[], Any] = flask.current_app.view_functions[endpoint]
         again = flask.current_app.make_response(view())
         if again.status_code == OK:
-            self._note_refusal(refused)
+            self.note_refusal(refused)
         return again
 
     def ask(self, client: Any, model: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +149,7 @@ class Exchange:
     def _ask_as_sent(self, client: Any, model: str, config: dict[str, Any], spent_s: float) -> dict[str, Any]:
         """Make the call with the client's messages, in what is left of the time that the client gives it."""
         refused, answered = self.turn, self.calls.answered
-        self._give_up_insertions()
+        self.give_up_insertions()
         if (limit_s := time_limit_of(client)) is not None:
             client = with_limits(client, timeout_s=max(limit_s - spent_s, LEAST_WAIT_S))
         try:
@@ -157,7 +158,7 @@ class Exchange:
             self.error = f"{type(error).__name__}: {error}"
             raise
         if self.calls.answered > answered:
-            self._note_refusal(refused)
+            self.note_refusal(refused)
         return completion
 
     def _call(self, client: Any, model: str, config: dict[str, Any], messages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -178,11 +179,11 @@ class Exchange:
             raise HostError(f"the upstream answered with no completion, but with {str(result)[:_SHOWN]!r}")
         return completion_of(self.host, result, tokens, model)
 
-    def _give_up_insertions(self) -> None:
+    def give_up_insertions(self) -> None:
         """Go on with the client's messages as they came; that costs one extra call."""
         self.turn = replace(self.turn.as_sent(), extra_calls=self.turn.extra_calls + 1)
 
-    def _note_refusal(self, refused: Turn) -> None:
+    def note_refusal(self, refused: Turn) -> None:
         """Note that the upstream took the prompt without what memory had put there: it was memory that it refused."""
         memory = self.memory
 
@@ -203,18 +204,32 @@ class Exchange:
             )
 
     def ask_guarded(self, client: Any, model: str, config: dict[str, Any]) -> dict[str, Any]:
-        """Make the upstream call, and one more where the answer is about to repeat what is known to fail.
-
-        The better-behaved answer is returned, with the tokens of both calls. A second call that fails, or takes too
-        long, costs nothing but itself: the first answer goes out.
-        """
+        """Make the upstream call, and one more where the guard wants it; return the better answer."""
         started = time.perf_counter()
         first = self.ask(client, model, config)
+
+        def once_more(messages: list[dict[str, Any]], limit_s: float) -> dict[str, Any]:
+            return self._call(with_limits(client, timeout_s=limit_s, max_retries=0), model, config, messages)
+
+        return self.guarded(first, once_more, time.perf_counter() - started)
+
+    def guarded(
+        self,
+        first: dict[str, Any],
+        once_more: Callable[[list[dict[str, Any]], float], dict[str, Any]],
+        took_s: float,
+    ) -> dict[str, Any]:
+        """Return an answer, or a second one where the first is about to repeat what is known to fail.
+
+        `once_more` gets the messages with the guard's advice and a limit in seconds; `took_s` is the first call's time.
+        The answer has the tokens of both calls. A second call that fails, or takes too long, costs nothing but itself:
+        the first answer goes out.
+        """
         memory, before = self.memory, self.turn
         is_plain = self.inner == "none" and not before.extra_calls
         if memory is None or before.conversation is None or not is_plain or self.finished:
             return first
-        limit_s = min(max(GUARD_LEAST_S, 2 * (time.perf_counter() - started)), memory.settings.guard_timeout_s)
+        limit_s = min(max(GUARD_LEAST_S, 2 * took_s), memory.settings.guard_timeout_s)
         guarded, fault = self.fail_open.call(lambda: memory.guard(before, first), before.deadline)
         if guarded is None:
             self.turn = before.skip(fault)
@@ -222,8 +237,7 @@ class Exchange:
         self.turn, again = turn, _ = guarded
         if not again:
             return first
-        bounded = with_limits(client, timeout_s=limit_s, max_retries=0)
-        second, _ = self.second_calls.call(lambda: self._call(bounded, model, config, turn.messages), limit_s)
+        second, _ = self.second_calls.call(lambda: once_more(turn.messages, limit_s), limit_s)
         better, _ = self.fail_open.call(lambda: memory.guarded(turn, second or {}), turn.deadline)
         self.turn = replace(turn if better else before, extra_calls=1)
         if not better or second is None:
@@ -277,7 +291,8 @@ class Exchange:
         calls = self.calls.close()
         # A single plain call is the trace itself.
         turn = replace(self.turn, calls=calls) if self.inner != "none" or len(calls) > 1 else self.turn
-        self.memory.finish(turn, None if self.error else completion, error=self.error)
+        answered = self.error is None or self.is_partial
+        self.memory.finish(turn, completion if answered else None, error=self.error)
 
     def _mend(self, response: flask.Response) -> None:
         if response.status_code != OK:

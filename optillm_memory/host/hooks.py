@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import flask
 
 from optillm_memory.conversation.options import FIELD
 from optillm_memory.errors import InvalidField
+from optillm_memory.host import direct
 from optillm_memory.host.exchange import OK, Exchange
 from optillm_memory.host.incoming import SENT_N, SLUG, Incoming, read_incoming
 from optillm_memory.host.routes import blueprint, error_response
@@ -49,13 +51,26 @@ def after_request(response: flask.Response) -> flask.Response:
 
 
 def _answer_early() -> flask.Response | tuple[flask.Response, int] | None:
+    server = host()
     try:
-        if incoming := read_incoming(host()):
-            _make_countable(incoming)
-            if incoming.options.reuse and incoming.operation == "SINGLE":
-                return _from_memory(incoming)
+        incoming = read_incoming(server)
     except InvalidField as error:
         return error_response(str(error), 400, param=error.param)
+    if incoming is None:
+        return None
+    process = runtime()
+    is_direct = direct.takes(process, server, incoming)
+    if is_direct or (incoming.options.reuse and incoming.operation == "SINGLE"):
+        exchange = _begin(server, incoming)
+        if exchange.turn.action == "reuse":
+            flask.after_this_request(exchange.respond)
+            return _from_memory(exchange)
+        if is_direct and exchange.inner == "none":
+            response = direct.answer(process, exchange, incoming.body)
+            if response is not None:
+                return response
+        flask.after_this_request(exchange.respond)
+    _make_countable(incoming)
     return None
 
 
@@ -72,22 +87,24 @@ def _list_models(response: flask.Response) -> None:
     response.set_data(json.dumps({**listed, "data": [*models, *(m for m in ours if m["id"] not in known)]}))
 
 
-def _from_memory(incoming: Incoming) -> flask.Response | None:
-    # If memory does not answer, the exchange is kept in flask.g for the host's call: recall runs once.
-    server, body = host(), incoming.body
-    messages = body.get("messages")
+def _begin(server: Any, incoming: Incoming) -> Exchange:
+    # If memory does not answer, and the lane does not either, the exchange is kept in flask.g for the host's call:
+    # recall runs once.
+    messages = incoming.body.get("messages")
     incoming = incoming.with_messages(
         server.strip_optillm_approach_tags(messages if isinstance(messages, list) else [])
     )
     flask.g.agent_memory = exchange = Exchange.begin(server, runtime(), incoming)
-    flask.after_this_request(exchange.respond)
-    if exchange.turn.action != "reuse":
-        return None
+    return exchange
+
+
+def _from_memory(exchange: Exchange) -> flask.Response:
+    server, body = exchange.host, exchange.incoming.body
     exchange.completion = completion = exchange.labelled(exchange.turn.reused())
     if not body.get("stream"):
         return flask.jsonify(completion)
     usage = bool((body.get("stream_options") or {}).get("include_usage"))
-    chunks = server.generate_streaming_completion(completion, incoming.model, usage)
+    chunks = server.generate_streaming_completion(completion, exchange.incoming.model, usage)
     return flask.Response(chunks, content_type="text/event-stream")
 
 

@@ -10,7 +10,9 @@ import threading
 
 from optillm_memory.conversation.language import DETECTOR_LOCK
 from optillm_memory.errors import AgentMemoryError, InvalidField
+from optillm_memory.host.departures import Departures
 from optillm_memory.host.failopen import FailOpen
+from optillm_memory.host.upstream import HostUpstream
 from optillm_memory.learn.forms import form_named
 from optillm_memory.memory import Memory
 from optillm_memory.settings import Settings
@@ -41,6 +43,8 @@ class Runtime:
         self.fail_open = FailOpen(self.settings.deadline_ms / 1000)
         # An upstream that hangs must not use up the threads that recall for other requests.
         self.second_calls = FailOpen(self.settings.guard_timeout_s, self.fail_open.faults)
+        self.upstream = HostUpstream()
+        self.departures = Departures()
 
     def _off(self, fault: str) -> None:
         self.fault = fault
@@ -80,8 +84,10 @@ def open_early() -> None:
 
 
 def _close() -> None:
-    if _runtime is not None and _runtime.memory is not None:
-        _runtime.memory.close()
+    if _runtime is not None:
+        _runtime.upstream.close()
+        if _runtime.memory is not None:
+            _runtime.memory.close()
 
 
 def _before_fork() -> None:

@@ -102,7 +102,8 @@ class Recorder:
             prefixes = conversations.answer_prefixes(conversation, response)
         usage = (response or {}).get("usage") or {}
         choices = (response or {}).get("choices") or []
-        answer = answer_of(choices)
+        # Of what broke off in the middle, words are recorded, and nothing is learned.
+        answer = answer_of(choices) if error is None else None
         trace = Trace(
             trace_id=turn.trace_id,
             scope=turn.scope,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import select
 import socket
 import sys
 import threading
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 MODEL = "upstream-model"
 _CLOSE_S = 10.0  # at most, to stop serving
+_POLL_S = 0.05  # between two looks whether the client is still there
 _ERROR_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -30,7 +33,9 @@ class Reply:
 
     `content` goes into each of the `n` choices (None stays null), as do `tool_calls` and `finish_reason`. `body`
     replaces the whole body. A `status` other than 200 gets an OpenAI-shaped error body. `delay_s` delays the answer;
-    with `hang` there is none, and the connection is dropped when the upstream closes.
+    with `hang` there is none, and the connection is dropped when the upstream closes. `raw` is sent as it is, with the
+    `headers`. Where the request asks for a stream, the answer comes in chunks, `chunk_delay_s` apart, of which `events`
+    are a replacement; after `cut_after` of them the connection breaks off, after `hang_after` nothing more comes.
     """
 
     content: str | None = "ok"
@@ -41,6 +46,11 @@ class Reply:
     tool_calls: Sequence[Mapping[str, Any]] = ()
     finish_reason: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    raw: bytes | None = None
+    events: Sequence[str] | None = None
+    chunk_delay_s: float = 0.0
+    cut_after: int | None = None
+    hang_after: int | None = None
 
 
 Answer: TypeAlias = Reply | str | dict[str, Any] | int
@@ -82,8 +92,8 @@ class RecordingUpstream:
 
     It serves from construction until `close()`, many requests at once. `reply` gets the parsed request; it returns a
     str (the assistant's text), a dict (the whole body), an int (an error status) or a `Reply`. A `reply` that raises
-    becomes a 500 with its message. A request with `stream` gets a 400, because optillm never streams from its upstream.
-    Raises OSError if `port` is taken; 0 picks a free one.
+    becomes a 500 with its message. A request with `stream` is answered with server-sent events. Raises OSError if
+    `port` is taken; 0 picks a free one.
     """
 
     def __init__(self, reply: ReplyFunction = echo, port: int = 0) -> None:
@@ -110,6 +120,16 @@ class RecordingUpstream:
     def requests(self) -> list[RecordedRequest]:
         """The requests so far, oldest first; a copy."""
         return self._state.recorded()
+
+    @property
+    def departed(self) -> list[float]:
+        """When clients left before they had their whole answer, on `time.perf_counter`'s clock."""
+        return list(self._state.departed)
+
+    @property
+    def connections(self) -> int:
+        """How many connections have been opened to it."""
+        return self._state.connections
 
     def clear(self) -> None:
         """Forget the requests so far."""
@@ -143,6 +163,8 @@ class _State:
         self._lock = threading.Lock()
         self._requests: list[RecordedRequest] = []
         self._answered = 0
+        self.departed: list[float] = []
+        self.connections = 0
 
     def record(self, request: RecordedRequest) -> None:
         with self._lock:
@@ -155,6 +177,7 @@ class _State:
     def clear(self) -> None:
         with self._lock:
             self._requests.clear()
+            self.departed.clear()
 
     def next_number(self) -> int:
         with self._lock:
@@ -197,6 +220,34 @@ def _completion(request: dict[str, Any], reply: Reply, number: int) -> dict[str,
     }
 
 
+def events(request: Mapping[str, Any], completion: Mapping[str, Any]) -> list[str]:
+    """Return a completion as the server-sent events of a provider: a word or a piece of arguments at a time."""
+    head = {k: v for k, v in completion.items() if k not in ("object", "choices", "usage")}
+    head |= {"object": "chat.completion.chunk"}
+    made: list[str] = []
+
+    def add(index: int, delta: Mapping[str, Any], finish: str | None = None, **more: Any) -> None:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish, **more}
+        made.append(f"data: {json.dumps({**head, 'choices': [choice]})}\n\n")
+
+    for choice in completion.get("choices") or []:
+        index, message = choice.get("index", 0), choice.get("message") or {}
+        add(index, {"role": "assistant", "content": "" if message.get("content") is not None else None})
+        for name in ("reasoning_content", "refusal", "content"):
+            for word in re.findall(r"\S*\s*", message.get(name) or "")[:-1]:
+                add(index, {name: word})
+        for number, call in enumerate(message.get("tool_calls") or []):
+            function = call.get("function") or {}
+            add(index, {"tool_calls": [{"index": number, **call, "function": {**function, "arguments": ""}}]})
+            arguments = function.get("arguments") or ""
+            for piece in (arguments[i : i + 8] for i in range(0, len(arguments), 8)):
+                add(index, {"tool_calls": [{"index": number, "function": {"arguments": piece}}]})
+        add(index, {}, choice.get("finish_reason") or "stop")
+    if (request.get("stream_options") or {}).get("include_usage"):
+        made.append(f"data: {json.dumps({**head, 'choices': [], 'usage': completion.get('usage')})}\n\n")
+    return [*made, "data: [DONE]\n\n"]
+
+
 def _messages(request: Mapping[str, Any]) -> list[dict[str, Any]]:
     messages = request.get("messages")
     return [one for one in messages if isinstance(one, dict)] if isinstance(messages, list) else []
@@ -227,6 +278,7 @@ class _Server(ThreadingHTTPServer):
     def keep(self, connection: socket.socket) -> None:
         with self._connections_lock:
             self._connections.add(connection)
+            self.state.connections += 1
 
     def forget(self, connection: socket.socket) -> None:
         with self._connections_lock:
@@ -285,31 +337,86 @@ class _Handler(BaseHTTPRequestHandler):
         state.record(RecordedRequest(body, request, headers, arrived))
         if not isinstance(parsed, dict):
             self._send(400, _error(400, "the body is not a JSON object"))
-        elif request.get("stream"):
-            # optillm never streams from its upstream: a client's field has leaked through.
-            self._send(400, _error(400, "stream was passed upstream"))
         else:
             self._reply(request, state.answer(request))
 
     def _reply(self, request: dict[str, Any], reply: Reply) -> None:
-        state = self.server.state
-        if (reply.hang or reply.delay_s) and state.closing.wait(None if reply.hang else reply.delay_s):
-            self.close_connection = True
+        if (reply.hang or reply.delay_s) and not self._wait(None if reply.hang else reply.delay_s):
             return
-        if reply.body is not None:
-            body = reply.body
+        if reply.raw is not None:
+            self._send_bytes(reply.status, reply.raw, reply.headers)
+        elif request.get("stream") and reply.status == HTTPStatus.OK and (reply.body or {"choices": 1}).get("choices"):
+            self._stream(request, reply)
+        elif reply.body is not None:
+            self._send(reply.status, reply.body, reply.headers)
         elif reply.status == HTTPStatus.OK:
-            body = _completion(request, reply, state.next_number())
+            self._send(HTTPStatus.OK, _completion(request, reply, self.server.state.next_number()), reply.headers)
         else:
-            body = _error(reply.status, f"the upstream answers {reply.status}")
-        self._send(reply.status, body, reply.headers)
+            self._send(reply.status, _error(reply.status, f"the upstream answers {reply.status}"), reply.headers)
+
+    def _stream(self, request: dict[str, Any], reply: Reply) -> None:
+        completion = reply.body or _completion(request, reply, self.server.state.next_number())
+        sent = reply.events if reply.events is not None else events(request, completion)
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Transfer-Encoding", "chunked")
+        for name, value in reply.headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.flush()
+        for number, event in enumerate(sent):
+            if number == reply.cut_after:
+                self._break_off()
+                return
+            waits = None if number == reply.hang_after else reply.chunk_delay_s
+            if waits != 0.0 and not self._wait(waits):
+                return
+            data = event.encode()
+            try:
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+                self.wfile.flush()
+            except ConnectionError:
+                self._note_departure()
+                return
+        if reply.cut_after is not None:
+            self._break_off()
+            return
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _wait(self, seconds: float | None) -> bool:
+        """Wait, without end where None is given; return whether there still is somebody to answer."""
+        state, until = self.server.state, None if seconds is None else time.monotonic() + seconds
+        while until is None or (remaining := until - time.monotonic()) > 0:
+            if state.closing.wait(_POLL_S if until is None else min(_POLL_S, remaining)):
+                self.close_connection = True
+                return False
+            if self._is_left():
+                self._note_departure()
+                return False
+        return True
+
+    def _is_left(self) -> bool:
+        try:
+            return select.select([self.connection], [], [], 0)[0] != [] and not self.connection.recv(1, socket.MSG_PEEK)
+        except (OSError, ValueError):
+            return True
+
+    def _note_departure(self) -> None:
+        self.close_connection = True
+        self.server.state.departed.append(time.perf_counter())
+
+    def _break_off(self) -> None:
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def _send(self, status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> None:
-        data = json.dumps(body).encode()
+        self._send_bytes(status, json.dumps(body).encode(), {"Content-Type": "application/json", **(headers or {})})
+
+    def _send_bytes(self, status: int, data: bytes, headers: Mapping[str, str]) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
-        for name, value in (headers or {}).items():
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)

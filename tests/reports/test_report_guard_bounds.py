@@ -13,11 +13,12 @@ from typing import Any
 
 import httpx
 import pytest
-from hosting import JSON, MODEL, Host, chunks_of
+from hosting import BOTH_LANES, JSON, MODEL, Host, chunks_of
 
 from optillm_memory.testing.upstream import Answer, Reply, tool_call
 
 pytestmark = pytest.mark.host
+LANES = BOTH_LANES
 
 BLOCK = "<agent_memory>"
 TOOLS = [{"type": "function", "function": {"name": "bash", "parameters": {"type": "object", "properties": {}}}}]

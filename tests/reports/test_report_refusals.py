@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hosting import JSON, Host, chunks_of
+from hosting import BOTH_LANES, JSON, Host, chunks_of
 
 from optillm_memory.inject.refusals import FORMS as FORMS_OF_MEMORY
 from optillm_memory.inject.refusals import REFUSED_FOR_S, Refusals
@@ -25,6 +25,7 @@ from optillm_memory.records import Scope
 from optillm_memory.testing.upstream import Reply, tool_call
 
 pytestmark = pytest.mark.host
+LANES = BOTH_LANES
 
 TASK, ANSWER = "Which file holds the retry limit of the nightly uploader?", "It is in uploader.toml."
 FOLLOW_UP = "And which one holds its log level?"

@@ -1,0 +1,110 @@
+"""Departures: clients that close their connection before they have their answer, so that nobody works for them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from optillm_memory.background.threads import start_thread
+
+logger = logging.getLogger(__name__)
+
+INTERVAL_S = 0.2
+_IDLE_S = 10.0  # then the thread ends, and the next watch starts another
+_SOCKETS = ("werkzeug.socket", "gunicorn.socket")
+_WITHOUT_WAITING = getattr(socket, "MSG_DONTWAIT", 0)
+
+
+class Departures:
+    """Looks at the connections of waiting clients, on one thread, and calls what each of them asked to be called."""
+
+    def __init__(self) -> None:
+        """Watch nobody; the thread starts with the first watch."""
+        self._watched: dict[int, tuple[Callable[[], bool], Callable[[], None]]] = {}
+        self._numbers = itertools.count()
+        self._changed = threading.Condition()
+        self._is_running = False
+
+    @contextlib.contextmanager
+    def watching(self, has_left: Callable[[], bool] | None, cancel: Callable[[], None]) -> Iterator[None]:
+        """Call `cancel` once, on the watching thread, where the client leaves within the `with` block."""
+        if has_left is None:
+            yield
+            return
+        number = next(self._numbers)
+        with self._changed:
+            self._watched[number] = has_left, cancel
+            if not self._is_running:
+                start_thread("agent-memory-departures", self._run)
+                self._is_running = True
+            self._changed.notify()
+        try:
+            yield
+        finally:
+            with self._changed:  # no look at a connection that the server closes now
+                self._watched.pop(number, None)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                if not self._watched and not self._changed.wait_for(lambda: self._watched, _IDLE_S):
+                    self._is_running = False
+                    return
+                gone = [number for number, (has_left, _) in self._watched.items() if _is_true(has_left)]
+                cancels = [self._watched.pop(number)[1] for number in gone]
+            for cancel in cancels:
+                _is_true(cancel)
+            threading.Event().wait(INTERVAL_S)
+
+
+class Client:
+    """The connection of the client that a request came over, as far as the server shows it."""
+
+    def __init__(self, environ: Mapping[str, Any]) -> None:
+        """Look for it in a WSGI environment."""
+        told = environ.get("waitress.client_disconnected")
+        self._told: Callable[[], Any] | None = told if callable(told) else None
+        found = (environ.get(name) for name in _SOCKETS)
+        self._socket = next((one for one in found if isinstance(one, socket.socket)), None)
+        # It sends chunks to whoever asks by HTTP/1.1.
+        self._is_werkzeug = _SOCKETS[0] in environ and environ.get("SERVER_PROTOCOL") == "HTTP/1.1"
+
+    @property
+    def has_left(self) -> Callable[[], bool] | None:
+        """A function that says whether the client has closed its connection; None where that cannot be seen."""
+        if self._told is not None:
+            return lambda: bool(self._told and self._told())
+        return self._is_closed if self._socket is not None and _WITHOUT_WAITING else None
+
+    def break_off(self) -> None:
+        """See to it that the client does not take half a streamed answer for a whole one.
+
+        Werkzeug says `Connection: close`, after which Node's client, for one, takes any end of the connection for the
+        end of the answer: it gets a chunk that is none. Other servers end a connection so that it is seen.
+        """
+        if self._socket is not None and self._is_werkzeug:
+            with contextlib.suppress(OSError):
+                self._socket.sendall(b"broken off\r\n")
+
+    def _is_closed(self) -> bool:
+        assert self._socket is not None
+        try:
+            # The plain socket's own method: below TLS, and without taking anything away.
+            return not socket.socket.recv(self._socket, 1, socket.MSG_PEEK | _WITHOUT_WAITING)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            return True
+
+
+def _is_true(asked: Callable[[], Any]) -> bool:
+    try:
+        return bool(asked())
+    except Exception:
+        logger.exception("agent_memory: a client's connection could not be looked at")
+        return False

@@ -1,0 +1,320 @@
+"""The direct lane: words go out as they come, who leaves is worked for no longer, and nothing is asked twice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from agents import RIGHT, WRONG
+from hosting import JSON, KEY, LEAN, MODEL, QUIET, Host, authorization, running, served, until
+
+from optillm_memory.testing.host import HostProcess, child_environment
+from optillm_memory.testing.upstream import RecordingUpstream, Reply, tool_call
+
+pytestmark = pytest.mark.host
+
+WORDS = "one two three four five six seven eight"
+SLACK_S = 5.0
+TOOLS = [{"type": "function", "function": {"name": "bash", "parameters": {"type": "object", "properties": {}}}}]
+LEFT = "the client left before it had the whole answer"
+
+
+def asking(text: str, memory: Mapping[str, Any] | None = None, **more: Any) -> JSON:
+    """Return a streamed request's body."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": text}], "stream": True, **more}
+    return {**body, "agent_memory": dict(memory)} if memory else body
+
+
+@contextlib.contextmanager
+def streaming(host: Host, body: JSON) -> Iterator[Any]:
+    """Ask, and give the response while it comes."""
+    url = f"{host.process.base_url}/chat/completions"
+    with host.http.stream("POST", url, json=body, headers=authorization(KEY)) as response:
+        yield response
+
+
+def events_in(response: Any) -> Iterator[Any]:
+    """Yield the chunks of a response as they come, and "[DONE]"."""
+    for line in response.iter_lines():
+        if line.startswith("data: "):
+            yield json.loads(line[6:]) if line != "data: [DONE]" else "[DONE]"
+
+
+def said(chunks: list[JSON]) -> str:
+    """Return the words of chunks."""
+    return "".join(c["delta"].get("content") or "" for chunk in chunks for c in chunk["choices"])
+
+
+def trace_of(host: Host, response: Any) -> JSON:
+    """Return the trace of a response, once it is there."""
+    path = f"traces/{response.headers['X-Agent-Memory-Trace-Id']}"
+    assert until(lambda: host.route("GET", path).status_code == 200)
+    return host.get(path)
+
+
+def only_trace(host: Host, text: str) -> JSON:
+    """Return the one trace of a request for a text, once it is there."""
+    found: list[JSON] = []
+
+    def is_there() -> bool:
+        found[:] = host.get("traces", text=text)["data"]
+        return bool(found)
+
+    assert until(is_there)
+    assert len(found) == 1
+    return host.get(f"traces/{found[0]['trace_id']}")
+
+
+def test_words_go_out_as_they_come(host: Host, namespace: dict[str, str]) -> None:
+    """The first word is there long before the upstream has said its last; all have the trace's id, and are recorded."""
+    host.upstream.reply = lambda _: Reply(WORDS, chunk_delay_s=0.25)
+    with streaming(host, asking("count", namespace)) as response:
+        arrived = [(time.perf_counter(), chunk) for chunk in events_in(response)]
+    times, chunks = [at for at, _ in arrived], [chunk for _, chunk in arrived]
+    assert chunks.pop() == "[DONE]"
+    assert times[-1] - times[1] > 1.0
+    assert said(chunks) == WORDS
+    trace_id = response.headers["X-Agent-Memory-Trace-Id"]
+    assert {chunk["id"] for chunk in chunks} == {trace_id}
+    assert [chunk.get("agent_memory", {}).get("trace_id") for chunk in chunks] == [None] * (len(chunks) - 1) + [
+        trace_id
+    ]
+    trace = trace_of(host, response)
+    assert (trace["trace_id"], trace["answer"], trace["error"]) == (trace_id, WORDS, None)
+    assert host.sent[0]["stream"] is True
+
+
+def test_a_streamed_answer_is_learned_from(host: Host, namespace: dict[str, str]) -> None:
+    """Its trace takes feedback, and is injected next time, in a stream as well."""
+    host.upstream.reply = lambda _: Reply("It is in uploader.toml.")
+    task = "Which file holds the retry limit of the nightly uploader?"
+    with streaming(host, asking(task, namespace)) as response:
+        assert list(events_in(response))[-1] == "[DONE]"
+    trace_id = response.headers["X-Agent-Memory-Trace-Id"]
+    assert (
+        host.tell({"trace_id": trace_id, "metric": "success", "value": True, "source": "code"})["status"] == "applied"
+    )
+    with streaming(host, asking(task + " Say it.", namespace)) as response:
+        chunks = list(events_in(response))[:-1]
+    assert response.headers["X-Agent-Memory-Action"] == "inject"
+    assert chunks[-1]["agent_memory"]["injected"]
+    assert "It is in uploader.toml." in json.dumps(host.prompt)
+
+
+def test_connections_are_kept(host: Host) -> None:
+    """Requests one after another use one connection to the upstream."""
+    host.chat("warm up")
+    before = host.upstream.connections
+    for number in range(5):
+        host.chat(f"question {number}")
+        with streaming(host, asking(f"question {number}")) as response:
+            list(events_in(response))
+    assert host.upstream.connections == before
+
+
+@pytest.mark.parametrize(
+    ("reply", "stream"),
+    [(Reply(WORDS, hang_after=3), True), (Reply(WORDS, chunk_delay_s=0.4), True), (Reply(hang=True), True),
+     (Reply(hang=True), False)],
+    ids=["no-chunk-due", "chunks", "before-the-first", "whole"],
+)  # fmt: skip
+def test_who_leaves_is_worked_for_no_longer(
+    host: Host, namespace: dict[str, str], reply: Reply, *, stream: bool
+) -> None:
+    """Also while no chunk is due, and before the first: the upstream sees it, the trace says it, nothing is learned."""
+    host.upstream.reply = lambda _: reply
+    text = f"count for {uuid.uuid4().hex}"
+    body = json.dumps({**asking(text, namespace), "stream": stream}).encode()
+    with socket.create_connection(("127.0.0.1", host.process.port)) as client:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(head.encode() + body)
+        assert until(lambda: bool(host.sent))
+        if not reply.hang:
+            client.settimeout(20)
+            assert b"HTTP/1.1 200" in client.recv(1 << 16)
+        time.sleep(0.5)
+        left = time.perf_counter()
+    assert until(lambda: bool(host.upstream.departed))
+    assert host.upstream.departed[0] - left < 1.0 + SLACK_S
+    trace = only_trace(host, text)
+    assert LEFT in trace["error"]
+    assert trace["answer"] is None
+    if not reply.hang:
+        assert trace["messages"][-1]["content"].startswith("one")
+    assert host.tell({"trace_id": trace["trace_id"], "metric": "success", "value": True, "source": "code"})
+    assert text not in json.dumps(host.get("memories", limit=1000)["data"])
+    host.upstream.reply = lambda _: Reply("ok")
+    assert host.chat("still there?")["choices"][0]["message"]["content"] == "ok"
+
+
+def test_an_upstream_that_breaks_off_is_seen_to(host: Host, namespace: dict[str, str]) -> None:
+    """The client's connection breaks off as well; the trace says so and keeps the words; nothing is learned."""
+    host.upstream.reply = lambda _: Reply(WORDS, cut_after=4)
+    chunks: list[JSON] = []
+    with (
+        streaming(host, asking("count", namespace)) as response,
+        pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)),
+    ):
+        chunks.extend(events_in(response))
+    assert said(chunks) == "one two three "
+    trace = trace_of(host, response)
+    assert trace["error"].startswith("the upstream broke off")
+    assert (trace["answer"], trace["messages"][-1]["content"]) == (None, "one two three ")
+
+
+def test_no_upstream(db: Path) -> None:
+    """Nobody listens there: 502 in OpenAI's shape, and a trace."""
+    with RecordingUpstream() as stopped:
+        stopped.close()
+        with served(stopped, db) as host:
+            response = host.post({"model": MODEL, "messages": [{"role": "user", "content": "anybody there?"}]})
+            assert response.status_code == 502
+            error = response.json()["error"]
+            assert (error["type"], error["code"]) == ("upstream_error", "upstream_unreachable")
+            assert "ConnectError" in only_trace(host, "anybody there?")["error"]
+
+
+def test_switched_off_the_host_answers(upstream: RecordingUpstream, db: Path) -> None:
+    """With the setting off the host asks the upstream as ever: never for a stream."""
+    upstream.clear()
+    with served(upstream, db, env={"OPTILLM_AGENT_MEMORY_DIRECT": "off"}) as host:
+        host.upstream.reply = lambda _: Reply(WORDS)
+        with streaming(host, asking("count")) as response:
+            assert said(list(events_in(response))[:-1]) == WORDS
+        assert "stream" not in host.sent[0] or host.sent[0]["stream"] is False
+
+
+def test_the_hosts_log_has_the_same_records(upstream: RecordingUpstream, tmp_path: Path) -> None:
+    """`--log-conversations`: what the host's own handler writes, on both lanes."""
+    records = []
+    for lane in ("on", "off"):
+        folder = tmp_path / lane
+        args = ("--log-conversations", "--conversation-log-dir", str(folder))
+        with served(upstream, tmp_path / f"{lane}.db", *args, env={"OPTILLM_AGENT_MEMORY_DIRECT": lane}) as host:
+            upstream.reply = lambda _: Reply("fine")
+            host.chat("log this", temperature=0.5)
+            with streaming(host, asking("log this stream")) as response:
+                list(events_in(response))
+            upstream.reply = lambda _: Reply(status=401)
+            assert host.post(asking("refused") | {"stream": False}).status_code in (401, 500)
+            lines = next(folder.glob("*.jsonl")).read_text().splitlines()
+        records.append([json.loads(line) for line in lines])
+    for direct, hosts in zip(*records, strict=True):
+        assert direct.keys() == hosts.keys()
+        assert direct["client_request"] == hosts["client_request"]
+        assert (direct["approach"], direct["model"]) == (hosts["approach"], hosts["model"])
+        assert direct["provider_calls"] == hosts["provider_calls"]
+        assert (direct["error"] is None) == (hosts["error"] is None)
+        if direct["final_response"] is not None:
+            assert said_in(direct["final_response"]) == said_in(hosts["final_response"])
+
+
+def said_in(completion: JSON) -> list[JSON]:
+    """Return the messages of a completion, without the fields that the host's client adds as null."""
+    return [{k: v for k, v in c["message"].items() if v is not None} for c in completion["choices"]]
+
+
+def failing(host: Host, memory: Mapping[str, str]) -> list[JSON]:
+    """Teach that a command fails and what works instead; return a conversation that comes to it again."""
+    told = [{"role": "user", "content": "carry on with the work"}]
+    for command, output in ((WRONG, "make: *** No rule\nExit code: 2"), (RIGHT, "done\nExit code: 0")):
+        host.upstream.reply = lambda _, c=command: Reply(None, tool_calls=[tool_call("bash", {"command": c})])  # type: ignore[misc]
+        answered = host.chat(told, memory=memory, tools=TOOLS)["choices"][0]["message"]
+        told += [answered, {"role": "tool", "tool_call_id": answered["tool_calls"][0]["id"], "content": output}]
+    host.upstream.reply = lambda _: "It is done."
+    answered = host.chat(told, memory=memory, tools=TOOLS)
+    episode = {
+        "episode_id": answered["agent_memory"]["episode_id"],
+        "metric": "success",
+        "value": True,
+        "source": "code",
+    }
+    host.tell(episode)
+    return [{"role": "user", "content": "do the other piece of work"}]
+
+
+@pytest.mark.parametrize("words", ["", "I will run it. "])
+def test_a_streamed_call_is_guarded(host: Host, namespace: dict[str, str], words: str) -> None:
+    """Words go out at once; a call that is known to fail is held back, and what a second answer calls goes out."""
+    asked = failing(host, namespace)
+    host.upstream.clear()
+
+    def reply(request: JSON) -> Reply:
+        command = RIGHT if "<agent_memory>" in json.dumps(request["messages"]) else WRONG
+        return Reply(words or None, tool_calls=[tool_call("bash", {"command": command})])
+
+    host.upstream.reply = reply
+    body = {**asking("", namespace, tools=TOOLS, stream_options={"include_usage": True}), "messages": asked}
+    with streaming(host, body) as response:
+        chunks = list(events_in(response))
+    assert chunks.pop() == "[DONE]"
+    arguments = "".join(
+        call["function"]["arguments"]
+        for chunk in chunks for c in chunk["choices"] for call in c["delta"].get("tool_calls") or []
+    )  # fmt: skip
+    assert json.loads(arguments) == {"command": RIGHT}
+    assert said(chunks) == words
+    assert [c["finish_reason"] for chunk in chunks for c in chunk["choices"] if c["finish_reason"]] == ["tool_calls"]
+    assert [bool(request.get("stream")) for request in host.sent] == [True, False]
+    told = next(chunk["agent_memory"] for chunk in chunks if "agent_memory" in chunk)
+    assert told["extra_calls"] == 1
+    assert chunks[-1]["usage"]["prompt_tokens"] > 0
+    trace = trace_of(host, response)
+    assert RIGHT in json.dumps(trace["messages"][-1])
+    assert trace["messages"][-1]["content"] == words
+
+
+def test_a_refusal_in_the_stream_is_asked_once_more(host: Host, namespace: dict[str, str]) -> None:
+    """A gateway that answers 200 and says in its first event that it refuses the prompt with memory."""
+    host.teach("Which file holds the retry limit?", "uploader.toml", memory=namespace)
+    host.upstream.clear()
+
+    def reply(request: JSON) -> Reply:
+        if "uploader.toml" in json.dumps(request["messages"]):
+            return Reply(events=(": wait\n\n", 'data: {"error": {"message": "no", "code": 400}}\n\n'))
+        return Reply(WORDS)
+
+    host.upstream.reply = reply
+    with streaming(host, asking("Which file holds the retry limit?", namespace)) as response:
+        chunks = list(events_in(response))
+    assert said(chunks[:-1]) == WORDS
+    assert len(host.sent) == 2
+    trace = trace_of(host, response)
+    assert (trace["answer"], trace["skipped"][0]["reason"]) == (WORDS, "refused_with_memory")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="gunicorn needs fork")
+def test_under_gunicorn(upstream: RecordingUpstream, db: Path, tmp_path: Path) -> None:
+    """The app of `serve` under a WSGI server with two workers: it streams, sees who leaves, and learns."""
+    upstream.clear()
+    port = HostProcess.free_port()
+    app = f'optillm_memory.host.launcher:application("--base-url", "{upstream.base_url}")'
+    process = HostProcess(
+        [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--workers", "2", "--threads", "8", app],
+        env=child_environment(os.environ, db, {**QUIET, **LEAN}), cwd=tmp_path, port=port, log=tmp_path / "log.txt",
+    )  # fmt: skip
+    with running(process, upstream, db) as host:
+        upstream.reply = lambda _: Reply(WORDS, chunk_delay_s=0.25)
+        with streaming(host, asking("count")) as response:
+            arrived = [(time.perf_counter(), chunk) for chunk in events_in(response)]
+        assert said([chunk for _, chunk in arrived[:-1]]) == WORDS
+        assert arrived[-1][0] - arrived[1][0] > 1.0
+        upstream.reply = lambda _: Reply(WORDS, hang_after=3)
+        with streaming(host, asking("count again")) as response:
+            assert next(events_in(response))["id"] == response.headers["X-Agent-Memory-Trace-Id"]
+        assert until(lambda: bool(upstream.departed))
+        assert LEFT in trace_of(host, response)["error"]
+        upstream.reply = lambda _: "fine"
+        host.teach("Who owns the ledger?", "The finance team.")
+        assert until(lambda: host.chat("Who owns the ledger now?")["agent_memory"]["action"] == "inject")
