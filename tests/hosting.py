@@ -47,6 +47,11 @@ class Host:
     db: Path
     http: httpx.Client
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether plain requests take the direct lane."""
+        return self.process.env.get("OPTILLM_AGENT_MEMORY_DIRECT") != "off"
+
     def post(
         self,
         body: Any,

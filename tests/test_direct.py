@@ -112,8 +112,9 @@ def test_a_streamed_answer_is_learned_from(host: Host, namespace: dict[str, str]
 
 
 def test_connections_are_kept(host: Host) -> None:
-    """Requests one after another use one connection to the upstream."""
+    """Requests one after another use one connection to the upstream, with the server's key."""
     host.chat("warm up")
+    assert host.upstream.requests[-1].headers["authorization"] == "Bearer sk-test"
     before = host.upstream.connections
     for number in range(5):
         host.chat(f"question {number}")

@@ -256,7 +256,7 @@ def test_one_place_fails_open() -> None:
                     broad.add(name_of(path))
     rooms = {name for name in broad if name.split("/")[0] not in ("cli", "bench", "testing", "demo")}
     handed_on = {
-        "host/doctor.py", "host/runtime.py", "adapters/pytest_report.py", "recall/openvino.py",
+        "host/doctor.py", "host/runtime.py", "host/direct.py", "adapters/pytest_report.py", "recall/openvino.py",
         "background/encoder_service.py", "background/maintenance.py", "background/worker.py", "background/threads.py",
         "store/threads.py", "store/writer.py", "store/sqlite/writer.py", "learn/forms.py",
     }  # fmt: skip

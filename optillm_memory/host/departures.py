@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from optillm_memory.background.threads import start_thread
-
-logger = logging.getLogger(__name__)
 
 INTERVAL_S = 0.2
 _IDLE_S = 10.0  # then the thread ends, and the next watch starts another
@@ -23,8 +21,9 @@ _WITHOUT_WAITING = getattr(socket, "MSG_DONTWAIT", 0)
 class Departures:
     """Looks at the connections of waiting clients, on one thread, and calls what each of them asked to be called."""
 
-    def __init__(self) -> None:
-        """Watch nobody; the thread starts with the first watch."""
+    def __init__(self, quietly: Callable[[Callable[[], Any]], str]) -> None:
+        """Watch nobody; the thread starts with the first watch. `quietly` calls something that may fail."""
+        self._quietly = quietly
         self._watched: dict[int, tuple[Callable[[], bool], Callable[[], None]]] = {}
         self._numbers = itertools.count()
         self._changed = threading.Condition()
@@ -40,8 +39,7 @@ class Departures:
         with self._changed:
             self._watched[number] = has_left, cancel
             if not self._is_running:
-                start_thread("agent-memory-departures", self._run)
-                self._is_running = True
+                self._quietly(self._start)  # should there be no thread for it, nobody's answer depends on that
             self._changed.notify()
         try:
             yield
@@ -49,17 +47,24 @@ class Departures:
             with self._changed:  # no look at a connection that the server closes now
                 self._watched.pop(number, None)
 
+    def _start(self) -> None:
+        start_thread("agent-memory-departures", self._run)
+        self._is_running = True
+
     def _run(self) -> None:
         while True:
             with self._changed:
                 if not self._watched and not self._changed.wait_for(lambda: self._watched, _IDLE_S):
                     self._is_running = False
                     return
-                gone = [number for number, (has_left, _) in self._watched.items() if _is_true(has_left)]
-                cancels = [self._watched.pop(number)[1] for number in gone]
-            for cancel in cancels:
-                _is_true(cancel)
-            threading.Event().wait(INTERVAL_S)
+                for number, (has_left, cancel) in list(self._watched.items()):
+                    self._quietly(lambda: self._look(number, has_left, cancel))  # noqa: B023 -- called at once
+            time.sleep(INTERVAL_S)
+
+    def _look(self, number: int, has_left: Callable[[], bool], cancel: Callable[[], None]) -> None:
+        if has_left():
+            del self._watched[number]
+            cancel()
 
 
 class Client:
@@ -100,11 +105,3 @@ class Client:
             return False
         except OSError:
             return True
-
-
-def _is_true(asked: Callable[[], Any]) -> bool:
-    try:
-        return bool(asked())
-    except Exception:
-        logger.exception("agent_memory: a client's connection could not be looked at")
-        return False

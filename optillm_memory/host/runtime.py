@@ -44,7 +44,7 @@ class Runtime:
         # An upstream that hangs must not use up the threads that recall for other requests.
         self.second_calls = FailOpen(self.settings.guard_timeout_s, self.fail_open.faults)
         self.upstream = HostUpstream()
-        self.departures = Departures()
+        self.departures = Departures(self.fail_open.quietly)
 
     def _off(self, fault: str) -> None:
         self.fault = fault

@@ -24,7 +24,7 @@ _NOT_RETURNED = frozenset(
         *("server", "date", "set-cookie", "alt-svc", "strict-transport-security"),
     )
 )
-_OWN_HEADERS = ("authorization", "openai-organization", "openai-project")
+_OWN_HEADERS = ("openai-organization", "openai-project")
 
 
 class Upstream:
@@ -52,6 +52,7 @@ class Upstream:
         if type(client) is not OpenAI:
             return None
         headers = {n: v for n, v in client.default_headers.items() if n.lower() in _OWN_HEADERS and isinstance(v, str)}
+        headers["Authorization"] = f"Bearer {client.api_key}"
         config = host.server_config
         verify = bool(config.get("ssl_verify", True)) and (config.get("ssl_cert_path") or True)
         url = str(client.base_url)
