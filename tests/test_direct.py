@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+import subprocess
 import sys
 import time
 import uuid
@@ -319,3 +320,42 @@ def test_under_gunicorn(upstream: RecordingUpstream, db: Path, tmp_path: Path) -
         upstream.reply = lambda _: "fine"
         host.teach("Who owns the ledger?", "The finance team.")
         assert until(lambda: host.chat("Who owns the ledger now?")["agent_memory"]["action"] == "inject")
+
+
+BEFORE = (
+    "direct:takes", "upstream:HostUpstream.of", "direct:_Call", "direct:_own_key", "direct:Client", "direct:_encoded",
+    "direct:_Call.request", "upstream:Upstream.request",
+)  # fmt: skip
+BESIDE = (
+    "direct:_ConversationLog.start", "direct:_ConversationLog.final", "exchange:Exchange.guarded",
+    "exchange:Exchange.labelled", "exchange:Exchange.metadata", "exchange:Exchange.finish", "direct:with_data",
+    "direct:Assembly.add", "direct:Assembly.completion", "direct:deltas_of",
+)  # fmt: skip
+WITHIN = (
+    "direct:_Call._is_refused",
+    "direct:split_events",
+    "direct:returned_headers",
+    "upstream:Upstream.send",
+    "direct:_Call._response",
+)
+
+
+def test_whatever_fails_nothing_is_asked_twice(db: Path) -> None:
+    """Before the upstream was asked the host answers instead; after that, the client gets what came, or an error."""
+    env = child_environment(os.environ, db, {**QUIET, **LEAN})
+    script = Path(__file__).with_name("direct_faults.py")
+    done = subprocess.run(
+        [sys.executable, str(script), *BEFORE, *BESIDE, *WITHIN], capture_output=True, text=True, env=env, check=False,
+        timeout=300,
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert lines, done.stderr[-3000:]
+    found = json.loads(lines[0].removeprefix("FOUND "))
+    assert len(found) == 2 * (1 + len(BEFORE) + len(BESIDE) + len(WITHIN))
+    good = {"asked": 1, "status": 200, "words": "three words here"}
+    for name, got in found.items():
+        if name.split()[0] in WITHIN:
+            assert got["asked"] <= 1, name
+            assert got["status"] in (200, 502), name
+        else:
+            assert got == good, name

@@ -24,7 +24,7 @@ from optillm_memory.testing.host import HostProcess, child_environment
 from optillm_memory.testing.upstream import RecordingUpstream
 
 STARTS, REQUESTS = 5, 100
-_TIMEOUT_S, _REST_S, _POLL_S = 60.0, 1.0, 0.02
+_TIMEOUT_S, _REST_S, _POLL_S = 300.0, 1.0, 0.02
 _KEY, _UNRELATED = "sk-bench", "What did nobody hear of before?"
 # The records are in the scope of the caller with this key.
 TENANT = tenant_of_key(_KEY)

@@ -96,7 +96,7 @@ class _Call:
         self._started = time.perf_counter()
         self._log = _ConversationLog(exchange.host)
         self._second: dict[str, Any] | None = None  # the guard's second answer, where that is streamed
-        self._is_labelled = self._is_finished = False
+        self._is_labelled = self._is_holding = self._is_finished = False
 
     # -- asking ------------------------------------------------------------------------------------
 
@@ -176,15 +176,15 @@ class _Call:
         exchange, data = self._exchange, reply.content
         completion = _object(data) if reply.status_code == OK else {}
         if not isinstance(completion.get("choices"), list):
-            exchange.error = f"HTTP {reply.status_code}: {reply.text[:_SHOWN]}"
-            self._log.error(exchange.error)
+            exchange.error = error = f"HTTP {reply.status_code}: {reply.text[:_SHOWN]}"
+            exchange.fail_open.quietly(lambda: self._log.error(error))
         else:
             answers: list[dict[str, Any]] = []
             exchange.completion = completion
             exchange.fail_open.quietly(lambda: answers.append(self._with_memory(completion)))
             if answers and exchange.turn.options.mode != "off":
                 data = json.dumps(answers[0]).encode()
-        response = self._response(data, reply.status_code, reply)
+        response = self._response(data, reply)
         exchange.fail_open.quietly(exchange.finish)
         return response
 
@@ -200,29 +200,30 @@ class _Call:
         exchange.error = f"{type(error).__name__}: {error}" if not self._hangup.is_hung_up else _LEFT
         status, code = (error.status, error.code) if isinstance(error, _UpstreamFailed) else (_UNREACHABLE, None)
         body = {"error": {"message": str(error), "type": "upstream_error", "param": None, "code": code}}
-        self._log.error(exchange.error)
-        response = self._response(json.dumps(body).encode(), status, None)
+        response = flask.Response(json.dumps(body), status, content_type="application/json")
+        exchange.fail_open.quietly(lambda: self._log.error(str(exchange.error)))
+        exchange.fail_open.quietly(lambda: self._name(response))
         exchange.fail_open.quietly(exchange.finish)
         return response
 
-    def _response(self, data: Any, status: int, reply: httpx.Response | None) -> flask.Response:
-        response = flask.Response(data, status)
-        if reply is None:
-            response.content_type = "application/json"
-        else:
-            del response.headers["Content-Type"]
-            for name, value in returned_headers(reply):
-                response.headers.add(name, value)
+    def _response(self, data: Any, reply: httpx.Response) -> flask.Response:
+        response = flask.Response(data, reply.status_code)
+        del response.headers["Content-Type"]
+        for name, value in returned_headers(reply):
+            response.headers.add(name, value)
+        self._name(response)
+        return response
+
+    def _name(self, response: flask.Response) -> None:
         turn = self._exchange.turn
         if turn.options.mode != "off":
             response.headers["X-Agent-Memory-Trace-Id"] = turn.trace_id
             response.headers["X-Agent-Memory-Action"] = turn.action
-        return response
 
     # -- a stream ----------------------------------------------------------------------------------
 
     def _streamed(self, reply: httpx.Response) -> flask.Response:
-        return self._response(self._relayed(reply), reply.status_code, reply)
+        return self._response(self._relayed(reply), reply)
 
     def _relayed(self, reply: httpx.Response) -> Iterator[bytes]:
         """Yield the upstream's events as they come, and have recorded what has gone out, however it ends."""
@@ -251,8 +252,8 @@ class _Call:
                 yield from self._events_as_sent(assembly)
                 return
             if chunk is not None:
-                self._exchange.fail_open.quietly(lambda: assembly.add(chunk))  # noqa: B023 -- called at once
-            if (held and data_of(event)) or (chunk is not None and self._is_to_hold(chunk)):
+                self._exchange.fail_open.quietly(lambda: self._take_in(chunk, assembly))  # noqa: B023 -- called at once
+            if self._is_holding and data_of(event):
                 held.append(event)
             else:
                 yield self._outgoing(event, chunk, assembly)
@@ -280,11 +281,12 @@ class _Call:
         finally:
             reply.close()
 
-    def _is_to_hold(self, chunk: Mapping[str, Any]) -> bool:
+    def _take_in(self, chunk: Mapping[str, Any], assembly: Assembly) -> None:
+        assembly.add(chunk)
         turn = self._exchange.turn
-        if self._process.settings.guard == "off" or turn.conversation is None or not turn.options.reads:
-            return False
-        return any(delta.get("tool_calls") or delta.get("function_call") for delta in deltas_of(chunk))
+        if self._process.settings.guard != "off" and turn.conversation is not None and turn.options.reads:
+            pieces = [delta.get("tool_calls") or delta.get("function_call") for delta in deltas_of(chunk)]
+            self._is_holding = self._is_holding or any(pieces)
 
     def _guarded(self, held: list[bytes], assembly: Assembly) -> list[bytes]:
         """Return the events that were held back, or those of a second answer in their place."""
