@@ -112,6 +112,16 @@ def test_a_streamed_answer_is_learned_from(host: Host, namespace: dict[str, str]
     assert "It is in uploader.toml." in json.dumps(host.prompt)
 
 
+def test_what_an_upstream_says_to_browsers_stays_there(host: Host) -> None:
+    """Neither its cookies nor its leave for the pages of other sites: the key is the server's."""
+    headers = {"access-control-allow-origin": "*", "set-cookie": "a=b", "x-request-id": "req_9"}
+    host.upstream.reply = lambda _: Reply("ok", headers=headers)
+    for stream in (False, True):
+        response = host.post(asking("hi") | {"stream": stream})
+        assert response.headers["x-request-id"] == "req_9"
+        assert not {"access-control-allow-origin", "set-cookie"} & set(response.headers)
+
+
 def test_connections_are_kept(host: Host) -> None:
     """Requests one after another use one connection to the upstream, with the server's key."""
     host.chat("warm up")
@@ -300,12 +310,7 @@ def test_a_refusal_in_the_stream_is_asked_once_more(host: Host, namespace: dict[
 def test_under_gunicorn(upstream: RecordingUpstream, db: Path, tmp_path: Path) -> None:
     """The app of `serve` under a WSGI server with two workers: it streams, sees who leaves, and learns."""
     upstream.clear()
-    port = HostProcess.free_port()
-    app = f'optillm_memory.host.launcher:application("--base-url", "{upstream.base_url}")'
-    process = HostProcess(
-        [sys.executable, "-m", "gunicorn", "--bind", f"127.0.0.1:{port}", "--workers", "2", "--threads", "8", app],
-        env=child_environment(os.environ, db, {**QUIET, **LEAN}), cwd=tmp_path, port=port, log=tmp_path / "log.txt",
-    )  # fmt: skip
+    process = HostProcess.gunicorn(upstream.base_url, db=db, threads=8, env={**QUIET, **LEAN}, cwd=tmp_path)
     with running(process, upstream, db) as host:
         upstream.reply = lambda _: Reply(WORDS, chunk_delay_s=0.25)
         with streaming(host, asking("count")) as response:

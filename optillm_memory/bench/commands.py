@@ -282,10 +282,19 @@ def decide(
 @numbers("--clients", "1,8,32,128", "Numbers of clients at once, of an upstream that takes 2 s for an answer")
 @click.option("--seconds", type=click.FloatRange(0), default=10.0, show_default=True,
               help="How long so many clients ask; 0 leaves them out.")  # fmt: skip
+@click.option("--host", "server", type=click.Choice(["optillm", "gunicorn"]), default="optillm", show_default=True,
+              help="What serves optillm's app: its own server, or gunicorn with two workers.")  # fmt: skip
 @seeded
 @reported
 def latency(
-    sizes: list[int], repeats: int, clients: list[int], seconds: float, seed: int, data: Path | None, output: Output
+    sizes: list[int],
+    repeats: int,
+    clients: list[int],
+    seconds: float,
+    server: str,
+    seed: int,
+    data: Path | None,
+    output: Output,
 ) -> None:
     """Measure round trips and first tokens: the upstream itself, approach `none`, memory on both lanes, the encoder."""
     from optillm_memory.bench.latency import run, under_load
@@ -293,10 +302,19 @@ def latency(
 
     tasks = load_tasks(data)
     with progress(len(sizes) * (repeats + 10), "round trips") as bar:
-        figures = run(tasks, sizes=sizes, repeats=repeats, seed=seed, say=say, tick=lambda: bar.update(1))
+        figures = run(
+            tasks, sizes=sizes, repeats=repeats, seed=seed, server=server, say=say, tick=lambda: bar.update(1)
+        )
     if seconds:
-        figures["load"] = under_load(tasks, clients=clients, seconds=seconds, seed=seed, say=say)
-    settings = {"repeats": repeats, "clients": clients, "seconds": seconds, "seed": seed, "data": name_of(data)}
+        figures["load"] = under_load(tasks, clients=clients, seconds=seconds, seed=seed, server=server, say=say)
+    settings = {
+        "host": server,
+        "repeats": repeats,
+        "clients": clients,
+        "seconds": seconds,
+        "seed": seed,
+        "data": name_of(data),
+    }
     output.write(figures, settings)
 
 

@@ -38,6 +38,7 @@ def run(
     sizes: Sequence[int],
     repeats: int,
     seed: int,
+    server: str = "optillm",
     say: Callable[[str], None],
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, float]]:
@@ -56,7 +57,7 @@ def run(
         say(f"{size} traces: filling the store")
         texts = fresh_texts(tasks, chance, size + (2 * len(_ROUND) + 1) * (repeats + WARM_UP))
         asked = iter(texts[size:])
-        with _hosts(texts[:size], _answer) as clients:
+        with _hosts(texts[:size], _answer, server=server) as clients:
             kinds: dict[str, Callable[[str], float]] = {"encoder": lambda text: _encoded(encoder, text)}
             for name, client in clients.items():
                 kinds[name] = lambda text, c=client, m=_ROUND[name]: _round_trip(c, m, text)  # type: ignore[misc]
@@ -82,6 +83,7 @@ def under_load(
     clients: Sequence[int],
     seconds: float,
     seed: int,
+    server: str = "optillm",
     say: Callable[[str], None],
 ) -> dict[str, float]:
     """Return what many clients at once get from an upstream that takes two seconds for an answer.
@@ -93,7 +95,9 @@ def under_load(
     chance = random.Random(seed)
     texts = fresh_texts(tasks, chance, 1_000)
     figures: dict[str, float] = {}
-    with _hosts(texts, lambda _: Reply("an answer", delay_s=SLOW_S), ways=("direct", "none", "lane")) as ways:
+    with _hosts(
+        texts, lambda _: Reply("an answer", delay_s=SLOW_S), ways=("direct", "none", "lane"), server=server
+    ) as ways:
         for number in clients:
             for name, client in ways.items():
                 say(f"{number} clients, {name}")
@@ -119,7 +123,11 @@ class _Way:
 
 @contextlib.contextmanager
 def _hosts(
-    stored: Sequence[str], reply: Callable[[dict[str, Any]], Any], ways: Sequence[str] = tuple(_ROUND)
+    stored: Sequence[str],
+    reply: Callable[[dict[str, Any]], Any],
+    ways: Sequence[str] = tuple(_ROUND),
+    *,
+    server: str,
 ) -> Iterator[dict[str, _Way]]:
     """Give the servers to compare: the upstream, an optillm with the lane, and one without it."""
     with (
@@ -135,9 +143,10 @@ def _hosts(
             names = [name for name in ways if served.get(name) == direct]
             if names:
                 env = {"OPTILLM_AGENT_MEMORY_HOLDOUT": "0", "OPTILLM_AGENT_MEMORY_DIRECT": direct}
-                server = running.enter_context(HostProcess.serve(upstream.base_url, db=db, env=env))
-                wait_for_encoder(server.base_url, KEY)
-                found |= {name: _Way(server.base_url, server.pid) for name in names}
+                made = HostProcess.gunicorn if server == "gunicorn" else HostProcess.serve
+                process = running.enter_context(made(upstream.base_url, db=db, env=env))
+                wait_for_encoder(process.base_url, KEY)
+                found |= {name: _Way(process.base_url, process.pid) for name in names}
         yield {name: found[name] for name in ways}
 
 
@@ -200,10 +209,16 @@ def _many(way: _Way, model: str, texts: Sequence[str], clients: int, seconds: fl
 
 
 def _size_of(pid: int) -> tuple[int, float]:
-    """Return a process's threads, and its memory in MB."""
-    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
-    values = dict(line.split(":", 1) for line in lines if ":" in line)
-    return int(values["Threads"]), round(int(values["VmRSS"].split()[0]) / 1024, 1)
+    """Return the threads of a process and its children, and their memory in MB."""
+    threads, rss_kb = 0, 0
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):  # it may just have ended
+            lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+            values = dict(line.split(":", 1) for line in lines if ":" in line)
+            if pid in (int(values["Pid"]), int(values["PPid"])):
+                threads += int(values["Threads"])
+                rss_kb += int(values["VmRSS"].split()[0]) if "VmRSS" in values else 0
+    return threads, round(rss_kb / 1024, 1)
 
 
 def fresh_texts(tasks: Sequence[Task], chance: random.Random, count: int) -> list[str]:

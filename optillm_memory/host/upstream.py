@@ -103,8 +103,16 @@ class HostUpstream:
 
 
 def returned_headers(response: httpx.Response) -> list[tuple[str, str]]:
-    """Return an upstream's headers as they go to the client: all but those of this connection."""
-    return [(name, value) for name, value in response.headers.multi_items() if name.lower() not in _NOT_RETURNED]
+    """Return an upstream's headers as they go to the client.
+
+    Without those of this connection and of its server, and without leave for the pages of other sites: with an upstream
+    that lets any page read its answers, this proxy's own key would be at their service.
+    """
+    return [
+        (name, value)
+        for name, value in response.headers.multi_items()
+        if name.lower() not in _NOT_RETURNED and not name.lower().startswith("access-control-")
+    ]
 
 
 class Hangup:

@@ -35,8 +35,9 @@ class HostProcess:
         with HostProcess.serve(upstream.base_url, db=tmp_path / "memory.db") as host:
             client = OpenAI(base_url=host.base_url, api_key="alice")
 
-    `serve` prepares an optillm with memory, `plain` a stock one. As a context manager it starts on entering and stops
-    on leaving. `start` raises HostError, with the end of the log, if the child exits or is not healthy in time.
+    `serve` prepares an optillm with memory, `gunicorn` the same under a WSGI server, `plain` a stock one. As a context
+    manager it starts on entering and stops on leaving. `start` raises HostError, with the end of the log, if the child
+    exits or is not healthy in time.
     """
 
     def __init__(self, argv: Sequence[str], env: Mapping[str, str], cwd: Path | None, port: int, log: Path) -> None:
@@ -88,6 +89,30 @@ class HostProcess:
         if script is None:
             raise HostError(f"No optillm beside {sys.executable}: pip install 'optillm>=0.4'")
         return cls._prepare([script], upstream_url, db=db, port=port, extra_args=extra_args, env=env, cwd=cwd, log=log)
+
+    @classmethod
+    def gunicorn(
+        cls,
+        upstream_url: str,
+        *,
+        db: Path,
+        workers: int = 2,
+        threads: int = 64,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        log: Path | None = None,
+    ) -> Self:
+        """Prepare the app of `serve` under gunicorn, which must be installed; its workers share the database."""
+        port = cls.free_port()
+        app = f'optillm_memory.host.launcher:application("--base-url", "{upstream_url}")'
+        served = ["--bind", f"127.0.0.1:{port}", "--workers", str(workers), "--threads", str(threads), app]
+        return cls(
+            argv=[sys.executable, "-m", "gunicorn", *served],
+            env=child_environment(os.environ, db, env or {}),
+            cwd=cwd,
+            port=port,
+            log=log or db.with_name(f"gunicorn-{port}.log"),
+        )
 
     @classmethod
     def _prepare(
