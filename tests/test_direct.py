@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -19,8 +20,9 @@ import pytest
 from agents import RIGHT, WRONG
 from hosting import JSON, KEY, LEAN, MODEL, QUIET, Host, authorization, running, served, until
 
+from optillm_memory.host.upstream import Hangup, _NotingStream
 from optillm_memory.testing.host import HostProcess, child_environment
-from optillm_memory.testing.upstream import RecordingUpstream, Reply, tool_call
+from optillm_memory.testing.upstream import RecordingUpstream, Reply, events, tool_call
 
 pytestmark = pytest.mark.host
 
@@ -120,6 +122,35 @@ def test_what_an_upstream_says_to_browsers_stays_there(host: Host) -> None:
         response = host.post(asking("hi") | {"stream": stream})
         assert response.headers["x-request-id"] == "req_9"
         assert not {"access-control-allow-origin", "set-cookie"} & set(response.headers)
+
+
+def test_cookies_of_one_caller_are_not_anothers(host: Host) -> None:
+    """What the upstream sets with one answer does not come back to it with the next request."""
+    host.upstream.reply = lambda _: Reply("ok", headers={"set-cookie": "session=alices; Path=/"})
+    for key in ("sk-alice", "sk-bob", KEY):
+        host.post(asking("hi") | {"stream": False}, key=key)
+    assert all("cookie" not in request.headers for request in host.upstream.requests)
+    assert [r.headers["authorization"].split("-")[1] for r in host.upstream.requests] == ["alice", "bob", "test"]
+
+
+def test_headers_in_other_letters_pass(host: Host) -> None:
+    """An upstream's header in UTF-8 reaches the client byte for byte."""
+    value = "modèle-模型".encode()
+    host.upstream.reply = lambda _: Reply("ok", headers={"x-model": value.decode("latin-1")})
+    for stream in (False, True):
+        with streaming(host, asking("hi") | {"stream": stream}) as response:
+            assert {n.lower(): v for n, v in response.headers.raw}[b"x-model"] == value
+            response.read()
+
+
+def test_an_idempotency_key_goes_out_once(host: Host, namespace: dict[str, str]) -> None:
+    """The call without memory after a refusal is another request: under the same key it would get the same refusal."""
+    host.teach("Which file holds the retry limit?", "uploader.toml", memory=namespace)
+    host.upstream.clear()
+    host.upstream.reply = lambda r: 400 if "uploader.toml" in json.dumps(r["messages"]) else "It is there."
+    body = asking("Which file holds the retry limit?", namespace) | {"stream": False}
+    assert host.post(body, headers={"Idempotency-Key": "k-1"}).status_code == 200
+    assert [request.headers.get("idempotency-key") for request in host.upstream.requests] == ["k-1", None]
 
 
 def test_connections_are_kept(host: Host) -> None:
@@ -285,6 +316,58 @@ def test_a_streamed_call_is_guarded(host: Host, namespace: dict[str, str], words
     trace = trace_of(host, response)
     assert RIGHT in json.dumps(trace["messages"][-1])
     assert trace["messages"][-1]["content"] == words
+
+
+def test_a_second_answer_without_a_call_does_not_end_what_words_began(host: Host, namespace: dict[str, str]) -> None:
+    """Where words announced a call, an answer in other words could only be half told: the first call goes out."""
+    asked = failing(host, namespace)
+    host.upstream.clear()
+
+    def reply(request: JSON) -> Reply:
+        if "<agent_memory>" in json.dumps(request["messages"]):
+            return Reply("Better not.")
+        return Reply("I will run it.", tool_calls=[tool_call("bash", {"command": WRONG})])
+
+    host.upstream.reply = reply
+    with streaming(host, {**asking("", namespace, tools=TOOLS), "messages": asked}) as response:
+        chunks = list(events_in(response))
+    assert len(host.sent) == 2
+    assert said(chunks[:-1]) == "I will run it."
+    assert [c["finish_reason"] for chunk in chunks[:-1] for c in chunk["choices"] if c["finish_reason"]] == [
+        "tool_calls"
+    ]
+
+
+def test_a_call_is_not_held_beyond_its_end(host: Host, namespace: dict[str, str]) -> None:
+    """The upstream says that this is all, and keeps the connection open: the client has its call."""
+    calls = [tool_call("bash", {"command": "ls"})]
+    number = len(events({}, {"choices": [{"message": {"content": None, "tool_calls": calls}}]}))
+    sent = events({}, {"choices": [{"message": {"content": None, "tool_calls": calls}, "finish_reason": "tool_calls"}]})
+    host.upstream.reply = lambda _: Reply(events=[*sent, ": bye\n\n"], hang_after=number)
+    with streaming(host, asking("go on", namespace, tools=TOOLS)) as response:
+        for event in events_in(response):
+            if event == "[DONE]":
+                break
+    assert trace_of(host, response)["error"] is None
+
+
+def test_who_leaves_does_not_cut_off_another() -> None:
+    """A connection that went back to the pool is the next request's, whoever had it before."""
+    hangup, other = Hangup(), Hangup()
+    ends = socket.socketpair()
+    for end in ends:
+        end.settimeout(10)
+    stream = _NotingStream(SimpleNamespace(get_extra_info=lambda _: ends[0], write=ends[0].sendall))
+    for call in (hangup, other):
+        with call.covering():
+            stream.write(b"x")
+    hangup()
+    ends[1].sendall(b"y")
+    assert ends[0].recv(1) == b"y"
+    other()
+    assert ends[0].recv(1) == b""
+    for end in ends:
+        end.close()
 
 
 def test_a_refusal_in_the_stream_is_asked_once_more(host: Host, namespace: dict[str, str]) -> None:

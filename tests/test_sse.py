@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -100,6 +101,54 @@ def test_calls_whose_pieces_say_their_name_again() -> None:
     assert not assembly.is_complete
 
 
+@pytest.mark.parametrize(
+    "delta",
+    [
+        "text",
+        ["a"],
+        None,
+        {"tool_calls": [None]},
+        {"tool_calls": {"0": "x"}},
+        {"tool_calls": [{}, None, 3]},
+        {"content": 7},
+    ],
+    ids=repr,
+)
+def test_pieces_of_odd_shape_spoil_nothing(delta: Any) -> None:
+    """What cannot be part of a message is left out of it; what came before and after is there."""
+    assembly = Assembly()
+    for part in ({"content": "a"}, delta, {"refusal": "b"}):
+        assembly.add({"choices": [None, {"index": 0, "delta": part}]})
+    assembly.add({"choices": [{"index": "0", "delta": {}, "finish_reason": "stop"}]})
+    message = assembly.completion()["choices"][0]["message"]
+    assert (str(message["content"])[0], message["refusal"]) in (("a", "b"), ("7", "b"))
+    assert "tool_calls" not in message or all(isinstance(call, dict) for call in message["tool_calls"])
+    assert assembly.is_complete
+
+
+def test_half_a_call_is_no_call() -> None:
+    """Of what broke off neither form of a call is left."""
+    assembly = Assembly()
+    assembly.add(
+        {"choices": [{"index": 0, "delta": {"content": "x", "function_call": {"name": "f", "arguments": "{"}}}]}
+    )
+    message = cut_off(assembly.completion())["choices"][0]["message"]
+    assert (message["content"], message.get("function_call"), message.get("tool_calls")) == ("x", None, None)
+
+
+def test_a_large_event_in_small_pieces_takes_time_by_its_size() -> None:
+    """A picture in one event is not searched anew with each piece."""
+
+    def took(size: int) -> float:
+        sent = b"data: " + b"x" * size + b"\n\n"
+        started = time.process_time()
+        assert len(list(split_events(sent[i : i + 1024] for i in range(0, len(sent), 1024)))) == 1
+        return time.process_time() - started
+
+    took(1 << 16)
+    assert took(1 << 23) < 24 * max(took(1 << 20), 0.002)
+
+
 def test_logprobs_go_on_and_an_error_is_kept() -> None:
     """Lists without an index are continued; a chunk may be an error."""
     assembly = Assembly()
@@ -125,7 +174,7 @@ def test_another_answer_in_place_of_held_events() -> None:
         "choices": [{"message": {"role": "assistant", "content": "no", "tool_calls": None}, "finish_reason": "stop"}]
     }
     for said in (True, False):
-        made = events_of(other, like=held, said=said)
+        made = events_of(other, like=held, without=("role", "content") if said else ())
         chunks = [chunk_of(event) for event in made]
         assert chunks[-1] is None
         assembly = Assembly()

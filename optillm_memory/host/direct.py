@@ -18,6 +18,7 @@ import flask
 import httpx
 
 from optillm_memory.conversation.options import FIELD
+from optillm_memory.conversation.steps import calls_of
 from optillm_memory.errors import HostError
 from optillm_memory.host.calls import REFUSED, says_refused
 from optillm_memory.host.departures import Client
@@ -34,8 +35,8 @@ from optillm_memory.host.sse import (
     events_of,
     split_events,
     with_data,
+    with_fields,
     with_usage,
-    with_words,
 )
 from optillm_memory.host.upstream import READ_S, Hangup, Upstream, returned_headers
 
@@ -96,12 +97,18 @@ class _Call:
         self._started = time.perf_counter()
         self._log = _ConversationLog(exchange.host)
         self._second: dict[str, Any] | None = None  # the guard's second answer, where that is streamed
-        self._is_labelled = self._is_holding = self._is_finished = False
+        self._is_labelled = self._is_holding = self._is_decided = self._is_finished = False
+        self._gone: set[str] = set()  # the fields of the answer that had gone out when the rest was held back
 
     # -- asking ------------------------------------------------------------------------------------
 
     def request(
-        self, messages: list[dict[str, Any]], *, streams: bool = True, limit_s: float = READ_S
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        streams: bool = True,
+        limit_s: float = READ_S,
+        is_another: bool = False,
     ) -> httpx.Request:
         """Return the upstream's request: the client's body less our fields, with these messages."""
         turn, config = self._exchange.turn, self._exchange.host.server_config
@@ -111,7 +118,8 @@ class _Call:
             body["n"] = config["n"]
         if not streams:
             body = {n: v for n, v in body.items() if n not in ("stream", "stream_options")}
-        return self._upstream.request(_encoded(body), self._key, self._headers, timeout_s=limit_s)
+        data = _encoded(body)
+        return self._upstream.request(data, self._key, self._headers, timeout_s=limit_s, is_another=is_another)
 
     def answer(self, request: httpx.Request) -> flask.Response:
         """Ask the upstream, and return what it says; the upstream's own failure to answer is an error of this proxy."""
@@ -121,7 +129,10 @@ class _Call:
                 reply = self._whole_or_stream(self._send(request))
                 if self._is_refused(reply):
                     reply = self._as_sent()
-            return self._streamed(reply) if not reply.is_closed else self._whole(reply)
+                if reply.is_closed:
+                    self._hangup.release()
+                    return self._whole(reply)
+            return self._streamed(reply)
         except Exception as error:
             if not isinstance(error, _UpstreamFailed):
                 logger.exception("agent_memory: the direct lane failed after the upstream was asked")
@@ -154,20 +165,30 @@ class _Call:
         exchange, turn = self._exchange, self._exchange.turn
         exchange.give_up_insertions()
         left_s = max(READ_S - (time.perf_counter() - self._started), LEAST_WAIT_S)
-        reply = self._whole_or_stream(self._send(self.request(exchange.turn.messages, limit_s=left_s)))
+        reply = self._whole_or_stream(self._send(self.request(exchange.turn.messages, limit_s=left_s, is_another=True)))
         if reply.status_code == OK and not (reply.is_closed and says_refused(_object(reply.content))):
             exchange.note_refusal(turn)
         return reply
 
     def _once_more(self, messages: list[dict[str, Any]], limit_s: float) -> dict[str, Any]:
-        """Make the guard's second call. Raises HostError where no completion comes."""
-        reply = self._send(self.request(messages, streams=False, limit_s=limit_s))
-        try:
-            completion = _object(reply.read())
-        finally:
-            reply.close()
+        """Make the guard's second call. Raises HostError where no completion comes in time."""
+        until = time.monotonic() + limit_s
+        with self._hangup.covering():  # a client that leaves ends this one, too
+            reply = self._send(self.request(messages, streams=False, limit_s=limit_s, is_another=True))
+            try:
+                data = bytearray()
+                for piece in reply.iter_bytes():
+                    data += piece
+                    if time.monotonic() > until:
+                        raise HostError("the second answer takes too long")
+            finally:
+                self._hangup.release()
+                reply.close()
+        completion = _object(bytes(data))
         if reply.status_code != OK or not completion.get("choices"):
             raise HostError(f"HTTP {reply.status_code}")
+        if self._gone and not calls_of((completion["choices"][0].get("message") or {}), 0):
+            raise HostError("only words, where others have gone out")
         return completion
 
     # -- a whole answer ----------------------------------------------------------------------------
@@ -223,22 +244,30 @@ class _Call:
     # -- a stream ----------------------------------------------------------------------------------
 
     def _streamed(self, reply: httpx.Response) -> flask.Response:
-        return self._response(self._relayed(reply), reply)
+        try:
+            return self._response(self._relayed(reply), reply)
+        except Exception:
+            reply.close()
+            raise
 
     def _relayed(self, reply: httpx.Response) -> Iterator[bytes]:
         """Yield the upstream's events as they come, and have recorded what has gone out, however it ends."""
-        exchange, assembly, is_over = self._exchange, Assembly(), False
+        exchange, assembly, is_over, has_begun = self._exchange, Assembly(), False, False
         try:
             with self._process.departures.watching(self._client.has_left, self._hangup):
-                yield from self._events(reply, assembly)
+                for event in self._events(reply, assembly):
+                    has_begun = True
+                    yield event
             is_over = True
         except GeneratorExit:
-            exchange.error = _LEFT
+            is_over = assembly.is_complete and not self._is_holding  # some read no further than to the finish reason
+            exchange.error = None if is_over else _LEFT
             raise
         except Exception as error:
             exchange.error = _LEFT if self._hangup.is_hung_up else f"the upstream broke off: {error}"
             if not self._hangup.is_hung_up:
-                self._client.break_off()
+                if has_begun:
+                    self._client.break_off()
                 raise HostError(exchange.error) from error  # the server drops the connection: the client sees it
         finally:
             reply.close()
@@ -253,13 +282,23 @@ class _Call:
                 return
             if chunk is not None:
                 self._exchange.fail_open.quietly(lambda: self._take_in(chunk, assembly))  # noqa: B023 -- called at once
-            if self._is_holding and data_of(event):
-                held.append(event)
-            else:
+            if not (self._is_holding and (data := data_of(event))):
                 yield self._outgoing(event, chunk, assembly)
+                continue
+            held.append(event)
+            if data == DONE:  # what comes after it is nothing to wait for
+                yield from self._released(held, assembly)
+                held = []
+        self._hangup.release()
         if held:
-            for event in self._guarded(held, assembly):
-                yield self._outgoing(event, chunk_of(event), assembly)
+            yield from self._released(held, assembly)
+
+    def _released(self, held: list[bytes], assembly: Assembly) -> Iterator[bytes]:
+        made: list[list[bytes]] = []
+        self._exchange.fail_open.quietly(lambda: made.append(self._guarded(held, assembly)))
+        self._is_holding, self._is_decided = False, True
+        for event in made[0] if made else held:
+            yield self._outgoing(event, chunk_of(event), assembly)
 
     def _outgoing(self, event: bytes, chunk: dict[str, Any] | None, assembly: Assembly) -> bytes:
         if chunk is None and data_of(event) == DONE:
@@ -282,26 +321,30 @@ class _Call:
             reply.close()
 
     def _take_in(self, chunk: Mapping[str, Any], assembly: Assembly) -> None:
+        if not (self._is_holding or self._is_decided) and self._is_guarded:
+            self._is_holding = any(delta.get("tool_calls") or delta.get("function_call") for delta in deltas_of(chunk))
+            self._gone = assembly.fields if self._is_holding else set()
         assembly.add(chunk)
-        turn = self._exchange.turn
-        if self._process.settings.guard != "off" and turn.conversation is not None and turn.options.reads:
-            pieces = [delta.get("tool_calls") or delta.get("function_call") for delta in deltas_of(chunk)]
-            self._is_holding = self._is_holding or any(pieces)
+
+    @property
+    def _is_guarded(self) -> bool:
+        """Whether the guard is to see a call before it goes out; it looks at answers of one choice."""
+        turn, n = self._exchange.turn, self._sent.get("n") or self._exchange.host.server_config.get("n", 1)
+        return self._process.settings.guard != "off" and turn.conversation is not None and turn.options.reads and n == 1
 
     def _guarded(self, held: list[bytes], assembly: Assembly) -> list[bytes]:
         """Return the events that were held back, or those of a second answer in their place."""
         if not assembly.is_complete:
             return held
-        first, made = assembly.completion(), []
-        took_s = time.perf_counter() - self._started
-        self._exchange.fail_open.quietly(lambda: made.append(self._exchange.guarded(first, self._once_more, took_s)))
-        if not made or made[0] is first:
+        first, took_s = assembly.completion(), time.perf_counter() - self._started
+        better = self._exchange.guarded(first, self._once_more, took_s)
+        if better is first:
             return held
-        better = made[0]
         if better["choices"] is not first["choices"]:
-            words = first["choices"][0]["message"].get("content")  # these have gone out
-            self._second = better = with_words(better, words)
-            held = events_of(better, like=held, said=bool(words))
+            gone = {name: value for name, value in first["choices"][0]["message"].items() if name in self._gone}
+            better = with_fields(better, gone)
+            held = events_of(better, like=held, without=gone)
+            self._second = better
         return [with_usage(event, better.get("usage")) for event in held]
 
     def _labelled(self, event: bytes, chunk: dict[str, Any] | None) -> bytes:
@@ -326,10 +369,12 @@ class _Call:
             self._exchange.fail_open.quietly(lambda: self._record(assembly, is_over=is_over))
 
     def _record(self, assembly: Assembly, *, is_over: bool) -> None:
-        exchange, completion = self._exchange, self._second or assembly.completion()
+        exchange, made = self._exchange, []
+        fault = exchange.fail_open.quietly(lambda: made.append(self._second or assembly.completion()))
+        completion: dict[str, Any] = made[0] if made else {"choices": []}
         if exchange.error is None and assembly.error is not None:
             exchange.error = f"the upstream broke off: {json.dumps(assembly.error)[:_SHOWN]}"
-        elif exchange.error is None and not (is_over and assembly.is_complete):
+        elif exchange.error is None and (fault or not (is_over and assembly.is_complete)):
             exchange.error = "the upstream ended its answer without a finish reason"
         if exchange.error is None:
             exchange.completion = exchange.labelled(completion)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 DONE = "[DONE]"
@@ -15,16 +15,18 @@ _SAID_AGAIN = frozenset(("id", "type", "role", "name", "index"))
 
 def split_events(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """Split a byte stream into events, each with the blank line that ends it; the last one may lack it."""
-    waiting = b""
+    waiting = bytearray()
     for piece in pieces:
+        looked = max(0, len(waiting) - 3)  # the boundary may have begun in the piece before
         waiting += piece
         start = 0
-        for boundary in _BOUNDARY.finditer(waiting):
-            yield waiting[start : boundary.end()]
+        for boundary in _BOUNDARY.finditer(waiting, looked):
+            yield bytes(waiting[start : boundary.end()])
             start = boundary.end()
-        waiting = waiting[start:]
+        if start:
+            del waiting[:start]
     if waiting:
-        yield waiting
+        yield bytes(waiting)
 
 
 def data_of(event: bytes) -> str:
@@ -68,10 +70,10 @@ class Assembly:
             self.error = chunk["error"]
         choices = chunk.get("choices")
         self._head.update((k, v) for k, v in chunk.items() if k not in ("choices", "error") and v is not None)
-        for choice in choices if isinstance(choices, list) else []:
-            index = choice.get("index") or 0
+        for choice in _dicts(choices):
+            index = choice["index"] if isinstance(choice.get("index"), int) else 0
             known = self._choices.setdefault(index, {"index": index, "message": {"role": "assistant", "content": None}})
-            known["message"] = _merged(known["message"], choice.get("delta") or {})
+            known["message"] = _merged(known["message"], _dict(choice.get("delta")))
             for name, value in choice.items():
                 if name not in ("index", "delta") and value is not None:
                     known[name] = _merged(known.get(name), value) if isinstance(value, dict) else value
@@ -80,6 +82,12 @@ class Assembly:
     def is_empty(self) -> bool:
         """Whether nothing of an answer has come."""
         return not self._choices
+
+    @property
+    def fields(self) -> set[str]:
+        """The fields of the first choice's message that hold something, the role aside."""
+        message = self._choices[min(self._choices)]["message"] if self._choices else {}
+        return {name for name, value in message.items() if value and name != "role"}
 
     @property
     def is_complete(self) -> bool:
@@ -100,28 +108,24 @@ class Assembly:
 
 def deltas_of(chunk: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return what a chunk adds to its choices."""
-    choices = chunk.get("choices")
-    deltas = [c.get("delta") for c in choices if isinstance(c, dict)] if isinstance(choices, list) else []
-    return [delta for delta in deltas if isinstance(delta, dict)]
+    return [_dict(choice.get("delta")) for choice in _dicts(chunk.get("choices"))]
 
 
-def with_words(completion: Mapping[str, Any], words: Any) -> dict[str, Any]:
-    """Return a completion of one choice with other words, if there are any, and its own calls."""
+def with_fields(completion: Mapping[str, Any], message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a completion of one choice with fields of another message in place of its own."""
     choice = completion["choices"][0]
-    message = {**choice["message"], **({"content": words} if words else {})}
-    return {**completion, "choices": [{**choice, "message": message}]}
+    return {**completion, "choices": [{**choice, "message": {**choice["message"], **message}}]}
 
 
-def events_of(completion: Mapping[str, Any], *, like: list[bytes], said: bool) -> list[bytes]:
+def events_of(completion: Mapping[str, Any], *, like: list[bytes], without: Collection[str]) -> list[bytes]:
     """Return the events of a completion of one choice in place of others, of which those without a choice stay.
 
-    With `said` its words have gone out before.
+    The fields `without` are left out of its message: they have gone out before.
     """
     chunks = [chunk_of(event) or {} for event in like]
     choice, head = completion["choices"][0], {k: v for k, v in chunks[0].items() if k != "usage"}
-    calls = [{"index": i, **call} for i, call in enumerate(choice["message"].get("tool_calls") or [])]
-    left_out = ("role", "content") if said else ()
-    delta = {k: v for k, v in choice["message"].items() if v is not None and k not in left_out}
+    calls = [{"index": i, **call} for i, call in enumerate(_dicts(choice["message"].get("tool_calls")))]
+    delta = {k: v for k, v in choice["message"].items() if v is not None and k not in without}
     whole = {"index": 0, "delta": {**delta, **({"tool_calls": calls} if calls else {})}, "finish_reason": None}
     end = {"index": 0, "delta": {}, "finish_reason": choice.get("finish_reason")}
     usage: dict[str, Any] = {"usage": {}} if any(c.get("choices") and c.get("usage") for c in chunks) else {}
@@ -138,8 +142,9 @@ def with_usage(event: bytes, usage: Any) -> bytes:
 
 def cut_off(completion: Mapping[str, Any]) -> dict[str, Any]:
     """Return what came of a completion that broke off: its words, without calls that may not be whole."""
+    nothing = {"tool_calls": None, "function_call": None}
     choices = [
-        {**choice, "message": {**choice["message"], "tool_calls": None}, "finish_reason": "cut_off"}
+        {**choice, "message": {**choice["message"], **nothing}, "finish_reason": "cut_off"}
         for choice in completion["choices"]
     ]
     return {**completion, "choices": choices}
@@ -147,9 +152,18 @@ def cut_off(completion: Mapping[str, Any]) -> dict[str, Any]:
 
 def _as_message(choice: Mapping[str, Any]) -> dict[str, Any]:
     message = dict(choice["message"])
-    if calls := message.get("tool_calls"):
-        message["tool_calls"] = [{k: v for k, v in call.items() if k != "index"} for call in calls]
+    if "tool_calls" in message:
+        calls = [{k: v for k, v in call.items() if k != "index"} for call in _dicts(message.pop("tool_calls"))]
+        message |= {"tool_calls": calls} if calls else {}
     return message
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _dicts(values: Any) -> list[dict[str, Any]]:
+    return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
 
 
 def _merged(known: Any, new: Any, name: str = "") -> Any:

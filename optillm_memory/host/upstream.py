@@ -6,6 +6,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Iterator, Mapping
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 import httpx
@@ -24,6 +25,7 @@ _NOT_RETURNED = frozenset(
         *("server", "date", "set-cookie", "alt-svc", "strict-transport-security"),
     )
 )
+_NEVER = ("access-control-", "x-accel-", "x-sendfile")  # the last two speak to a web server in front of this proxy
 _OWN_HEADERS = ("openai-organization", "openai-project")
 
 
@@ -39,6 +41,8 @@ class Upstream:
             limits=_LIMITS,
             timeout=httpx.Timeout(READ_S, connect=CONNECT_S, pool=None),
             follow_redirects=True,
+            # What an upstream sets with one caller's answer must not go out with another's request.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         )
         for transport in (self._client._transport, *self._client._mounts.values()):  # noqa: SLF001
             _note_streams(transport)
@@ -60,10 +64,20 @@ class Upstream:
         return cls(url, headers, verify)
 
     def request(
-        self, body: bytes, key: str | None, caller: Mapping[str, str], *, timeout_s: float | None
+        self,
+        body: bytes,
+        key: str | None,
+        caller: Mapping[str, str],
+        *,
+        timeout_s: float = READ_S,
+        is_another: bool = False,
     ) -> httpx.Request:
-        """Return the request that sends a body, with the caller's own key where there is one."""
-        headers = {**self._headers, **{n: v for n, v in caller.items() if n.lower() in _FORWARDED}}
+        """Return the request that sends a body, with the caller's own key where there is one.
+
+        `is_another` is a second one for the same request of the caller, whose `Idempotency-Key` it must not have.
+        """
+        forwarded = [n for n in _FORWARDED if not (is_another and n == "idempotency-key")]
+        headers = {**self._headers, **{n: v for n, v in caller.items() if n.lower() in forwarded}}
         if key is not None:
             headers["Authorization"] = f"Bearer {key}"
         headers |= {"Content-Type": "application/json", "Accept-Encoding": "identity"}
@@ -108,21 +122,17 @@ def returned_headers(response: httpx.Response) -> list[tuple[str, str]]:
     Without those of this connection and of its server, and without leave for the pages of other sites: with an upstream
     that lets any page read its answers, this proxy's own key would be at their service.
     """
-    return [
-        (name, value)
-        for name, value in response.headers.multi_items()
-        if name.lower() not in _NOT_RETURNED and not name.lower().startswith("access-control-")
-    ]
+    headers = [(n.decode("latin-1"), v.decode("latin-1")) for n, v in response.headers.raw]  # as WSGI has them
+    return [(n, v) for n, v in headers if n.lower() not in _NOT_RETURNED and not n.lower().startswith(_NEVER)]
 
 
 class Hangup:
-    """Breaks off what a thread does with an upstream, from another thread."""
+    """Breaks off what one request does with an upstream, from another thread."""
 
     def __init__(self) -> None:
         """Nothing is broken off."""
         self.is_hung_up = False
-        self._stream: Any = None
-        self._lock = threading.Lock()
+        self._stream: _NotingStream | None = None
 
     @contextlib.contextmanager
     def covering(self) -> Iterator[None]:
@@ -134,28 +144,27 @@ class Hangup:
         finally:
             _calling.hangup = before
 
-    def note(self, stream: Any) -> None:
-        """Note the connection that is used now; it is closed where this was hung up before."""
-        with self._lock:
-            self._stream = stream
-            if self.is_hung_up:
-                _shut_down(stream)
+    def note(self, stream: _NotingStream) -> None:
+        """Note the connection that is used now; it is closed where this was hung up before. The caller has the lock."""
+        self._stream = stream
+        if self.is_hung_up:
+            stream.shut_down()
+
+    def release(self) -> None:
+        """Leave the connection alone from here on: the answer is there, and others may use it."""
+        with _owning:
+            self._stream = None
 
     def __call__(self) -> None:
         """Close the connection under the call: whoever waits for the upstream gets an error."""
-        with self._lock:
+        with _owning:
             self.is_hung_up = True
-            if self._stream is not None:
-                _shut_down(self._stream)
+            if self._stream is not None and self._stream.owner is self:
+                self._stream.shut_down()
 
 
 _calling = threading.local()
-
-
-def _shut_down(stream: Any) -> None:
-    connection = stream.get_extra_info("socket")
-    with contextlib.suppress(OSError, AttributeError):
-        connection.shutdown(socket.SHUT_RDWR)
+_owning = threading.Lock()  # a connection is one request's at a time, and is not closed under the next one
 
 
 def _note_streams(transport: Any) -> None:
@@ -179,19 +188,29 @@ class _NotingBackend:
 
 
 class _NotingStream:
-    """A connection of httpcore, of any kind."""
+    """A connection of httpcore, of any kind, and whose request it carries."""
 
     def __init__(self, real: Any) -> None:
         self._real = real
+        self.owner: Hangup | None = None
 
     def write(self, *args: Any, **given: Any) -> None:
-        hangup = getattr(_calling, "hangup", None)
-        if hangup is not None:
-            hangup.note(self._real)
+        hangup: Hangup | None = getattr(_calling, "hangup", None)
+        if self.owner is not hangup:
+            with _owning:
+                self.owner = hangup
+                if hangup is not None:
+                    hangup.note(self)
         self._real.write(*args, **given)
 
     def start_tls(self, *args: Any, **given: Any) -> _NotingStream:
         return _NotingStream(self._real.start_tls(*args, **given))
+
+    def shut_down(self) -> None:
+        connection = self._real.get_extra_info("socket")
+        with contextlib.suppress(OSError, AttributeError, TypeError):
+            # The plain socket's own method: that of TLS would let another thread go on in the clear.
+            socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
