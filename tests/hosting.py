@@ -67,6 +67,15 @@ class Host:
             f"{self.process.base_url}/chat/completions", content=content, headers=given, timeout=timeout_s
         )
 
+    def without_memory(self, body: Any) -> httpx.Response:
+        """Send a request's body as it fares without memory: optillm answers, or, in place of the lane, the upstream."""
+        if not self.is_direct:
+            return self.post(body)
+        content = body if isinstance(body, (str, bytes)) else json.dumps(body)
+        return self.http.post(
+            f"{self.upstream.base_url}/chat/completions", content=content, headers={"Content-Type": "application/json"}
+        )
+
     def chat(
         self,
         asked: str | Sequence[Mapping[str, Any]],

@@ -114,6 +114,21 @@ def test_a_streamed_answer_is_learned_from(host: Host, namespace: dict[str, str]
     assert "It is in uploader.toml." in json.dumps(host.prompt)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_page_in_place_of_an_answer_teaches_nothing(host: Host, *, stream: bool) -> None:
+    """A login wall with status 200 reaches the client as the page that it is; the trace holds an error, no answer."""
+    page = b"<html><body>Please sign in to go on.</body></html>"
+    host.upstream.reply = lambda _: Reply(raw=page, headers={"Content-Type": "text/html"})
+    response = host.post(asking("let me in") | {"stream": stream})
+    assert (response.status_code, response.content) == (200, page)
+    assert response.headers["Content-Type"] == "text/html"
+    trace = trace_of(host, response)
+    assert "sign in" in trace["error"]
+    assert trace["answer"] is None
+    host.tell({"trace_id": trace["trace_id"], "metric": "success", "value": True, "source": "code"})
+    assert "sign in" not in json.dumps(host.get("memories", limit=1000))
+
+
 def test_what_an_upstream_says_to_browsers_stays_there(host: Host) -> None:
     """Neither its cookies nor its leave for the pages of other sites: the key is the server's."""
     headers = {"access-control-allow-origin": "*", "set-cookie": "a=b", "x-request-id": "req_9"}

@@ -259,6 +259,9 @@ def test_the_loop_holds_for_every_way_to_act(
     assert told_at(done) == [len(done.prompts[4][0]) - 1]
     assert_stable(done.kept())
     guarded = run(host, tmp_path / "three", Model(FIRST, way), namespace, stream=stream)
+    if host.is_direct and stream and way == "text":  # words have gone out before they can be looked at
+        assert all(len(prompts) == 1 for prompts in guarded.prompts)
+        return
     assert [n for n, prompts in enumerate(guarded.prompts) if len(prompts) == 2] == [5]
     assert guarded.commands[5] == SOUND
     assert_stable(guarded.kept())

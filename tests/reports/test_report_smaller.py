@@ -22,7 +22,7 @@ import httpx
 import openai
 import pytest
 from builders import assistant, body, lexical_memory, response
-from hosting import JSON, KEY, LEAN, MODEL, QUIET, Host, authorization
+from hosting import JSON, KEY, LEAN, MODEL, QUIET, Host, authorization, on_lane
 from test_pytest_plugin import FAILING, PASSING, line_of, run
 
 from optillm_memory import Memory, Turn
@@ -115,10 +115,10 @@ class Walled:
 
 @pytest.fixture(scope="module")
 def module_walled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walled]:
-    """Start a host in front of an upstream that answers with a page."""
+    """Start a host in front of an upstream that answers with a page; on the direct lane a page stays a page."""
     db = tmp_path_factory.mktemp("wall") / "memory.db"
     with walled() as wall, httpx.Client(timeout=60, trust_env=False) as http:
-        process = HostProcess.serve(wall.base_url, db=db, env={**QUIET, **LEAN})
+        process = HostProcess.serve(wall.base_url, db=db, env={**QUIET, **LEAN, **on_lane("host")})
         with process:
             yield Walled(wall, process, http)
 
@@ -439,7 +439,7 @@ def test_without_a_home_a_full_path_is_enough(tmp_path: Path) -> None:
 @pytest.mark.host
 def test_without_a_home_the_host_serves(upstream: RecordingUpstream, tmp_path: Path) -> None:
     """With HOME unset and an unknown user, requests are answered without memory, and the routes name the setting."""
-    upstream.reply = lambda _request: "The blue one."
+    upstream.reply = lambda _request: "Blue."
     port = HostProcess.free_port()
     process = HostProcess(
         [sys.executable, "-c", HOMELESS + SERVING, str(tmp_path), upstream.base_url, str(port)],
@@ -450,7 +450,7 @@ def test_without_a_home_the_host_serves(upstream: RecordingUpstream, tmp_path: P
         for fields in ({}, {"stream": True}, {"agent_memory": {"reuse": {"max_error": 0.05}}}):
             answered = http.post(f"{process.base_url}/chat/completions", json={**asked, **fields})
             assert answered.status_code == 200, answered.text
-            assert "The blue one." in answered.text
+            assert "Blue." in answered.text
         refused = http.get(f"{process.base_url}/agent_memory/stats")
         assert refused.status_code == 503
         assert DB in refused.json()["error"]["message"]
