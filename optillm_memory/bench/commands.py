@@ -297,11 +297,11 @@ def latency(
     output: Output,
 ) -> None:
     """Measure round trips and first tokens: the upstream itself, approach `none`, memory on both lanes, the encoder."""
-    from optillm_memory.bench.latency import run, under_load
+    from optillm_memory.bench.latency import blocks_of, run, under_load
     from optillm_memory.bench.tasks import load_tasks
 
     tasks = load_tasks(data)
-    with progress(len(sizes) * (repeats + 10), "round trips") as bar:
+    with progress(len(sizes) * blocks_of(repeats), "blocks") as bar:
         figures = run(
             tasks, sizes=sizes, repeats=repeats, seed=seed, server=server, say=say, tick=lambda: bar.update(1)
         )

@@ -25,7 +25,8 @@ from optillm_memory.testing.host import HostProcess
 from optillm_memory.testing.upstream import RecordingUpstream, Reply
 
 KEY = "sk-bench"
-WARM_UP = 10
+BLOCK = 10  # requests of a kind, one after another: what a server still does after them must not burden another kind
+_REST_S = 0.1
 STREAMED_WORDS, TOKEN_S = 40, 0.005
 SLOW_S = 2.0
 _BY_TOKENS = "-by-tokens"
@@ -46,7 +47,7 @@ def run(
 
     `direct` asks the upstream itself, `none` optillm without memory, `through_host` and `lane` memory on either lane,
     `encoder` encodes the text alone. The upstream answers at once; for the first tokens (`…_first_token_…`) it makes 40
-    of them, 5 ms apart. One request after another, the kinds interleaved, each on a text that is new to all. Every
+    of them, 5 ms apart. One request after another, the kinds in blocks of ten, each on a text that is new to all. Every
     trace in the store is a verified exemplar: the most expensive case.
     """
     encoder = load_encoder("auto")
@@ -55,7 +56,7 @@ def run(
     figures: dict[str, dict[str, float]] = {}
     for size in sizes:
         say(f"{size} traces: filling the store")
-        texts = fresh_texts(tasks, chance, size + (2 * len(_ROUND) + 1) * (repeats + WARM_UP))
+        texts = fresh_texts(tasks, chance, size + (2 * len(_ROUND) + 1) * blocks_of(repeats) * BLOCK)
         asked = iter(texts[size:])
         with _hosts(texts[:size], _answer, server=server) as clients:
             kinds: dict[str, Callable[[str], float]] = {"encoder": lambda text: _encoded(encoder, text)}
@@ -63,11 +64,12 @@ def run(
                 kinds[name] = lambda text, c=client, m=_ROUND[name]: _round_trip(c, m, text)  # type: ignore[misc]
                 kinds[f"{name}_first_token"] = lambda text, c=client, m=_ROUND[name]: _first_token(c, m, text)  # type: ignore[misc]
             times: dict[str, list[float]] = {name: [] for name in kinds}
-            for number in range(repeats + WARM_UP):
+            for number in range(blocks_of(repeats)):
                 for name in chance.sample(sorted(kinds), len(kinds)):
-                    took_ms = kinds[name](next(asked)) * 1000
-                    if number >= WARM_UP:
-                        times[name].append(took_ms)
+                    time.sleep(_REST_S)
+                    took_ms = [kinds[name](next(asked)) * 1000 for _ in range(BLOCK)]
+                    if number:  # the first block is a warm-up
+                        times[name] += took_ms
                 tick()
         figures[str(size)] = {
             f"{name}_p{share}_ms": round(quantile(values, share / 100), 3)
@@ -75,6 +77,11 @@ def run(
             for share in (50, 95)
         }
     return figures
+
+
+def blocks_of(repeats: int) -> int:
+    """Return how many blocks of requests `run` makes of each kind, with the warm-up."""
+    return -(-repeats // BLOCK) + 1
 
 
 def under_load(
