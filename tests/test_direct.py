@@ -129,6 +129,15 @@ def test_a_page_in_place_of_an_answer_teaches_nothing(host: Host, *, stream: boo
     assert "sign in" not in json.dumps(host.get("memories", limit=1000))
 
 
+def test_the_headers_are_there_in_every_mode(host: Host) -> None:
+    """With memory off too, as where optillm answers; the body is the upstream's own then."""
+    host.upstream.reply = lambda _: "ok"
+    for stream in (False, True):
+        response = host.post(asking("hi", {"mode": "off"}) | {"stream": stream})
+        assert response.headers["X-Agent-Memory-Action"] == "plain"
+        assert response.headers["X-Agent-Memory-Trace-Id"] not in response.text
+
+
 def test_what_an_upstream_says_to_browsers_stays_there(host: Host) -> None:
     """Neither its cookies nor its leave for the pages of other sites: the key is the server's."""
     headers = {"access-control-allow-origin": "*", "set-cookie": "a=b", "x-request-id": "req_9"}
@@ -379,6 +388,13 @@ def test_who_leaves_does_not_cut_off_another() -> None:
     hangup()
     ends[1].sendall(b"y")
     assert ends[0].recv(1) == b"y"
+    other.release()
+    other()
+    ends[1].sendall(b"z")
+    assert ends[0].recv(1) == b"z"
+    other.is_hung_up = False
+    with other.covering():  # a further call of the same request, over the same connection
+        stream.write(b"x")
     other()
     assert ends[0].recv(1) == b""
     for end in ends:

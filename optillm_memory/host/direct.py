@@ -223,7 +223,7 @@ class _Call:
         body = {"error": {"message": str(error), "type": "upstream_error", "param": None, "code": code}}
         response = flask.Response(json.dumps(body), status, content_type="application/json")
         exchange.fail_open.quietly(lambda: self._log.error(str(exchange.error)))
-        exchange.fail_open.quietly(lambda: self._name(response))
+        exchange.fail_open.quietly(lambda: exchange.set_headers(response))
         exchange.fail_open.quietly(exchange.finish)
         return response
 
@@ -232,14 +232,8 @@ class _Call:
         del response.headers["Content-Type"]
         for name, value in returned_headers(reply):
             response.headers.add(name, value)
-        self._name(response)
+        self._exchange.set_headers(response)
         return response
-
-    def _name(self, response: flask.Response) -> None:
-        turn = self._exchange.turn
-        if turn.options.mode != "off":
-            response.headers["X-Agent-Memory-Trace-Id"] = turn.trace_id
-            response.headers["X-Agent-Memory-Action"] = turn.action
 
     # -- a stream ----------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from optillm_memory.host.calls import (
 from optillm_memory.host.failopen import FailOpen
 from optillm_memory.host.incoming import Incoming
 from optillm_memory.host.runtime import Runtime
+from optillm_memory.host.sse import Assembly, chunk_of, split_events
 from optillm_memory.inject.place import append_text
 from optillm_memory.memory import Memory
 from optillm_memory.records import FeedbackReceipt, Placement
@@ -276,11 +277,15 @@ class Exchange:
             repeated: list[flask.Response] = []
             self.fail_open.quietly(lambda: repeated.append(self._once_more_as_sent(response)))
             response = repeated[0] if repeated else response
-        response.headers["X-Agent-Memory-Trace-Id"] = self.turn.trace_id
-        response.headers["X-Agent-Memory-Action"] = self.turn.action
+        self.set_headers(response)
         self.fail_open.quietly(lambda: self._mend(response))
         self.fail_open.quietly(self.finish)
         return response
+
+    def set_headers(self, response: flask.Response) -> None:
+        """Name the trace and the action in the response's headers, in every mode."""
+        response.headers["X-Agent-Memory-Trace-Id"] = self.turn.trace_id
+        response.headers["X-Agent-Memory-Action"] = self.turn.action
 
     def finish(self) -> None:
         """Have the trace recorded, once."""
@@ -369,9 +374,7 @@ def streamed_text(response: flask.Response) -> str:
     """Read the text of a finished answer that the host is about to send as server-sent events."""
     events = [chunk if isinstance(chunk, bytes) else str(chunk).encode() for chunk in response.response]
     response.response = events
-    text = ""
-    for line in b"".join(events).decode("utf-8", "replace").splitlines():
-        if line.startswith("data: {"):
-            for choice in json.loads(line[6:]).get("choices") or []:
-                text += (choice.get("delta") or {}).get("content") or ""
-    return text
+    assembly = Assembly()
+    for event in split_events(events):
+        assembly.add(chunk_of(event) or {})
+    return "".join(text_of(choice["message"]) for choice in assembly.completion()["choices"])

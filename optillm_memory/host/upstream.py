@@ -153,6 +153,8 @@ class Hangup:
     def release(self) -> None:
         """Leave the connection alone from here on: the answer is there, and others may use it."""
         with _owning:
+            if self._stream is not None and self._stream.owner is self:
+                self._stream.owner = None  # a further call of this request notes it again
             self._stream = None
 
     def __call__(self) -> None:
