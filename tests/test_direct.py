@@ -20,7 +20,7 @@ import pytest
 from agents import RIGHT, WRONG
 from hosting import JSON, KEY, LEAN, MODEL, QUIET, Host, authorization, running, served, until
 
-from optillm_memory.host.upstream import Hangup, _NotingStream
+from optillm_memory.host.upstream import Cancellation, _TrackedStream
 from optillm_memory.testing.host import HostProcess, child_environment
 from optillm_memory.testing.upstream import RecordingUpstream, Reply, events, tool_call
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.host
 WORDS = "one two three four five six seven eight"
 SLACK_S = 5.0
 TOOLS = [{"type": "function", "function": {"name": "bash", "parameters": {"type": "object", "properties": {}}}}]
-LEFT = "the client left before it had the whole answer"
+LEFT = "the client disconnected before it had the whole answer"
 
 
 def asking(text: str, memory: Mapping[str, Any] | None = None, **more: Any) -> JSON:
@@ -377,23 +377,23 @@ def test_a_call_is_not_held_beyond_its_end(host: Host, namespace: dict[str, str]
 
 def test_who_leaves_does_not_cut_off_another() -> None:
     """A connection that went back to the pool is the next request's, whoever had it before."""
-    hangup, other = Hangup(), Hangup()
+    cancellation, other = Cancellation(), Cancellation()
     ends = socket.socketpair()
     for end in ends:
         end.settimeout(10)
-    stream = _NotingStream(SimpleNamespace(get_extra_info=lambda _: ends[0], write=ends[0].sendall))
-    for call in (hangup, other):
-        with call.covering():
+    stream = _TrackedStream(SimpleNamespace(get_extra_info=lambda _: ends[0], write=ends[0].sendall))
+    for call in (cancellation, other):
+        with call.tracking():
             stream.write(b"x")
-    hangup()
+    cancellation()
     ends[1].sendall(b"y")
     assert ends[0].recv(1) == b"y"
     other.release()
     other()
     ends[1].sendall(b"z")
     assert ends[0].recv(1) == b"z"
-    other.is_hung_up = False
-    with other.covering():  # a further call of the same request, over the same connection
+    other.is_cancelled = False
+    with other.tracking():  # a further call of the same request, over the same connection
         stream.write(b"x")
     other()
     assert ends[0].recv(1) == b""
@@ -448,7 +448,7 @@ BEFORE = (
 BESIDE = (
     "direct:_ConversationLog.start", "direct:_ConversationLog.final", "exchange:Exchange.guarded",
     "exchange:Exchange.labelled", "exchange:Exchange.metadata", "exchange:Exchange.finish", "direct:with_data",
-    "direct:Assembly.add", "direct:Assembly.completion", "direct:deltas_of",
+    "direct:StreamAccumulator.add", "direct:StreamAccumulator.completion", "direct:deltas_of",
 )  # fmt: skip
 WITHIN = (
     "direct:_Call._is_refused",

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optillm_memory.host.sse import Assembly, chunk_of, cut_off, data_of, events_of, split_events, with_data, with_usage
+from optillm_memory.host.sse import (
+    StreamAccumulator,
+    chunk_of,
+    cut_off,
+    data_of,
+    events_of,
+    split_events,
+    with_data,
+    with_usage,
+)
 from optillm_memory.testing.upstream import events
 
 TEXT = st.text(max_size=40)
@@ -54,14 +63,14 @@ def test_what_is_streamed_is_put_together_again(completion: dict[str, Any], data
     found = list(split_events(pieces))
     assert b"".join(found) == sent
     assert data_of(found[-1]) == "[DONE]"
-    assembly = Assembly()
+    accumulator = StreamAccumulator()
     for event in found[:-1]:
         chunk = chunk_of(event)
         assert chunk is not None
         assert chunk_of(with_data(event, chunk)) == chunk
-        assembly.add(chunk)
-    assert assembly.is_complete
-    assert assembly.completion() == completion
+        accumulator.add(chunk)
+    assert accumulator.is_complete
+    assert accumulator.completion() == completion
 
 
 @pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n", "\r\r"])
@@ -86,19 +95,19 @@ def test_a_separator_of_unicode_ends_no_line() -> None:
 
 def test_calls_whose_pieces_say_their_name_again() -> None:
     """Some providers send id, type and name with each piece of a call, some send whole calls without an index."""
-    assembly = Assembly()
+    accumulator = StreamAccumulator()
     for arguments in ('{"a"', ": 1}"):
         call = {"index": 0, "id": "c", "type": "function", "function": {"name": "run", "arguments": arguments}}
-        assembly.add({"choices": [{"index": 0, "delta": {"role": "assistant", "tool_calls": [call]}}]})
+        accumulator.add({"choices": [{"index": 0, "delta": {"role": "assistant", "tool_calls": [call]}}]})
     whole = {"id": "d", "function": {"name": "look", "arguments": "{}"}}
-    assembly.add({"choices": [{"index": 0, "delta": {"tool_calls": [whole]}}]})
-    message = assembly.completion()["choices"][0]["message"]
+    accumulator.add({"choices": [{"index": 0, "delta": {"tool_calls": [whole]}}]})
+    message = accumulator.completion()["choices"][0]["message"]
     assert message["role"] == "assistant"
     assert [c["function"] for c in message["tool_calls"]] == [
         {"name": "run", "arguments": '{"a": 1}'},
         whole["function"],
     ]
-    assert not assembly.is_complete
+    assert not accumulator.is_complete
 
 
 @pytest.mark.parametrize(
@@ -116,23 +125,23 @@ def test_calls_whose_pieces_say_their_name_again() -> None:
 )
 def test_pieces_of_odd_shape_spoil_nothing(delta: Any) -> None:
     """What cannot be part of a message is left out of it; what came before and after is there."""
-    assembly = Assembly()
+    accumulator = StreamAccumulator()
     for part in ({"content": "a"}, delta, {"refusal": "b"}):
-        assembly.add({"choices": [None, {"index": 0, "delta": part}]})
-    assembly.add({"choices": [{"index": "0", "delta": {}, "finish_reason": "stop"}]})
-    message = assembly.completion()["choices"][0]["message"]
+        accumulator.add({"choices": [None, {"index": 0, "delta": part}]})
+    accumulator.add({"choices": [{"index": "0", "delta": {}, "finish_reason": "stop"}]})
+    message = accumulator.completion()["choices"][0]["message"]
     assert (str(message["content"])[0], message["refusal"]) in (("a", "b"), ("7", "b"))
     assert "tool_calls" not in message or all(isinstance(call, dict) for call in message["tool_calls"])
-    assert assembly.is_complete
+    assert accumulator.is_complete
 
 
 def test_half_a_call_is_no_call() -> None:
     """Of what broke off neither form of a call is left."""
-    assembly = Assembly()
-    assembly.add(
+    accumulator = StreamAccumulator()
+    accumulator.add(
         {"choices": [{"index": 0, "delta": {"content": "x", "function_call": {"name": "f", "arguments": "{"}}}]}
     )
-    message = cut_off(assembly.completion())["choices"][0]["message"]
+    message = cut_off(accumulator.completion())["choices"][0]["message"]
     assert (message["content"], message.get("function_call"), message.get("tool_calls")) == ("x", None, None)
 
 
@@ -151,14 +160,14 @@ def test_a_large_event_in_small_pieces_takes_time_by_its_size() -> None:
 
 def test_logprobs_go_on_and_an_error_is_kept() -> None:
     """Lists without an index are continued; a chunk may be an error."""
-    assembly = Assembly()
+    accumulator = StreamAccumulator()
     for token in ("a", "b"):
         choice = {"index": 0, "delta": {"content": token}, "logprobs": {"content": [{"token": token}]}}
-        assembly.add({"id": "x", "choices": [choice]})
-    assembly.add({"error": {"message": "overloaded"}})
-    made = assembly.completion()
+        accumulator.add({"id": "x", "choices": [choice]})
+    accumulator.add({"error": {"message": "overloaded"}})
+    made = accumulator.completion()
     assert made["choices"][0]["logprobs"] == {"content": [{"token": "a"}, {"token": "b"}]}
-    assert assembly.error == {"message": "overloaded"}
+    assert accumulator.error == {"message": "overloaded"}
     assert "error" not in made
     cut = cut_off(made)["choices"][0]
     assert (cut["message"]["content"], cut["finish_reason"]) == ("ab", "cut_off")
@@ -177,12 +186,12 @@ def test_another_answer_in_place_of_held_events() -> None:
         made = events_of(other, like=held, without=("role", "content") if said else ())
         chunks = [chunk_of(event) for event in made]
         assert chunks[-1] is None
-        assembly = Assembly()
+        accumulator = StreamAccumulator()
         for chunk in chunks[:-1]:
             assert chunk is not None
             assert chunk["id"] == "1"
-            assembly.add(chunk)
-        answer = assembly.completion()["choices"][0]
+            accumulator.add(chunk)
+        answer = accumulator.completion()["choices"][0]
         assert answer["message"].get("content") == (None if said else "no")
         assert answer["finish_reason"] == "stop"
         assert (chunk_of(with_usage(made[-2], {"n": 2})) or {})["usage"] == {"n": 2}

@@ -21,13 +21,13 @@ from optillm_memory.conversation.options import FIELD
 from optillm_memory.conversation.steps import calls_of
 from optillm_memory.errors import HostError
 from optillm_memory.host.calls import REFUSED, says_refused
-from optillm_memory.host.departures import Client
+from optillm_memory.host.disconnects import Client
 from optillm_memory.host.exchange import LEAST_WAIT_S, OK, Exchange
 from optillm_memory.host.incoming import SLUG, Incoming
 from optillm_memory.host.runtime import Runtime
 from optillm_memory.host.sse import (
     DONE,
-    Assembly,
+    StreamAccumulator,
     chunk_of,
     cut_off,
     data_of,
@@ -38,7 +38,7 @@ from optillm_memory.host.sse import (
     with_fields,
     with_usage,
 )
-from optillm_memory.host.upstream import READ_S, Hangup, Upstream, returned_headers
+from optillm_memory.host.upstream import READ_S, Cancellation, Upstream, returned_headers
 
 logger = logging.getLogger(__name__)
 
@@ -93,12 +93,12 @@ class _Call:
         self._key = _own_key(flask.request)
         self._headers = dict(flask.request.headers)
         self._client = Client(flask.request.environ)
-        self._hangup = Hangup()
+        self._cancellation = Cancellation()
         self._started = time.perf_counter()
         self._log = _ConversationLog(exchange.host)
         self._second: dict[str, Any] | None = None  # the guard's second answer, where that is streamed
         self._is_labelled = self._is_holding = self._is_decided = self._is_finished = False
-        self._gone: set[str] = set()  # the fields of the answer that had gone out when the rest was held back
+        self._sent_fields: set[str] = set()  # the fields of the answer that had gone out when the rest was held back
 
     # -- asking ------------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ class _Call:
         *,
         streams: bool = True,
         limit_s: float = READ_S,
-        is_another: bool = False,
+        is_repeat: bool = False,
     ) -> httpx.Request:
         """Return the upstream's request: the client's body less our fields, with these messages."""
         turn, config = self._exchange.turn, self._exchange.host.server_config
@@ -119,18 +119,21 @@ class _Call:
         if not streams:
             body = {n: v for n, v in body.items() if n not in ("stream", "stream_options")}
         data = _encoded(body)
-        return self._upstream.request(data, self._key, self._headers, timeout_s=limit_s, is_another=is_another)
+        return self._upstream.request(data, self._key, self._headers, timeout_s=limit_s, is_repeat=is_repeat)
 
     def answer(self, request: httpx.Request) -> flask.Response:
         """Ask the upstream, and return what it says; the upstream's own failure to answer is an error of this proxy."""
         self._exchange.fail_open.quietly(lambda: self._log.start(self._sent, self._exchange.incoming.model))
         try:
-            with self._process.departures.watching(self._client.has_left, self._hangup), self._hangup.covering():
+            with (
+                self._process.disconnects.watching(self._client.is_disconnected, self._cancellation),
+                self._cancellation.tracking(),
+            ):
                 reply = self._whole_or_stream(self._send(request))
                 if self._is_refused(reply):
                     reply = self._as_sent()
                 if reply.is_closed:
-                    self._hangup.release()
+                    self._cancellation.release()
                     return self._whole(reply)
             return self._streamed(reply)
         except Exception as error:
@@ -165,7 +168,7 @@ class _Call:
         exchange, turn = self._exchange, self._exchange.turn
         exchange.give_up_insertions()
         left_s = max(READ_S - (time.perf_counter() - self._started), LEAST_WAIT_S)
-        reply = self._whole_or_stream(self._send(self.request(exchange.turn.messages, limit_s=left_s, is_another=True)))
+        reply = self._whole_or_stream(self._send(self.request(exchange.turn.messages, limit_s=left_s, is_repeat=True)))
         if reply.status_code == OK and not (reply.is_closed and says_refused(_object(reply.content))):
             exchange.note_refusal(turn)
         return reply
@@ -173,8 +176,8 @@ class _Call:
     def _once_more(self, messages: list[dict[str, Any]], limit_s: float) -> dict[str, Any]:
         """Make the guard's second call. Raises HostError where no completion comes in time."""
         until = time.monotonic() + limit_s
-        with self._hangup.covering():  # a client that leaves ends this one, too
-            reply = self._send(self.request(messages, streams=False, limit_s=limit_s, is_another=True))
+        with self._cancellation.tracking():  # a client that leaves ends this one, too
+            reply = self._send(self.request(messages, streams=False, limit_s=limit_s, is_repeat=True))
             try:
                 data = bytearray()
                 for piece in reply.iter_bytes():
@@ -182,12 +185,12 @@ class _Call:
                     if time.monotonic() > until:
                         raise HostError("the second answer takes too long")
             finally:
-                self._hangup.release()
+                self._cancellation.release()
                 reply.close()
         completion = _object(bytes(data))
         if reply.status_code != OK or not completion.get("choices"):
             raise HostError(f"HTTP {reply.status_code}")
-        if self._gone and not calls_of((completion["choices"][0].get("message") or {}), 0):
+        if self._sent_fields and not calls_of((completion["choices"][0].get("message") or {}), 0):
             raise HostError("only words, where others have gone out")
         return completion
 
@@ -218,7 +221,7 @@ class _Call:
 
     def _failed(self, error: Exception) -> flask.Response:
         exchange = self._exchange
-        exchange.error = f"{type(error).__name__}: {error}" if not self._hangup.is_hung_up else _LEFT
+        exchange.error = f"{type(error).__name__}: {error}" if not self._cancellation.is_cancelled else _DISCONNECTED
         status, code = (error.status, error.code) if isinstance(error, _UpstreamFailed) else (_UNREACHABLE, None)
         body = {"error": {"message": str(error), "type": "upstream_error", "param": None, "code": code}}
         response = flask.Response(json.dumps(body), status, content_type="application/json")
@@ -246,79 +249,79 @@ class _Call:
 
     def _relayed(self, reply: httpx.Response) -> Iterator[bytes]:
         """Yield the upstream's events as they come, and have recorded what has gone out, however it ends."""
-        exchange, assembly, is_over, has_begun = self._exchange, Assembly(), False, False
+        exchange, accumulator, is_over, has_begun = self._exchange, StreamAccumulator(), False, False
         try:
-            with self._process.departures.watching(self._client.has_left, self._hangup):
-                for event in self._events(reply, assembly):
+            with self._process.disconnects.watching(self._client.is_disconnected, self._cancellation):
+                for event in self._events(reply, accumulator):
                     has_begun = True
                     yield event
             is_over = True
         except GeneratorExit:
-            is_over = assembly.is_complete and not self._is_holding  # some read no further than to the finish reason
-            exchange.error = None if is_over else _LEFT
+            is_over = accumulator.is_complete and not self._is_holding  # some read no further than to the finish reason
+            exchange.error = None if is_over else _DISCONNECTED
             raise
         except Exception as error:
-            exchange.error = _LEFT if self._hangup.is_hung_up else f"the upstream broke off: {error}"
-            if not self._hangup.is_hung_up:
+            exchange.error = _DISCONNECTED if self._cancellation.is_cancelled else f"the upstream broke off: {error}"
+            if not self._cancellation.is_cancelled:
                 if has_begun:
                     self._client.break_off()
                 raise HostError(exchange.error) from error  # the server drops the connection: the client sees it
         finally:
             reply.close()
-            self._finish(assembly, is_over=is_over)
+            self._finish(accumulator, is_over=is_over)
 
-    def _events(self, reply: httpx.Response, assembly: Assembly) -> Iterator[bytes]:
+    def _events(self, reply: httpx.Response, accumulator: StreamAccumulator) -> Iterator[bytes]:
         held: list[bytes] = []  # from the first piece of a call on, where the guard wants to see it whole
         for event in split_events(reply.iter_bytes()):
             chunk = chunk_of(event)
-            if chunk is not None and self._exchange.turn.placements and assembly.is_empty and says_refused(chunk):
-                yield from self._events_as_sent(assembly)
+            if chunk is not None and self._exchange.turn.placements and accumulator.is_empty and says_refused(chunk):
+                yield from self._events_as_sent(accumulator)
                 return
             if chunk is not None:
-                self._exchange.fail_open.quietly(lambda: self._take_in(chunk, assembly))  # noqa: B023 -- called at once
+                self._exchange.fail_open.quietly(lambda: self._take_in(chunk, accumulator))  # noqa: B023 -- called at once
             if not (self._is_holding and (data := data_of(event))):
-                yield self._outgoing(event, chunk, assembly)
+                yield self._outgoing(event, chunk, accumulator)
                 continue
             held.append(event)
             if data == DONE:  # what comes after it is nothing to wait for
-                yield from self._released(held, assembly)
+                yield from self._released(held, accumulator)
                 held = []
-        self._hangup.release()
+        self._cancellation.release()
         if held:
-            yield from self._released(held, assembly)
+            yield from self._released(held, accumulator)
 
-    def _released(self, held: list[bytes], assembly: Assembly) -> Iterator[bytes]:
+    def _released(self, held: list[bytes], accumulator: StreamAccumulator) -> Iterator[bytes]:
         made: list[list[bytes]] = []
-        self._exchange.fail_open.quietly(lambda: made.append(self._guarded(held, assembly)))
+        self._exchange.fail_open.quietly(lambda: made.append(self._guarded(held, accumulator)))
         self._is_holding, self._is_decided = False, True
         for event in made[0] if made else held:
-            yield self._outgoing(event, chunk_of(event), assembly)
+            yield self._outgoing(event, chunk_of(event), accumulator)
 
-    def _outgoing(self, event: bytes, chunk: dict[str, Any] | None, assembly: Assembly) -> bytes:
+    def _outgoing(self, event: bytes, chunk: dict[str, Any] | None, accumulator: StreamAccumulator) -> bytes:
         if chunk is None and data_of(event) == DONE:
             # Before the client knows that it has the whole answer: its next request is to find this one.
-            assembly.is_done = True
-            self._finish(assembly, is_over=True)
+            accumulator.is_done = True
+            self._finish(accumulator, is_over=True)
         return self._labelled(event, chunk)
 
-    def _events_as_sent(self, assembly: Assembly) -> Iterator[bytes]:
+    def _events_as_sent(self, accumulator: StreamAccumulator) -> Iterator[bytes]:
         """Yield the events of a second call, without what memory had put into the prompt."""
-        with self._hangup.covering():
+        with self._cancellation.tracking():
             reply = self._as_sent()
         try:
             if reply.is_closed:
-                assembly.add({"error": _object(reply.content).get("error") or reply.text[:_SHOWN]})
-                yield with_data(b"", {"error": assembly.error})
+                accumulator.add({"error": _object(reply.content).get("error") or reply.text[:_SHOWN]})
+                yield with_data(b"", {"error": accumulator.error})
             else:
-                yield from self._events(reply, assembly)
+                yield from self._events(reply, accumulator)
         finally:
             reply.close()
 
-    def _take_in(self, chunk: Mapping[str, Any], assembly: Assembly) -> None:
+    def _take_in(self, chunk: Mapping[str, Any], accumulator: StreamAccumulator) -> None:
         if not (self._is_holding or self._is_decided) and self._is_guarded:
             self._is_holding = any(delta.get("tool_calls") or delta.get("function_call") for delta in deltas_of(chunk))
-            self._gone = assembly.fields if self._is_holding else set()
-        assembly.add(chunk)
+            self._sent_fields = accumulator.fields if self._is_holding else set()
+        accumulator.add(chunk)
 
     @property
     def _is_guarded(self) -> bool:
@@ -326,18 +329,18 @@ class _Call:
         turn, n = self._exchange.turn, self._sent.get("n") or self._exchange.host.server_config.get("n", 1)
         return self._process.settings.guard != "off" and turn.conversation is not None and turn.options.reads and n == 1
 
-    def _guarded(self, held: list[bytes], assembly: Assembly) -> list[bytes]:
+    def _guarded(self, held: list[bytes], accumulator: StreamAccumulator) -> list[bytes]:
         """Return the events that were held back, or those of a second answer in their place."""
-        if not assembly.is_complete:
+        if not accumulator.is_complete:
             return held
-        first, took_s = assembly.completion(), time.perf_counter() - self._started
+        first, took_s = accumulator.completion(), time.perf_counter() - self._started
         better = self._exchange.guarded(first, self._once_more, took_s)
         if better is first:
             return held
         if better["choices"] is not first["choices"]:
-            gone = {name: value for name, value in first["choices"][0]["message"].items() if name in self._gone}
-            better = with_fields(better, gone)
-            held = events_of(better, like=held, without=gone)
+            sent = {name: value for name, value in first["choices"][0]["message"].items() if name in self._sent_fields}
+            better = with_fields(better, sent)
+            held = events_of(better, like=held, without=sent)
             self._second = better
         return [with_usage(event, better.get("usage")) for event in held]
 
@@ -356,19 +359,19 @@ class _Call:
             labelled[FIELD] = self._exchange.metadata()
         return labelled
 
-    def _finish(self, assembly: Assembly, *, is_over: bool) -> None:
+    def _finish(self, accumulator: StreamAccumulator, *, is_over: bool) -> None:
         """Have the trace recorded, once."""
         if not self._is_finished:
             self._is_finished = True
-            self._exchange.fail_open.quietly(lambda: self._record(assembly, is_over=is_over))
+            self._exchange.fail_open.quietly(lambda: self._record(accumulator, is_over=is_over))
 
-    def _record(self, assembly: Assembly, *, is_over: bool) -> None:
+    def _record(self, accumulator: StreamAccumulator, *, is_over: bool) -> None:
         exchange, made = self._exchange, []
-        fault = exchange.fail_open.quietly(lambda: made.append(self._second or assembly.completion()))
+        fault = exchange.fail_open.quietly(lambda: made.append(self._second or accumulator.completion()))
         completion: dict[str, Any] = made[0] if made else {"choices": []}
-        if exchange.error is None and assembly.error is not None:
-            exchange.error = f"the upstream broke off: {json.dumps(assembly.error)[:_SHOWN]}"
-        elif exchange.error is None and (fault or not (is_over and assembly.is_complete)):
+        if exchange.error is None and accumulator.error is not None:
+            exchange.error = f"the upstream broke off: {json.dumps(accumulator.error)[:_SHOWN]}"
+        elif exchange.error is None and (fault or not (is_over and accumulator.is_complete)):
             exchange.error = "the upstream ended its answer without a finish reason"
         if exchange.error is None:
             exchange.completion = exchange.labelled(completion)
@@ -380,7 +383,7 @@ class _Call:
         exchange.finish()
 
 
-_LEFT = "the client left before it had the whole answer"
+_DISCONNECTED = "the client disconnected before it had the whole answer"
 
 
 class _ConversationLog:

@@ -24,7 +24,7 @@ from optillm_memory.host.calls import (
 from optillm_memory.host.failopen import FailOpen
 from optillm_memory.host.incoming import Incoming
 from optillm_memory.host.runtime import Runtime
-from optillm_memory.host.sse import Assembly, chunk_of, split_events
+from optillm_memory.host.sse import StreamAccumulator, chunk_of, split_events
 from optillm_memory.inject.place import append_text
 from optillm_memory.memory import Memory
 from optillm_memory.records import FeedbackReceipt, Placement
@@ -374,7 +374,7 @@ def streamed_text(response: flask.Response) -> str:
     """Read the text of a finished answer that the host is about to send as server-sent events."""
     events = [chunk if isinstance(chunk, bytes) else str(chunk).encode() for chunk in response.response]
     response.response = events
-    assembly = Assembly()
+    accumulator = StreamAccumulator()
     for event in split_events(events):
-        assembly.add(chunk_of(event) or {})
-    return "".join(text_of(choice["message"]) for choice in assembly.completion()["choices"])
+        accumulator.add(chunk_of(event) or {})
+    return "".join(text_of(choice["message"]) for choice in accumulator.completion()["choices"])

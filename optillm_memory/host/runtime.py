@@ -10,7 +10,7 @@ import threading
 
 from optillm_memory.conversation.language import DETECTOR_LOCK
 from optillm_memory.errors import AgentMemoryError, InvalidField
-from optillm_memory.host.departures import Departures
+from optillm_memory.host.disconnects import DisconnectWatcher
 from optillm_memory.host.failopen import FailOpen
 from optillm_memory.host.upstream import HostUpstream
 from optillm_memory.learn.forms import form_named
@@ -44,7 +44,7 @@ class Runtime:
         # An upstream that hangs must not use up the threads that recall for other requests.
         self.second_calls = FailOpen(self.settings.guard_timeout_s, self.fail_open.faults)
         self.upstream = HostUpstream()
-        self.departures = Departures(self.fail_open.quietly)
+        self.disconnects = DisconnectWatcher(self.fail_open.quietly)
 
     def _off(self, fault: str) -> None:
         self.fault = fault

@@ -10,7 +10,7 @@ from typing import Any
 DONE = "[DONE]"
 _BOUNDARY = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 # In pieces of a call these are said again, not continued.
-_SAID_AGAIN = frozenset(("id", "type", "role", "name", "index"))
+_REPEATED_KEYS = frozenset(("id", "type", "role", "name", "index"))
 
 
 def split_events(pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -54,7 +54,7 @@ def with_data(event: bytes, chunk: Mapping[str, Any]) -> bytes:
     return b"\n".join([*others, b"data: " + json.dumps(chunk).encode(), b"", b""])
 
 
-class Assembly:
+class StreamAccumulator:
     """A completion that is put together from the chunks of its stream, whatever fields they have."""
 
     def __init__(self) -> None:
@@ -174,7 +174,7 @@ def _merged(known: Any, new: Any, name: str = "") -> Any:
         return {**known, **{key: _merged(known.get(key), value, key) for key, value in new.items()}}
     if isinstance(known, list) and isinstance(new, list):
         return _lists_merged(known, new)
-    if isinstance(known, str) and isinstance(new, str) and name not in _SAID_AGAIN:
+    if isinstance(known, str) and isinstance(new, str) and name not in _REPEATED_KEYS:
         return known + new
     return new or known
 

@@ -25,7 +25,8 @@ _NOT_RETURNED = frozenset(
         *("server", "date", "set-cookie", "alt-svc", "strict-transport-security"),
     )
 )
-_NEVER = ("access-control-", "x-accel-", "x-sendfile")  # the last two speak to a web server in front of this proxy
+# The last two are instructions to a web server in front of this proxy.
+_NOT_RETURNED_PREFIXES = ("access-control-", "x-accel-", "x-sendfile")
 _OWN_HEADERS = ("openai-organization", "openai-project")
 
 
@@ -45,7 +46,7 @@ class Upstream:
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         )
         for transport in (self._client._transport, *self._client._mounts.values()):  # noqa: SLF001
-            _note_streams(transport)
+            _track_streams(transport)
 
     @classmethod
     def of(cls, host: Any) -> Upstream | None:
@@ -70,13 +71,13 @@ class Upstream:
         caller: Mapping[str, str],
         *,
         timeout_s: float = READ_S,
-        is_another: bool = False,
+        is_repeat: bool = False,
     ) -> httpx.Request:
         """Return the request that sends a body, with the caller's own key where there is one.
 
-        `is_another` is a second one for the same request of the caller, whose `Idempotency-Key` it must not have.
+        `is_repeat` is a second one for the same request of the caller, whose `Idempotency-Key` it must not have.
         """
-        forwarded = [n for n in _FORWARDED if not (is_another and n == "idempotency-key")]
+        forwarded = [n for n in _FORWARDED if not (is_repeat and n == "idempotency-key")]
         headers = {**self._headers, **{n: v for n, v in caller.items() if n.lower() in forwarded}}
         if key is not None:
             headers["Authorization"] = f"Bearer {key}"
@@ -123,90 +124,94 @@ def returned_headers(response: httpx.Response) -> list[tuple[str, str]]:
     that lets any page read its answers, this proxy's own key would be at their service.
     """
     headers = [(n.decode("latin-1"), v.decode("latin-1")) for n, v in response.headers.raw]  # as WSGI has them
-    return [(n, v) for n, v in headers if n.lower() not in _NOT_RETURNED and not n.lower().startswith(_NEVER)]
+    return [
+        (n, v)
+        for n, v in headers
+        if n.lower() not in _NOT_RETURNED and not n.lower().startswith(_NOT_RETURNED_PREFIXES)
+    ]
 
 
-class Hangup:
+class Cancellation:
     """Breaks off what one request does with an upstream, from another thread."""
 
     def __init__(self) -> None:
         """Nothing is broken off."""
-        self.is_hung_up = False
-        self._stream: _NotingStream | None = None
+        self.is_cancelled = False
+        self._stream: _TrackedStream | None = None
 
     @contextlib.contextmanager
-    def covering(self) -> Iterator[None]:
+    def tracking(self) -> Iterator[None]:
         """Cover the calls that this thread makes within the `with` block."""
-        before = getattr(_calling, "hangup", None)
-        _calling.hangup = self
+        before = getattr(_current, "cancellation", None)
+        _current.cancellation = self
         try:
             yield
         finally:
-            _calling.hangup = before
+            _current.cancellation = before
 
-    def note(self, stream: _NotingStream) -> None:
+    def note(self, stream: _TrackedStream) -> None:
         """Note the connection that is used now; it is closed where this was hung up before. The caller has the lock."""
         self._stream = stream
-        if self.is_hung_up:
+        if self.is_cancelled:
             stream.shut_down()
 
     def release(self) -> None:
         """Leave the connection alone from here on: the answer is there, and others may use it."""
-        with _owning:
+        with _owner_lock:
             if self._stream is not None and self._stream.owner is self:
                 self._stream.owner = None  # a further call of this request notes it again
             self._stream = None
 
     def __call__(self) -> None:
         """Close the connection under the call: whoever waits for the upstream gets an error."""
-        with _owning:
-            self.is_hung_up = True
+        with _owner_lock:
+            self.is_cancelled = True
             if self._stream is not None and self._stream.owner is self:
                 self._stream.shut_down()
 
 
-_calling = threading.local()
-_owning = threading.Lock()  # a connection is one request's at a time, and is not closed under the next one
+_current = threading.local()
+_owner_lock = threading.Lock()  # a connection is one request's at a time, and is not closed under the next one
 
 
-def _note_streams(transport: Any) -> None:
+def _track_streams(transport: Any) -> None:
     # httpx hands out a connection only once it has answered; to hang up on one that has not, its use is noted here.
     pool = getattr(transport, "_pool", None)
     if hasattr(pool, "_network_backend"):
-        pool._network_backend = _NotingBackend(pool._network_backend)  # type: ignore[union-attr]  # noqa: SLF001
+        pool._network_backend = _TrackingBackend(pool._network_backend)  # type: ignore[union-attr]  # noqa: SLF001
 
 
-class _NotingBackend:
+class _TrackingBackend:
     """httpcore's way to connect, whose connections note which call uses them."""
 
     def __init__(self, real: Any) -> None:
         self._real = real
 
-    def connect_tcp(self, *args: Any, **given: Any) -> _NotingStream:
-        return _NotingStream(self._real.connect_tcp(*args, **given))
+    def connect_tcp(self, *args: Any, **given: Any) -> _TrackedStream:
+        return _TrackedStream(self._real.connect_tcp(*args, **given))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
 
-class _NotingStream:
+class _TrackedStream:
     """A connection of httpcore, of any kind, and whose request it carries."""
 
     def __init__(self, real: Any) -> None:
         self._real = real
-        self.owner: Hangup | None = None
+        self.owner: Cancellation | None = None
 
     def write(self, *args: Any, **given: Any) -> None:
-        hangup: Hangup | None = getattr(_calling, "hangup", None)
-        if self.owner is not hangup:
-            with _owning:
-                self.owner = hangup
-                if hangup is not None:
-                    hangup.note(self)
+        cancellation: Cancellation | None = getattr(_current, "cancellation", None)
+        if self.owner is not cancellation:
+            with _owner_lock:
+                self.owner = cancellation
+                if cancellation is not None:
+                    cancellation.note(self)
         self._real.write(*args, **given)
 
-    def start_tls(self, *args: Any, **given: Any) -> _NotingStream:
-        return _NotingStream(self._real.start_tls(*args, **given))
+    def start_tls(self, *args: Any, **given: Any) -> _TrackedStream:
+        return _TrackedStream(self._real.start_tls(*args, **given))
 
     def shut_down(self) -> None:
         connection = self._real.get_extra_info("socket")

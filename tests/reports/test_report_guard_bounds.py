@@ -15,7 +15,7 @@ import httpx
 import pytest
 from hosting import BOTH_LANES, JSON, MODEL, Host, chunks_of
 
-from optillm_memory.host.sse import Assembly
+from optillm_memory.host.sse import StreamAccumulator
 from optillm_memory.testing.upstream import Answer, Reply, tool_call
 
 pytestmark = pytest.mark.host
@@ -59,10 +59,10 @@ def commands_in(response: httpx.Response) -> list[str]:
     """Return the commands that an answer asks for, streamed or not."""
     assert response.status_code == 200, response.text
     if response.headers["Content-Type"].startswith("text/event-stream"):
-        assembly = Assembly()
+        accumulator = StreamAccumulator()
         for chunk in chunks_of(response):
-            assembly.add(chunk)
-        said = [choice["message"] for choice in assembly.completion()["choices"]]
+            accumulator.add(chunk)
+        said = [choice["message"] for choice in accumulator.completion()["choices"]]
     else:
         said = [choice["message"] for choice in response.json()["choices"]]
     return [json.loads(c["function"]["arguments"])["command"] for m in said for c in m.get("tool_calls") or []]

@@ -1,4 +1,4 @@
-"""Departures: clients that close their connection before they have their answer, so that nobody works for them."""
+"""Client disconnects: the upstream stops working for a client that closed its connection before it had its answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SOCKETS = ("werkzeug.socket", "gunicorn.socket")
 _WITHOUT_WAITING = getattr(socket, "MSG_DONTWAIT", 0)
 
 
-class Departures:
+class DisconnectWatcher:
     """Looks at the connections of waiting clients, on one thread, and calls what each of them asked to be called."""
 
     def __init__(self, quietly: Callable[[Callable[[], Any]], str]) -> None:
@@ -30,14 +30,14 @@ class Departures:
         self._is_running = False
 
     @contextlib.contextmanager
-    def watching(self, has_left: Callable[[], bool] | None, cancel: Callable[[], None]) -> Iterator[None]:
+    def watching(self, is_disconnected: Callable[[], bool] | None, cancel: Callable[[], None]) -> Iterator[None]:
         """Call `cancel` once, on the watching thread, where the client leaves within the `with` block."""
-        if has_left is None:
+        if is_disconnected is None:
             yield
             return
         number = next(self._numbers)
         with self._changed:
-            self._watched[number] = has_left, cancel
+            self._watched[number] = is_disconnected, cancel
             if not self._is_running:
                 self._quietly(self._start)  # should there be no thread for it, nobody's answer depends on that
             self._changed.notify()
@@ -48,7 +48,7 @@ class Departures:
                 self._watched.pop(number, None)
 
     def _start(self) -> None:
-        start_thread("agent-memory-departures", self._run)
+        start_thread("agent-memory-disconnects", self._run)
         self._is_running = True
 
     def _run(self) -> None:
@@ -57,12 +57,12 @@ class Departures:
                 if not self._watched and not self._changed.wait_for(lambda: self._watched, _IDLE_S):
                     self._is_running = False
                     return
-                for number, (has_left, cancel) in list(self._watched.items()):
-                    self._quietly(lambda: self._look(number, has_left, cancel))  # noqa: B023 -- called at once
+                for number, (is_disconnected, cancel) in list(self._watched.items()):
+                    self._quietly(lambda: self._look(number, is_disconnected, cancel))  # noqa: B023 -- called at once
             time.sleep(INTERVAL_S)
 
-    def _look(self, number: int, has_left: Callable[[], bool], cancel: Callable[[], None]) -> None:
-        if has_left():
+    def _look(self, number: int, is_disconnected: Callable[[], bool], cancel: Callable[[], None]) -> None:
+        if is_disconnected():
             del self._watched[number]
             cancel()
 
@@ -73,18 +73,18 @@ class Client:
     def __init__(self, environ: Mapping[str, Any]) -> None:
         """Look for it in a WSGI environment."""
         told = environ.get("waitress.client_disconnected")
-        self._told: Callable[[], Any] | None = told if callable(told) else None
+        self._asks_server: Callable[[], Any] | None = told if callable(told) else None
         found = (environ.get(name) for name in _SOCKETS)
         self._socket = next((one for one in found if isinstance(one, socket.socket)), None)
         # It sends chunks to whoever asks by HTTP/1.1.
         self._is_werkzeug = _SOCKETS[0] in environ and environ.get("SERVER_PROTOCOL") == "HTTP/1.1"
 
     @property
-    def has_left(self) -> Callable[[], bool] | None:
+    def is_disconnected(self) -> Callable[[], bool] | None:
         """A function that says whether the client has closed its connection; None where that cannot be seen."""
-        if self._told is not None:
-            return lambda: bool(self._told and self._told())
-        return self._is_closed if self._socket is not None and _WITHOUT_WAITING else None
+        if self._asks_server is not None:
+            return lambda: bool(self._asks_server and self._asks_server())
+        return self._has_closed if self._socket is not None and _WITHOUT_WAITING else None
 
     def break_off(self) -> None:
         """See to it that the client does not take half a streamed answer for a whole one.
@@ -96,7 +96,7 @@ class Client:
             with contextlib.suppress(OSError):
                 self._socket.sendall(b"broken off\r\n")
 
-    def _is_closed(self) -> bool:
+    def _has_closed(self) -> bool:
         assert self._socket is not None
         try:
             # The plain socket's own method: below TLS, and without taking anything away.
