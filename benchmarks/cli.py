@@ -119,9 +119,11 @@ PEER_PACKAGES = "chromadb mem0ai faiss-cpu qdrant-client langgraph langgraph-che
 )
 @numbers("--sizes", "10000,100000", "Records in each memory")
 @click.option("--peer", "chosen", multiple=True, help="A memory; repeatable [default: all that are installed].")
+@click.option("--simd", type=click.Choice(("all", "avx2")), default="all", show_default=True,
+              help="All instructions of the processor, or AVX2 alone (not for chromadb).")  # fmt: skip
 @seeded
 @reported
-def peers(sizes: list[int], chosen: tuple[str, ...], seed: int, output: Output) -> None:
+def peers(sizes: list[int], chosen: tuple[str, ...], simd: str, seed: int, output: Output) -> None:
     """Put the same records into other memories and ask the same questions: speed, LLM calls, durability."""
     from benchmarks.peer_kinds import PEERS
     from benchmarks.peers import run, table, versions_of
@@ -129,9 +131,9 @@ def peers(sizes: list[int], chosen: tuple[str, ...], seed: int, output: Output) 
     if unknown := [name for name in chosen if name not in PEERS]:
         raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(PEERS)}", param_hint="--peer")
     names = chosen or tuple(PEERS)
-    figures: dict[str, Any] = run(sizes, names, seed=seed, say=say)
+    figures: dict[str, Any] = run(sizes, names, seed=seed, say=say, simd=simd)
     versions = {name: found for name in names if (found := versions_of(name))}
     text = "\n".join(f"{size} records\n{table(found)}" for size, found in figures.items())
-    output.write(figures, {"sizes": sizes, "peers": versions, "seed": seed}, text)
+    output.write(figures, {"sizes": sizes, "peers": versions, "seed": seed, "simd": simd}, text)
     if len(versions) < len(names):
         say(f"to measure the others as well: pip install {PEER_PACKAGES}")

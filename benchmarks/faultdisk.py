@@ -15,7 +15,9 @@ from unittest import mock
 
 import apsw
 
+from optillm_memory.store.deferred import Deferring
 from optillm_memory.store.sqlite import connection as store_connection
+from optillm_memory.store.sqlite import library
 from optillm_memory.store.sqlite.connection import DatabaseError, IntegrityError, OperationalError
 
 _numbers = itertools.count()
@@ -118,11 +120,12 @@ class Cursor:
         return list(self._rows)
 
 
-class Connection:
+class Connection(Deferring):
     """An APSW connection with those methods of the standard library's that the store uses."""
 
     def __init__(self, uri: str, disk: Disk, timeout_s: float, statements: int) -> None:
         """Open a database file on a disk."""
+        super().__init__()
         flags = apsw.SQLITE_OPEN_URI | apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
         with _as_ours():
             self._db = apsw.Connection(uri, flags=flags, vfs=disk.name, statementcachesize=statements)
@@ -134,11 +137,13 @@ class Connection:
         return bool(self._db.in_transaction)
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> Cursor:
-        """Run a statement to its end."""
+        """Run a statement to its end, after what was deferred."""
+        self.write_deferred()
         return self._run(lambda cursor: cursor.execute(sql, tuple(values)))
 
     def executemany(self, sql: str, values: Iterable[Sequence[Any]]) -> Cursor:
-        """Run a statement for each row of values."""
+        """Run a statement for each row of values, after what was deferred."""
+        self.write_deferred()
         return self._run(lambda cursor: cursor.executemany(sql, [tuple(row) for row in values]))
 
     def _run(self, work: Callable[[apsw.Cursor], Iterable[Any]]) -> Cursor:
@@ -187,7 +192,7 @@ class _Library:
         return Connection(database, self._disk, timeout, cached_statements)
 
 
-_OURS = store_connection.sqlite3
+_OURS = library.sqlite3
 
 
 @contextlib.contextmanager

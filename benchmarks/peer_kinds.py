@@ -20,7 +20,8 @@ from optillm_memory.records import Feedback, Scope
 from optillm_memory.settings import Settings
 
 TOP = 10
-_SCOPE = Scope("local")
+_TENANT = "local"
+_SCOPE = Scope(_TENANT)
 TIME_LIMIT_S = 30.0  # for the questions or the adds of a slow peer
 
 
@@ -61,8 +62,15 @@ class Ours:
         self._memory.feedback([self._finished(text)])
 
     def add_all(self, texts: Sequence[str]) -> None:
-        """Send all feedback at once, and wait until the vectors are indexed: other peers index while they add."""
-        self._memory.feedback([self._finished(text) for text in texts])
+        """Write traces with their feedback, and wait until all is on disk and learned and the vectors are indexed.
+
+        A record is what it is to other peers, a text with its vector: no request is parsed or redacted (`request`
+        is). Other peers index while they add.
+        """
+        self.prepare(texts)
+        for text in texts:
+            self.accept(text)
+        self.settle()
         self.ask(texts[-1])
         while self._memory.busy:
             time.sleep(0.005)
@@ -83,7 +91,7 @@ class Ours:
 
     def prepare_requests(self, texts: Sequence[str]) -> None:
         """Encode texts in advance: other peers look vectors up directly, ours asks another thread."""
-        self._memory.encoder.encode([key_of(text) for text in texts])
+        self._memory.encoder.encode([key_of(text) for text in texts], owner=_TENANT)
 
     def request(self, text: str) -> None:
         """Finish a request and submit its feedback, without waiting for either."""
@@ -95,8 +103,8 @@ class Ours:
             self._pending.popleft()(TIME_LIMIT_S)
 
     def _finished(self, text: str) -> Feedback:
-        if self._memory.encoder.cached(key := key_of(text)) is None:
-            self._memory.encoder.encode([key])
+        if self._memory.encoder.cached(key := key_of(text), owner=_TENANT) is None:
+            self._memory.encoder.encode([key], owner=_TENANT)
         turn = self._memory.new_turn({"model": "model", "messages": [{"role": "user", "content": text}]})
         answer = {"message": {"role": "assistant", "content": "an answer"}, "finish_reason": "stop"}
         self._memory.finish(turn, {"choices": [answer]})

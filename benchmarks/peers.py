@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ann_indexes import avx2_environment, mask_newer_than_avx2
 from benchmarks.peer_guard import environment, watch
 from benchmarks.peer_kinds import PEERS, TIME_LIMIT_S, Peer
 from benchmarks.peer_parts import PeerEncoder, Upstream
@@ -31,7 +32,7 @@ Figures = dict[str, float]
 
 
 def run(
-    sizes: Sequence[int], names: Sequence[str], *, seed: int, say: Callable[[str], None]
+    sizes: Sequence[int], names: Sequence[str], *, seed: int, say: Callable[[str], None], simd: str = "all"
 ) -> dict[str, dict[str, Figures]]:
     """Return the figures of each size and each installed peer.
 
@@ -41,7 +42,9 @@ def run(
     too, one record after another, all prepared in advance: ours accepts, as in `bench store`, a trace with the feedback
     on it, and the clock stops when all are on disk and learned. `requests_per_s`, which only ours has, is the same with
     whole requests, answers and feedback, which are parsed and redacted in that time. `fill_per_s` is the fastest way
-    to store records. A phase that fails or takes too long has no figures, and a message says so.
+    to store records: ours writes traces with their feedback. A phase that fails or takes too long has no figures, and a
+    message says so. With `simd` "avx2" numpy, its BLAS, faiss and ours are kept from newer instructions; what is
+    compiled into another peer, as in chromadb, is not.
     """
     figures: dict[str, dict[str, Figures]] = {}
     for size in sizes:
@@ -54,7 +57,7 @@ def run(
                 found[name] = {}
                 for phase in _PHASES:
                     say(f"{size} records: {name}: {phase}")
-                    measured, wrong = _in_own_process(phase, name, Path(folder), size, seed)
+                    measured, wrong = _in_own_process(phase, name, Path(folder), size, seed, simd)
                     found[name] |= measured
                     if wrong:
                         say(f"{name}: {wrong}")
@@ -96,16 +99,19 @@ def _cell(key: str, value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
 
 
-def _in_own_process(phase: str, name: str, folder: Path, size: int, seed: int) -> tuple[Figures, str]:
+def _in_own_process(
+    phase: str, name: str, folder: Path, size: int, seed: int, simd: str = "all"
+) -> tuple[Figures, str]:
     out = folder / "figures.json"
     out.unlink(missing_ok=True)
-    command = [sys.executable, "-m", __name__, phase, name, str(folder), str(size), str(seed), str(out)]
+    command = [sys.executable, "-m", __name__, phase, name, str(folder), str(size), str(seed), str(out), simd]
     log = folder / "log"
+    masked = avx2_environment() if simd == "avx2" else {}
     try:
         with log.open("wb") as sink:
             subprocess.run(
-                command, env=environment(folder), stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, check=False,
-                timeout=FILL_S if phase == "fill" else 10 * TIME_LIMIT_S,
+                command, env={**environment(folder), **masked}, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL,
+                check=False, timeout=FILL_S if phase == "fill" else 10 * TIME_LIMIT_S,
             )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         return {}, f"{phase} took longer than {error.timeout:.0f} s"
@@ -287,8 +293,10 @@ _WORK: dict[str, Callable[[_Bench], Figures]] = {
 }  # fmt: skip
 
 
-def _main(phase: str, name: str, folder: str, size: str, seed: str, out: str) -> None:
+def _main(phase: str, name: str, folder: str, size: str, seed: str, out: str, simd: str) -> None:
     refused = watch()
+    if simd == "avx2":
+        mask_newer_than_avx2("ours", Path(folder))
     figures = _WORK[phase](_Bench(name, Path(folder), int(size), int(seed)))
     if refused:
         figures["refused_connections"] = float(refused.total())

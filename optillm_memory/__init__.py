@@ -9,15 +9,17 @@ if TYPE_CHECKING:
         EncoderUnavailable,
         HostError,
         InvalidField,
+        NotAllowed,
         NotFound,
         StoreError,
         StoreTooNew,
         StoreTooOld,
         StoreUnavailable,
         TooLarge,
+        TooMany,
     )
     from optillm_memory.memory import Memory
-    from optillm_memory.records import Feedback, FeedbackReceipt, Hit, MemoryRecord, Scope
+    from optillm_memory.records import Feedback, FeedbackReceipt, Hit, MemoryRecord, Scope, View
     from optillm_memory.request.turn import Turn
     from optillm_memory.settings import Settings
 
@@ -33,6 +35,7 @@ __all__ = [
     "InvalidField",
     "Memory",
     "MemoryRecord",
+    "NotAllowed",
     "NotFound",
     "Scope",
     "Settings",
@@ -41,7 +44,9 @@ __all__ = [
     "StoreTooOld",
     "StoreUnavailable",
     "TooLarge",
+    "TooMany",
     "Turn",
+    "View",
     "__version__",
 ]
 
@@ -49,7 +54,7 @@ _HOMES = {
     "Memory": "memory",
     "Settings": "settings",
     "Turn": "request.turn",
-    **dict.fromkeys(("Feedback", "FeedbackReceipt", "Hit", "MemoryRecord", "Scope"), "records"),
+    **dict.fromkeys(("Feedback", "FeedbackReceipt", "Hit", "MemoryRecord", "Scope", "View"), "records"),
 }
 
 

@@ -4,6 +4,8 @@
   - InvalidField: a field of a request or of feedback is wrong; names the field and how to fix it.
   - NotFound: no such trace, episode or memory in the caller's scope.
   - TooLarge: a body is larger than its limit.
+  - TooMany: more came than one tenant may send; says when to try again.
+  - NotAllowed: a credential is wrong, or the caller may not do this; `code` says what was refused.
   - StoreError: the database cannot do what was asked.
     - StoreUnavailable: it cannot be written now; nothing was acknowledged.
     - StoreTooNew: it was written by a newer release than this one.
@@ -34,6 +36,24 @@ class NotFound(AgentMemoryError, LookupError):
 
 class TooLarge(AgentMemoryError, ValueError):
     """A body is larger than its limit."""
+
+
+class TooMany(AgentMemoryError):
+    """More came than one tenant may send; it will be taken after `retry_after_s`."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        """Keep the time in seconds with the message."""
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NotAllowed(AgentMemoryError, PermissionError):
+    """A credential is wrong, or the caller may not do this; `code` says what was refused, in one word."""
+
+    def __init__(self, code: str, message: str) -> None:
+        """Keep the code with the message."""
+        super().__init__(message)
+        self.code = code
 
 
 class StoreError(AgentMemoryError):

@@ -24,7 +24,18 @@ from optillm_memory.learn import uplift
 from optillm_memory.learn.forms import form_named
 from optillm_memory.recall.encoder import Encoder, load_encoder
 from optillm_memory.recall.retriever import Retriever
-from optillm_memory.records import OPERATOR, Feedback, FeedbackReceipt, Hit, MemoryRecord, Scope, Tenant
+from optillm_memory.records import (
+    EVERYTHING,
+    IN_PROCESS,
+    OPERATOR,
+    Feedback,
+    FeedbackReceipt,
+    Hit,
+    MemoryRecord,
+    Scope,
+    Tenant,
+    View,
+)
 from optillm_memory.request.actions import ActionDecider
 from optillm_memory.request.advise import Adviser
 from optillm_memory.request.deadline import Deadline
@@ -33,6 +44,7 @@ from optillm_memory.request.guard import Guard
 from optillm_memory.request.locate import Locator
 from optillm_memory.request.procedures import ProcedureAdviser
 from optillm_memory.request.record import Recorder
+from optillm_memory.request.redaction import Redactor
 from optillm_memory.request.reuse import ReuseDecider
 from optillm_memory.request.route import Router
 from optillm_memory.request.shadow import Shadow
@@ -54,7 +66,8 @@ _WHY = (
 class Memory:
     """Agent memory in one database, for one process; any number of threads.
 
-    `tenant` says whose call it is: a caller's, who sees its own traces and memories, or None for the operator.
+    `view` says what a call may see: what agrees with all that is named in it. A tenant's name stands for all of that
+    tenant's, None for the operator, who sees everything.
     """
 
     def __init__(
@@ -74,27 +87,31 @@ class Memory:
         self._clock = clock
         normal = form_named(settings.answer_form)
         self.store = store = open_store(
-            settings.db, queue_size=settings.queue_size, normal=normal, read_only=read_only, start=start_thread
-        )
+            settings.db, queue_size=settings.queue_size, normal=normal, read_only=read_only,
+            seal=settings.seal, seal_folder=settings.seal_folder, clock=clock, start=start_thread,
+        )  # fmt: skip
         load = encoder or (lambda: load_encoder(settings.encoder))
         self.encoder = EncoderService(load, before=warm, lazy=read_only)
         salt = functools.cache(store.salt)
+        self._redactor = Redactor(settings, salt)
         loader, writer = BackgroundWorker("agent-memory-index-loader"), BackgroundWorker("agent-memory-index-writer")
         self._retriever = Retriever(store.recall, loader, writer, store.index_files())
         self._locator = Locator(store.episodes, clock)
         self._maintenance = Maintenance(store, self.encoder, settings)
-        self._adviser = Adviser(store.fixes, settings, clock)
-        self._guard = Guard(settings, self._adviser, self._locator)
+        self._adviser = Adviser(store.fixes, settings, self._redactor.text, clock)
+        self._guard = Guard(settings, self._adviser, self._locator, salt)
         self._reuse = ReuseDecider(store.proposals, self._retriever, self.encoder, normal, salt, settings.reuse_audit)
         self._router = Router(store.decisions, settings, self.encoder, salt)
         procedures = ProcedureAdviser(store.procedures, store.recall, self.encoder, None if read_only else store.post)
         actions = ActionDecider(store.recall, procedures, self._reuse.gate, salt, settings)
         self._decider = Decider(
-            store.recall, settings, self.encoder, salt,
+            store.recall, settings, self.encoder, salt, lambda: store.seal.fault,
             self._retriever, self._locator, self._adviser, self._reuse, self._router,
             procedures, actions,
         )  # fmt: skip
-        self._recorder = Recorder(store, settings, self.encoder, self._locator, self._maintenance, clock)
+        self._recorder = Recorder(
+            store, self.encoder, self._locator, self._maintenance, self._redactor, clock, settings.parsed_trust
+        )
         self._shadow = Shadow(self._reuse, actions, self._recorder)
         self._read_only = read_only
         if not read_only:
@@ -134,9 +151,13 @@ class Memory:
         self, body: Mapping[str, Any], *, tenant: str = "local", options: Options | None = None, approach: str = "none"
     ) -> Turn:
         """Return a request's turn before memory is consulted for it. Raises InvalidField."""
-        options = options or parse_options(body.get(FIELD), now=self._clock())
+        options = self.named(options or parse_options(body.get(FIELD), now=self._clock()))
         deadline = Deadline(self.settings.deadline_ms / 1000)
         return Turn.plain(body, tenant=tenant, options=options, approach=approach, now=self._clock(), deadline=deadline)
+
+    def named(self, options: Options) -> Options:
+        """Return options with the names by which what they name is stored: one with a secret becomes a digest."""
+        return self._redactor.options(options)
 
     def begin(
         self,
@@ -173,6 +194,8 @@ class Memory:
         Returns the turn and whether to ask again: then `turn.messages` hold advice, and `guarded` says which of the
         two answers to keep.
         """
+        if self.store.seal.fault:
+            return turn, False
         with turn.deadline.running():
             return self._guard.check(turn, completion)
 
@@ -199,85 +222,114 @@ class Memory:
         self,
         payload: Mapping[str, Any] | Sequence[Any] | Iterable[Feedback],
         *,
-        tenant: Tenant = OPERATOR,
+        view: View | Tenant = OPERATOR,
         scope: Scope | None = None,
+        reporter: str = IN_PROCESS,
+        may_wait: bool = True,
     ) -> list[FeedbackReceipt]:
         """Take feedback (objects as the endpoint takes them, or records); return once it is on disk and applied.
 
-        Raises InvalidField, and StoreUnavailable where it could not be written: then nothing was acknowledged.
+        It counts on no trace outside the view. `scope` tells episodes of one name apart. `reporter` is who vouches for
+        it: who calls this is trusted; under strict trust an empty name is nobody's word.
+
+        Raises InvalidField, NotAllowed for a reporter who was revoked, TooMany where it is for an unknown trace and may
+        not wait for it, and StoreUnavailable where it could not be written: then nothing was acknowledged.
         """
+        waiting = self.submit_feedback(payload, view=view, scope=scope, reporter=reporter, may_wait=may_wait)
         try:
-            return self.submit_feedback(payload, tenant=tenant, scope=scope)(ACKNOWLEDGE_S)
+            return waiting(ACKNOWLEDGE_S)
         except (TimeoutError, FutureTimeoutError):
             raise StoreUnavailable(f"not on disk after {ACKNOWLEDGE_S:.0f} s, but it may be later") from None
 
     def submit_feedback(
-        self, payload: Any, *, tenant: Tenant = OPERATOR, scope: Scope | None = None
+        self,
+        payload: Any,
+        *,
+        view: View | Tenant = OPERATOR,
+        scope: Scope | None = None,
+        reporter: str = IN_PROCESS,
+        may_wait: bool = True,
     ) -> Callable[[float], list[FeedbackReceipt]]:
         """Queue feedback; return a function that waits so many seconds for its receipts."""
-        return self._recorder.submit_feedback(payload, tenant, scope).result
+        return self._recorder.submit_feedback(payload, View.of(view), scope, reporter, may_wait=may_wait).result
 
     # -- looking at it -----------------------------------------------------------------------------
 
     def recall(self, query: str, *, scope: Scope | None = None, limit: int = 10, timeout_s: float = 5.0) -> list[Hit]:
         """Return what a request with this task would recall in a scope, best first."""
+        if self.store.seal.fault:
+            return []
         key = conversations.key_of(query)
-        encoder, scope = self.encoder, scope or Scope("local")
-        vector = encoder.ask(key, timeout_s).vector
+        encoder, scope = self.encoder, self._redactor.scope(scope or Scope("local"))
+        vector = encoder.ask(key, timeout_s, owner=scope.tenant).vector
         return self._retriever.recall(
             scope, key, vector, fingerprint=encoder.fingerprint, unrelated=encoder.unrelated, limit=limit
         )
 
-    def trace(self, trace_id: str, *, tenant: Tenant = OPERATOR) -> dict[str, Any]:
+    def trace(self, trace_id: str, *, view: View | Tenant = OPERATOR) -> dict[str, Any]:
         """Return a trace with its steps, injections and feedback. Raises NotFound."""
-        if (found := self.store.trace(trace_id, tenant)) is None:
+        if (found := self.store.trace(trace_id, self._seen(view))) is None:
             raise NotFound(f"no trace {trace_id!r} in this scope")
         return found
 
-    def traces(self, *, tenant: Tenant = OPERATOR, limit: int = 50, text: str = "") -> list[dict[str, Any]]:
+    def traces(self, *, view: View | Tenant = OPERATOR, limit: int = 50, text: str = "") -> list[dict[str, Any]]:
         """Return the latest traces, newest first, whose task or answer holds a text."""
-        return self.store.traces(tenant, limit=limit, text=text)
+        return self.store.traces(self._seen(view), limit=limit, text=text)
 
-    def memory(self, memory_id: str, *, tenant: Tenant = OPERATOR) -> MemoryRecord:
+    def memory(self, memory_id: str, *, view: View | Tenant = OPERATOR) -> MemoryRecord:
         """Return a memory of any status. Raises NotFound."""
-        if not (found := self.store.list_memories(tenant, memory_id=memory_id, limit=1)):
+        if not (found := self.store.list_memories(self._seen(view), memory_id=memory_id, limit=1)):
             raise NotFound(f"no memory {memory_id!r} in this scope")
         return found[0]
 
-    def memories(self, *, tenant: Tenant = OPERATOR, limit: int = 50) -> list[MemoryRecord]:
+    def memories(self, *, view: View | Tenant = OPERATOR, limit: int = 50) -> list[MemoryRecord]:
         """Return memories of every status, newest first."""
-        return self.store.list_memories(tenant, limit=limit)
+        return self.store.list_memories(self._seen(view), limit=limit)
 
-    def described(self, memory_id: str, *, tenant: Tenant = OPERATOR) -> dict[str, Any]:
+    def described(self, memory_id: str, *, view: View | Tenant = OPERATOR) -> dict[str, Any]:
         """Return a memory with its value, and a fix with its error and its evidence. Raises NotFound."""
-        record = self.memory(memory_id, tenant=tenant)
+        record = self.memory(memory_id, view=view)
         fix = {"fix": self.store.fixes.details(record.scope, memory_id)} if record.kind == "fix" else {}
         return {**record.as_dict(), **fix}
 
-    def why(self, trace_id: str, *, tenant: Tenant = OPERATOR) -> dict[str, Any]:
+    def why(self, trace_id: str, *, view: View | Tenant = OPERATOR) -> dict[str, Any]:
         """Return why a request was answered as it was: what memory had to say, what was decided. Raises NotFound."""
-        trace = self.trace(trace_id, tenant=tenant)
+        trace = self.trace(trace_id, view=view)
         return {key: trace[key] for key in _WHY}
 
     def policy(self, scope: Scope | None = None) -> dict[str, Any]:
         """Return the arms of approach `auto` in a scope, and what is known of each, in all and by task cluster."""
-        return {"object": "policy", **self._router.report(scope or Scope("local"))}
+        return {"object": "policy", **self._router.report(self._redactor.scope(scope or Scope("local")))}
 
-    def uplift(self, *, tenant: Tenant = OPERATOR, limit: int = 20) -> dict[str, Any]:
+    def uplift(self, *, view: View | Tenant = OPERATOR, limit: int = 20) -> dict[str, Any]:
         """Return what memory changed in the outcome of episodes, with at most `limit` memories of each scope."""
-        return uplift.report(self.store.exposures.episodes(tenant), limit=limit)
+        return uplift.report(self.store.exposures.episodes(self._seen(view)), limit=limit)
 
-    def stats(self) -> dict[str, Any]:
-        """Return counts of the store and the state of the encoder."""
-        total, embedded = self.store.vectors.coverage()
+    def stats(self, *, view: View | Tenant = OPERATOR) -> dict[str, Any]:
+        """Return counts and the state of the encoder; of everything also the store's size and what ails it."""
+        view = self._seen(view)
+        total, embedded = self.store.vectors.coverage(view)
+        reason = {"encoder_reason": self.encoder.reason} if view == EVERYTHING else {}
         return {
-            **self.store.stats(), "memories_without_vector": total - embedded.get(self.encoder.fingerprint, 0),
-            "encoder": self.encoder.state, "encoder_reason": self.encoder.reason,
+            **self.store.stats(view), "memories_without_vector": total - embedded.get(self.encoder.fingerprint, 0),
+            "encoder": self.encoder.state, **reason,
         }  # fmt: skip
+
+    def waiting_feedback(self, tenant: str | None) -> int:
+        """Return how much feedback of a tenant, or of all for None, is for traces that are not there."""
+        return self.store.waiting_feedback(tenant)
 
     def tenants(self, namespace: str) -> list[str]:
         """Return the tenants that have a namespace of this name."""
-        return self.store.tenants(namespace)
+        return self.store.tenants(self._redactor.name(namespace))
+
+    def has_tenant(self, tenant: str) -> bool:
+        """Whether anything was ever recorded for a tenant."""
+        return self.store.has_tenant(tenant)
+
+    def _seen(self, view: View | Tenant) -> View:
+        """Return a view by the names under which is stored what it shows."""
+        return self._redactor.view(View.of(view))
 
     # -- looking after it --------------------------------------------------------------------------
 
@@ -288,15 +340,38 @@ class Memory:
         except (TimeoutError, FutureTimeoutError):
             raise StoreUnavailable(f"the database did not answer within {timeout_s:g} seconds") from None
 
-    def rebuild(self) -> dict[str, int]:
-        """Fold the whole log again; return how many traces were read and how many memories came of it."""
-        traces = self.store.write(fold.rebuild).result()
+    def rebuild(self, *, accept_changes: bool = False) -> dict[str, int]:
+        """Fold the whole log again; return how many traces were read and how many memories came of it.
+
+        Raises StoreError where the seal shows that the log was changed from outside, unless that is to be accepted.
+        """
+        traces = self.store.rebuild(accept=accept_changes)
+        self.store.check_seal()
         self._maintenance.wake()
         return {"traces": traces, "memories": self.store.stats()["memories"]}
 
+    def reporters(self) -> list[dict[str, Any]]:
+        """Return the reporters of feedback: name, how much they said, when last (Unix seconds), whether revoked."""
+        names = ("reporter", "feedback", "last_at", "revoked")
+        return [dict(zip(names, row, strict=True)) for row in self.store.reporters()]
+
+    def revoke(self, reporter: str) -> dict[str, Any]:
+        """Take back for good all that came of a reporter's feedback, and accept none any more.
+
+        Returns how many traces it was on. Raises NotFound for a name that nothing was reported under.
+        """
+        if reporter not in {str(known["reporter"]) for known in self.reporters()}:
+            raise NotFound(f"no reporter {reporter!r}")
+        traces = self.store.write(lambda tx: fold.revoke(tx, reporter, self._clock())).result()
+        return {"reporter": reporter, "traces": traces}
+
+    def check_seal(self) -> list[str]:
+        """Compare every row of the database with its seal; return what is wrong, nothing where it has none."""
+        return self.store.check_seal()
+
     def counts(self, selection: Selection) -> dict[str, int]:
         """Return how much `forget` would delete."""
-        return self.store.forgetting.chosen_counts(selection)
+        return self.store.forgetting.chosen_counts(self._redactor.selection(selection))
 
     def forget(
         self, selection: Selection, *, with_set_aside: bool = False, progress: Callable[[str], None] = lambda _: None
@@ -305,15 +380,21 @@ class Memory:
 
         Returns counts and, under `left`, what still holds text. Raises NotFound.
         """
-        return erase.forget(self.store, selection, with_set_aside=with_set_aside, progress=progress)
+        return erase.forget(
+            self.store, self._redactor.selection(selection), with_set_aside=with_set_aside, progress=progress
+        )
 
     def delete(self, selection: Selection) -> dict[str, Any]:
         """Delete a selection at once; its bytes are removed from all files in the background.
 
         Nothing of it is recalled or shown from now on. Returns what was deleted, and the receipt by which `erasure`
-        tells whether its bytes are gone. Raises NotFound.
+        tells whether its bytes are gone. Raises NotFound, and StoreUnavailable where it was not done in time: then a
+        part of it may be deleted already, and the next deletion goes on with it.
         """
-        deleted = erase.forget_rows(self.store, selection)
+        try:
+            deleted = erase.forget_rows(self.store, self._redactor.selection(selection))
+        except (TimeoutError, FutureTimeoutError):
+            raise StoreUnavailable("others write so much that this took too long; delete it again") from None
         receipt = str(deleted.pop("receipt"))
         self._maintenance.erase_soon()
         return {"deleted": deleted, **self.erasure(receipt), "left": self.store.set_aside(delete=False)}

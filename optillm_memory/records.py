@@ -20,11 +20,16 @@ Mode = Literal["readwrite", "read", "write", "off"]
 Action = Literal["plain", "inject", "reuse", "holdout"]
 Metric = Literal["success", "score", "comment", "demonstration", "error"]
 Source = Literal["code", "human", "llm", "inferred"]
+Level = Literal["off", "default", "strict"]  # of redaction
 Verdict = Literal["success", "failure", "unknown"]
+Trust = Literal["open", "strict"]
 FeedbackStatus = Literal["applied", "pending", "duplicate", "retracted"]
 
 METRICS: tuple[Metric, ...] = ("success", "score", "comment", "demonstration", "error")
 _USE_WEIGHT = 0.05
+# Reporters that need no key of their own: the operator over HTTP, the command line, and this process's own code.
+OPERATING, COMMAND_LINE, IN_PROCESS = "operator", "cli", "python"
+TRUSTED = frozenset((OPERATING, COMMAND_LINE, IN_PROCESS))
 VERIFYING: frozenset[Source] = frozenset(("code", "human"))
 
 
@@ -36,6 +41,33 @@ class Scope:
     namespace: str = "default"
     user_id: str = ""
     agent_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a call may see and change: what agrees with all that is named here.
+
+    None is any; so a view of a tenant that names no user is that of all its users, and the default is the operator's.
+    """
+
+    tenant: Tenant = OPERATOR
+    namespace: str | None = None
+    user_id: str | None = None
+    agent_id: str | None = None
+
+    def covers(self, scope: Scope) -> bool:
+        """Whether what is in a scope may be seen and changed."""
+        pairs = ((getattr(self, name), getattr(scope, name)) for name in SCOPE_PARTS)
+        return all(named is None or named == found for named, found in pairs)
+
+    @classmethod
+    def of(cls, whose: View | Tenant) -> View:
+        """Return the view of a tenant, or the view itself."""
+        return whose if isinstance(whose, View) else cls(whose)
+
+
+SCOPE_PARTS = ("tenant", "namespace", "user_id", "agent_id")
+EVERYTHING = View()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +96,7 @@ class Trace:
     `continued` is the answered conversation prefix that the request goes on from (empty for none), `continuation` that
     prefix with the next message. `one_shot`: no assistant had spoken, and there were no tools. `end_user` is the user
     that the client named, `goal` what the caller said the episode is meant to achieve; empty where they said nothing.
+    `asker` is the reporter whose key came with the request.
     """
 
     trace_id: str
@@ -94,6 +127,13 @@ class Trace:
     one_shot: bool = True
     end_user: str = ""
     goal: str = ""
+    asker: str = ""
+
+    @property
+    def askers(self) -> frozenset[str]:
+        """All names of whoever asked: a reporter of one of these names speaks of its own work."""
+        names = (self.scope.tenant, self.scope.user_id, self.scope.agent_id, self.end_user, self.asker)
+        return frozenset(name for name in names if name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +141,9 @@ class Feedback:
     """Evidence about one trace, or about all traces of one episode.
 
     `value` is a bool (success), a number in [0, 1] (score), a text (comment, demonstration, error),
-    or None, which retracts the feedback of the same `feedback_id`.
+    or None, which retracts the feedback of the same `feedback_id`. `reporter` is who showed a credential for it, empty
+    for nobody; under `strict` trust that decides what it proves. From `valid_until` (Unix seconds) on, what it says no
+    longer holds; None is never.
     """
 
     feedback_id: str
@@ -112,6 +154,12 @@ class Feedback:
     episode_id: str | None
     evidence: Mapping[str, Any] | None
     occurred_at: float
+    reporter: str = ""
+    trust: Trust = "open"
+    valid_until: float | None = None
+
+
+_CAPPED = "counts as llm: under strict trust only a reporter's key verifies"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,18 +168,24 @@ class FeedbackReceipt:
 
     feedback_id: str
     status: FeedbackStatus
+    is_capped: bool = False  # it counts as `llm`, whatever its source was said to be
 
     def as_dict(self) -> dict[str, str]:
         """Return the JSON object that the endpoint answers with."""
-        return {"feedback_id": self.feedback_id, "status": self.status}
+        found = {"feedback_id": self.feedback_id, "status": self.status}
+        return {**found, "source": "llm", "note": _CAPPED} if self.is_capped else found
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a trace went, from feedback alone; `verified` when `code` or `human` said so."""
+    """How a trace went, from feedback alone; `verified` when `code` or `human` said so.
+
+    It holds until `valid_until`, by the latest feedback that counts; None is for ever.
+    """
 
     verdict: Verdict
     verified: bool = False
+    valid_until: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +193,7 @@ class MemoryRecord:
     """Something that recall can return; an exemplar is a task and its verified answer.
 
     `successes` and `failures` count verified outcomes of the answer itself, `used_successes` and `used_failures`
-    those of the requests that it was injected in.
+    those of the requests that it was injected in. From `valid_until` (Unix seconds) on it is not used; None is never.
     """
 
     memory_id: str
@@ -154,6 +208,7 @@ class MemoryRecord:
     used_successes: int
     used_failures: int
     created_at: float
+    valid_until: float | None = None
 
     @property
     def value(self) -> float:
@@ -165,6 +220,10 @@ class MemoryRecord:
         good = 4 + self.successes + _USE_WEIGHT * self.used_successes
         bad = 1 + self.failures + _USE_WEIGHT * self.used_failures
         return good / (good + bad)
+
+    def holds(self, now: float) -> bool:
+        """Whether it still holds at a moment, in Unix seconds."""
+        return self.valid_until is None or self.valid_until > now
 
     def as_dict(self) -> dict[str, Any]:
         """Return the memory as a JSON object."""

@@ -10,16 +10,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from optillm_memory.errors import InvalidField
-from optillm_memory.records import Arm
+from optillm_memory.records import Arm, Level, Trust
 
 logger = logging.getLogger(__name__)
 ENV_PREFIX = "OPTILLM_AGENT_MEMORY_"
 _SERVER = re.compile(r"postgres(ql)?://", re.IGNORECASE)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # a single letter is a drive
+_LEVELS = {**dict.fromkeys(("true", "yes", "on", "1"), "default"), **dict.fromkeys(("false", "no", "0"), "off")}
 _ARM = re.compile(r"([A-Za-z0-9_.-]+)@([^\s,=]+)(?:=([0-9.eE+-]+))?")
 
 
@@ -147,8 +148,25 @@ class Settings:
     )
     allowed_hosts: str = _setting(
         "",
-        "names, separated by commas, by which callers without a key may reach a server that listens on this machine "
-        "only, beside `localhost`: those of a reverse proxy",
+        "names, separated by commas, by which this server is reached, as behind a reverse proxy; the machine's own "
+        "need not be listed, nor addresses and names without a dot where it listens on the network",
+    )
+    operator_key_file: str = _setting(
+        "",
+        "the file with the operator's secret, made at the first start; empty is the database's name with the ending "
+        "`.operator-key`, beside it (for a server in `~/.optillm`)",
+    )
+    tenants_file: str = _setting(
+        "", "a JSON file of tenants' names with their keys, or digests of these: keys of one tenant share its memory"
+    )
+    trust: str = _setting(
+        "open",
+        "whose word verifies: `open` takes the source `code` or `human` from whoever says so; `strict` takes it from "
+        "reporters alone, never from who asked, and counts others as `llm`",
+        choices=("open", "strict"),
+    )
+    reporters_file: str = _setting(
+        "", "a JSON file of reporters' names with their keys, or digests of these, for `X-Agent-Memory-Reporter-Key`"
     )
     identify_users: bool = _setting(
         True,
@@ -166,10 +184,39 @@ class Settings:
         "send plain requests to an OpenAI-compatible upstream over connections of our own, and relay the answer as it "
         "comes; `off` leaves them to optillm",
     )
-    redact: bool = _setting(True, "replace API keys, tokens and private keys before anything is stored")
+    feedback_rate: float = _setting(
+        200.0,
+        "items of feedback that one tenant may post a second on average, and ten times as many at once; beyond, it is "
+        "asked to wait (429); 0 is no limit",
+        low=0,
+    )
+    pending_feedback: int = _setting(
+        10_000,
+        "items of feedback of one tenant that may wait for traces that are not there yet (about, and in each process); "
+        "beyond, only feedback on known traces is taken; 0 is no limit",
+        low=0,
+    )
+    redact: str = _setting(
+        "default",
+        "what is replaced before anything is stored: `default` replaces credentials (passwords, tokens, keys, cookies),"
+        " `strict` also personal data (e-mail, telephone and IP addresses, card and account numbers), `off` nothing",
+        choices=("off", "default", "strict"),
+    )
+    seal: bool = _setting(
+        False,
+        "keep a keyed digest of every row of a database file, so that changes from outside are seen; a file that was "
+        "sealed once stays so",
+    )
+    seal_folder: str = _setting(
+        "",
+        "folder of the seal's key and of the latest commit that is noted outside of the database; "
+        "empty is ~/.config/optillm-memory/seals",
+    )
 
     def __post_init__(self) -> None:
         """Check choices and ranges."""
+        # Until release 0.2 it was true or false.
+        object.__setattr__(self, "redact", _LEVELS.get(str(self.redact).strip().lower(), self.redact))
         for item in fields(self):
             if item.metadata["choices"] and getattr(self, item.name) not in item.metadata["choices"]:
                 known = ", ".join(item.metadata["choices"])
@@ -182,6 +229,11 @@ class Settings:
         _arms(self.arms, env_name("arms"))
 
     @property
+    def level(self) -> Level:
+        """What is redacted."""
+        return cast("Level", self.redact)
+
+    @property
     def path(self) -> Path:
         """The database file with `~` expanded."""
         return expanded(self.db)
@@ -190,6 +242,11 @@ class Settings:
     def place(self) -> str:
         """Where the database is, safe to print: a server's URL without its password."""
         return without_password(self.db) if is_url(self.db) else str(self.path)
+
+    @property
+    def parsed_trust(self) -> Trust:
+        """Whose word verifies."""
+        return "strict" if self.trust == "strict" else "open"
 
     @property
     def parsed_arms(self) -> tuple[Arm, ...]:
@@ -212,7 +269,9 @@ class Settings:
 
 
 # Variables with our prefix that clients of the server read, not the server.
-CLIENT_VARIABLES = frozenset(ENV_PREFIX + name for name in ("URL", "KEY", "TRACE", "EPISODE", "NAMESPACE"))
+CLIENT_VARIABLES = frozenset(
+    ENV_PREFIX + name for name in ("URL", "KEY", "REPORTER_KEY", "TRACE", "EPISODE", "NAMESPACE")
+)
 
 
 def env_name(name: str) -> str:

@@ -131,7 +131,7 @@ def tell(memory: Memory, done: Run, success: bool | None, **said: Any) -> None:
     """Say how an episode went."""
     turn = done.turns[-1]
     given = {"episode_id": turn.episode_id, "metric": "success", "value": success, "source": "code", **said}
-    memory.feedback(given, tenant=turn.scope.tenant, scope=turn.scope)
+    memory.feedback(given, view=turn.scope.tenant, scope=turn.scope)
 
 
 def _calling(name: str, argument: str, place: int) -> JSON:

@@ -40,7 +40,7 @@ COMPLETE = {"PYTHONPATH": str(CHECKOUT)}
 
 @dataclass(frozen=True)
 class Host:
-    """A running optillm, its upstream and its database; the key given is the caller, none the operator."""
+    """A running optillm, its upstream and its database; a key is the caller, None on our routes the operator."""
 
     process: HostProcess
     upstream: RecordingUpstream
@@ -98,9 +98,25 @@ class Host:
     def route(
         self, method: str, path: str, *, key: str | None = KEY, headers: Mapping[str, str] | None = None, **given: Any
     ) -> httpx.Response:
-        """Ask one of our own routes."""
+        """Ask one of our own routes: as a caller with a key, without one (`""`), or as the operator (None)."""
         url = f"{self.process.base_url}/agent_memory/{path}"
-        return self.http.request(method, url, headers={**authorization(key), **(headers or {})}, **given)
+        of_caller = authorization(self.server_key if key is None else key)
+        if key is None:
+            of_caller["X-Agent-Memory-Operator"] = self.operator_key
+        if method == "POST" and not given.keys() & {"json", "content"}:
+            of_caller["Content-Type"] = "application/json"
+        return self.http.request(method, url, headers={**of_caller, **(headers or {})}, **given)
+
+    @property
+    def server_key(self) -> str:
+        """The key that the server asks of everybody; empty where it asks for none."""
+        argv = self.process.argv
+        return argv[argv.index("--optillm-api-key") + 1] if "--optillm-api-key" in argv else ""
+
+    @property
+    def operator_key(self) -> str:
+        """The operator's secret, from its file beside the database."""
+        return self.db.with_name(f"{self.db.stem}.operator-key").read_text().strip()
 
     def get(self, path: str, *, key: str | None = KEY, **params: Any) -> JSON:
         """Return what a route answers with 200."""
@@ -158,7 +174,7 @@ def on_lane(lane: str) -> dict[str, str]:
 
 def authorization(key: str | None) -> dict[str, str]:
     """Return the header of a caller's key."""
-    return {} if key is None else {"Authorization": f"Bearer {key}"}
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 @contextlib.contextmanager

@@ -335,6 +335,7 @@ def test_uplift_has_an_interval_that_knows_chance() -> None:
 # -- all of it -------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.host
 @pytest.mark.usefixtures("lean_hosts")
 def test_bench_agent_through_a_real_server(tmp_path: Path) -> None:

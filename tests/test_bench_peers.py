@@ -8,6 +8,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from benchmarks.cli import PEER_PACKAGES, main
@@ -24,12 +25,13 @@ KEYS = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 def test_peers_are_measured_alike(tmp_path: Path) -> None:
     """Ours keeps all that it took and asks no LLM; optillm's own memory keeps 100 notes, and asks for each."""
     out = tmp_path / "figures.json"
     names = ("optillm-memory", "optillm memory")
     chosen = [part for name in names for part in ("--peer", name)]
-    result = CliRunner().invoke(main, ["peers", "--sizes", "120", *chosen, "--output", str(out)])
+    result = CliRunner().invoke(main, ["peers", "--sizes", "120", *chosen, "--simd", "avx2", "--output", str(out)])
     assert result.exit_code == 0, result.output
     figures = json.loads(out.read_text())
     ours, plugin = (figures["120"][name] for name in names)
@@ -44,6 +46,7 @@ def test_peers_are_measured_alike(tmp_path: Path) -> None:
     assert ours["ingest_per_s"] > 1.5 * ours["add_per_s"] > 0
     assert ours["requests_per_s"] > 0
     assert set(figures["settings"]["peers"]) == set(names)
+    assert figures["settings"]["simd"] == "avx2"
     assert figures["settings"]["peers"]["optillm memory"] == {"optillm": figures["versions"]["optillm"]}
     assert "| optillm-memory |" in result.output
     assert "| ingest/s |" in result.output

@@ -54,6 +54,7 @@ def test_records_lie_like_a_sentence_encoders() -> None:
     assert len({record.task for record in records}) == 4_000
 
 
+@pytest.mark.long
 @pytest.mark.host
 @pytest.mark.usefixtures("lean_hosts")
 def test_a_file_has_all_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +79,7 @@ def test_a_file_has_all_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert figures["settings"]["encoder_ms"] == ENCODER_S * 1000
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [300])
 def test_a_server_has_the_same_figures(postgres: Server, size: int) -> None:
     """PostgreSQL is measured in the same way, and is empty afterwards: two sizes do not mix."""

@@ -21,8 +21,8 @@ from optillm_memory.store.postgres.schema import is_there
 
 ON_WHAT_IS_THERE = {
     "stats": (), "traces": (), "show": ("t1",), "why": ("t1",), "memories": (), "uplift": (), "policy": (),
-    "recall": ("a task",), "rebuild": (), "compact": (), "verify": (), "migrate": (), "backup": ("copy.db",),
-    "forget": ("--trace", "t1", "--yes"), "reembed": (),
+    "recall": ("a task",), "rebuild": (), "compact": (), "verify": (), "seal": (), "migrate": (),
+    "backup": ("copy.db",), "forget": ("--trace", "t1", "--yes"), "reembed": (), "operator-key": (),
 }  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def test_a_server_without_a_memory_is_given_none(postgres: Server) -> None:
         done = CliRunner().invoke(main, [name, *given, "--db", url])
         assert done.exit_code == 1
         assert done.stderr.startswith("Error: ")
-        assert ("there is no memory on postgresql://" in done.stderr) == (name != "backup"), done.stderr
+        assert ("there is no memory on postgresql://" in done.stderr) == (name not in ("backup", "seal")), done.stderr
     assert not is_there(url)
     assert CliRunner().invoke(main, ["feedback", "t1", "--success", "--db", url]).exit_code == 0
     assert CliRunner().invoke(main, ["stats", "--db", url]).exit_code == 0
@@ -54,7 +54,7 @@ def test_a_server_without_a_memory_is_given_none(postgres: Server) -> None:
 
 READ_ONLY = {
     "stats": (), "traces": (), "show": ("TRACE",), "why": ("TRACE",), "memories": (), "uplift": (), "policy": (),
-    "recall": ("a task",), "verify": (), "forget": ("--trace", "TRACE", "--dry-run"),
+    "recall": ("a task",), "verify": (), "seal": (), "forget": ("--trace", "TRACE", "--dry-run"),
 }  # fmt: skip
 
 

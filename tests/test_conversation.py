@@ -405,4 +405,4 @@ def test_storable_cuts_no_secret_in_two() -> None:
             kept = storable(text, 400)
             pieces = {secret[i : i + 12] for i in range(len(secret) - 11)} - {"-----BEGIN R"}
             assert not [p for p in pieces if p in kept]
-    assert storable(SECRETS["jwt"], 400, secrets=False) == SECRETS["jwt"]
+    assert storable(SECRETS["jwt"], 400, "off") == SECRETS["jwt"]

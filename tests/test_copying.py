@@ -23,7 +23,8 @@ from optillm_memory.store.maintenance.copying import copy
 from optillm_memory.store.opening import open_store
 from optillm_memory.store.postgres.connection import PostgresConnection
 from optillm_memory.store.postgres.schema import TABLES
-from optillm_memory.store.sqlite.connection import connect, sqlite3
+from optillm_memory.store.sqlite.connection import connect
+from optillm_memory.store.sqlite.library import sqlite3
 from optillm_memory.testing.host import HostProcess
 
 

@@ -318,7 +318,7 @@ def test_a_streamed_call_is_guarded(host: Host, namespace: dict[str, str], words
     host.upstream.clear()
 
     def reply(request: JSON) -> Reply:
-        command = RIGHT if "<agent_memory>" in json.dumps(request["messages"]) else WRONG
+        command = RIGHT if "<agent_memory" in json.dumps(request["messages"]) else WRONG
         return Reply(words or None, tool_calls=[tool_call("bash", {"command": command})])
 
     host.upstream.reply = reply
@@ -348,7 +348,7 @@ def test_a_second_answer_without_a_call_does_not_end_what_words_began(host: Host
     host.upstream.clear()
 
     def reply(request: JSON) -> Reply:
-        if "<agent_memory>" in json.dumps(request["messages"]):
+        if "<agent_memory" in json.dumps(request["messages"]):
             return Reply("Better not.")
         return Reply("I will run it.", tool_calls=[tool_call("bash", {"command": WRONG})])
 

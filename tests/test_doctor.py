@@ -21,7 +21,8 @@ from optillm_memory.host.doctor import Finding, examine
 from optillm_memory.host.install import install, plugin_path
 from optillm_memory.settings import ENV_PREFIX
 from optillm_memory.store.postgres.schema import is_there
-from optillm_memory.store.sqlite.connection import LATEST, sqlite3
+from optillm_memory.store.sqlite.connection import LATEST
+from optillm_memory.store.sqlite.library import sqlite3
 from optillm_memory.store.sqlite.store import SqliteStore
 
 SCHEMAS = Path(__file__).parent / "schemas"

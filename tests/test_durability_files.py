@@ -19,7 +19,8 @@ from benchmarks.acknowledged import integrity
 from optillm_memory import Memory, StoreError, StoreUnavailable, Turn
 from optillm_memory.decide.calibration import WRONG
 from optillm_memory.decide.gate import LabelLog
-from optillm_memory.store.sqlite.connection import open_writer, sqlite3
+from optillm_memory.store.sqlite.connection import open_writer
+from optillm_memory.store.sqlite.library import sqlite3
 
 MANY = 60
 REFUND = "please help me with the refund for my account"

@@ -158,9 +158,9 @@ def procedures(memory: Memory) -> list[tuple[str, str]]:
 
 def repaired(memory: Memory, name: str = "one", *, close: bool = True) -> Agent:
     """Run an episode in which tests went from red to green, without a report."""
-    agent = Agent(memory, "make the sums right", options={"episode_id": name})
+    agent = Agent(memory, "make the tallies right", options={"episode_id": name})
     agent.act("pytest -q", RED)
-    agent.act("sed -i s/1/2/ sums.py", "")
+    agent.act("sed -i s/1/2/ tallies.py", "")
     agent.act("pytest -q", GREEN)
     if close:
         agent.close("All tests pass now.")
@@ -184,7 +184,7 @@ def test_a_session_that_ended_well_makes_a_candidate(tmp_path: Path) -> None:
         assert same_as_rebuilt(memory)
         assert procedures(memory) == [("candidate", "tests_passed")]
         turn = memory.begin(
-            {**repaired(memory, "two").body(), "messages": Agent(memory, "make the sums right").messages}
+            {**repaired(memory, "two").body(), "messages": Agent(memory, "make the tallies right").messages}
         )
         assert "procedure" not in [i.kind for i in turn.injected]
         (stored,) = [p for p in memory.store.procedures.changed(turn.scope, 0) if p.episode_id == "one"]
@@ -255,4 +255,4 @@ def test_a_candidate_goes_with_its_episode(tmp_path: Path) -> None:
         repaired(memory)
         forget(memory.store, Selection(episode_id="one"))
         assert procedures(memory) == []
-        assert b"sums" not in b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+        assert b"tallies" not in b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())

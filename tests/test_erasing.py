@@ -30,7 +30,8 @@ from optillm_memory.store.maintenance import forget as deletion
 from optillm_memory.store.maintenance.erase import erase, forget, forget_rows
 from optillm_memory.store.maintenance.selection import Selection
 from optillm_memory.store.sqlite import connection as connections
-from optillm_memory.store.sqlite.connection import Connection, connect, copy_wal, sqlite3
+from optillm_memory.store.sqlite.connection import Connection, connect, copy_wal
+from optillm_memory.store.sqlite.library import sqlite3
 from optillm_memory.store.sqlite.pages import scrub, unused
 from optillm_memory.store.sqlite.store import SqliteStore
 from optillm_memory.store.sqlite.writer import SqliteWriter

@@ -97,8 +97,8 @@ def test_a_slow_encoder_leaves_it_to_the_words(tmp_path: Path, monkeypatch: pyte
         ask_for = memory.encoder.ask
         whole = asked(SAME).split()
 
-        def slow(key: str, timeout_s: float) -> Any:
-            pending = ask_for(key, timeout_s)
+        def slow(key: str, timeout_s: float, **options: Any) -> Any:
+            pending = ask_for(key, timeout_s, **options)
             if key.split() != whole and "Task:" in key and "analyst" not in key:
                 pending._found = None
             return pending

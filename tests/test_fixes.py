@@ -12,7 +12,7 @@ from agents import DONE, ERROR, RIGHT, WRONG, Agent, attempt, chain, fixes, judg
 from builders import SCOPE, assistant, feedback, lexical_memory
 
 from optillm_memory.conversation.actions import Action, action_of
-from optillm_memory.conversation.observation import read
+from optillm_memory.conversation.observation import Result, read
 from optillm_memory.learn.attempts import Attempt, inferred_id, message_of, shortened
 from optillm_memory.learn.fixes import WINDOW, Fix, advice_evidence, demonstrated_fix, fix_status, mine, value_in
 from optillm_memory.records import Scope
@@ -362,8 +362,9 @@ def test_advice_that_was_followed_is_evidence() -> None:
 
 
 def test_following_confirms_or_weakens_a_fix(tmp_path: Path) -> None:
-    """A fix that worked again where it was told has more behind it; one that failed twice there is quarantined."""
+    """A fix that worked where it was told has more behind it; one that failed there as often is quarantined."""
     with lexical_memory(tmp_path) as memory:
+        mend(memory, success=None)
         mend(memory, success=None)
         told = Agent(memory, "publish it now")
         told.act(WRONG, ERROR)
@@ -371,10 +372,12 @@ def test_following_confirms_or_weakens_a_fix(tmp_path: Path) -> None:
         assert [i.suggestion for i in turn.injected] == [RIGHT]
         told.close(success=True)
         (fix,) = [m for m in memory.store.list_memories(None) if m.kind == "fix"]
-        assert (fix.status, fix.successes, fix.used_successes) == ("verified", 2, 1)
+        assert (fix.status, fix.successes, fix.used_successes) == ("verified", 1, 2)
     with lexical_memory(tmp_path / "b") as memory:
         mend(memory, success=None)
-        work(memory, [(WRONG, ERROR), (RIGHT, DENIED)], task="publish it now")
+        mend(memory, success=None)
+        for _ in range(2):
+            work(memory, [(WRONG, ERROR), (RIGHT, DENIED)], task="publish it now")
         assert fixes(memory) == [(WRONG, RIGHT, "quarantined")]
         third = Agent(memory, "publish once more")
         third.act(WRONG, ERROR)
@@ -417,7 +420,8 @@ def test_the_error_is_told_as_it_was_printed() -> None:
     )
     assert "No module named 'yaml'" in message_of(read(TRACEBACK, tool="bash", arguments="python app.py"), TRACEBACK)
     quiet = "Exit code: 3"
-    assert message_of(read(quiet, tool="bash", arguments="make"), quiet) == "exit code 3"
+    framed = read(quiet, [Result("make test", DONE)], tool="bash", arguments="make")
+    assert message_of(framed, quiet) == "exit code 3"
     assert message_of(read(DONE, tool="bash", arguments="make"), DONE) == ""
     assert shortened("x" * 4_000) == "x" * 4_000
     assert len(shortened(f"a{'x' * 9_000}b")) < 4_010

@@ -227,7 +227,7 @@ def test_a_test_that_an_edit_mended_leaves_a_note_and_no_blame(tmp_path: Path) -
 def test_a_fix_that_nothing_shows_any_more_is_gone(tmp_path: Path) -> None:
     """Where its only origin is taken back, that it was followed elsewhere does not keep a fix."""
     with lexical_memory(tmp_path) as memory:
-        first = mend(memory, success=None)
+        first = mend(memory)
         agent = Agent(memory, "publish it now")
         turn = agent.begin()
         agent.answered(calling(call("git comit -m x", "call_1")), turn)
@@ -235,7 +235,7 @@ def test_a_fix_that_nothing_shows_any_more_is_gone(tmp_path: Path) -> None:
         agent.act("git commit -m x", DONE)
         agent.close()
         (fix_id,) = {i.memory_id for i in agent.turns[1].injected}
-        assert memory.memory(fix_id).used_successes == 2
+        assert memory.memory(fix_id).used_successes == 1
         (said,) = memory.trace(first.turns[0].trace_id)["feedback"]
         memory.feedback({"feedback_id": said["feedback_id"], "value": None})
         assert memory.memory(fix_id).status == "withdrawn"

@@ -23,7 +23,7 @@ from optillm_memory.conversation.options import Options
 from optillm_memory.settings import is_url
 from optillm_memory.store.maintenance.erase import erase, forget, forget_copies, forget_rows
 from optillm_memory.store.maintenance.selection import Selection
-from optillm_memory.store.sqlite.connection import sqlite3
+from optillm_memory.store.sqlite.library import sqlite3
 
 BOTH = pytest.mark.parametrize("memory", ["sqlite", "postgres"], indirect=True)
 SECRET = "zwitscherlich"  # no word of any other text
@@ -64,6 +64,10 @@ def memory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Memory]:
     with hashing_memory(tmp_path, **values) as opened:
         teach(opened, "restart the nginx server", "systemctl restart nginx")
         yield opened
+
+
+# An episode that finds a fix by itself: what memory suggested to it would go with its origin.
+UNTOLD = {"agent_memory": {"mode": "write"}}
 
 
 def agent_episode(memory: Memory, secret: str = SECRET, **fields: Any) -> str:
@@ -297,7 +301,7 @@ def test_what_others_said_of_a_forgotten_memory_counts_when_it_is_learned_again(
 @BOTH
 def test_a_fix_that_two_episodes_show_keeps_the_words_of_the_other(memory: Memory) -> None:
     """One of two episodes with the same fix is forgotten: what is left of the fix is what the other one shows."""
-    one, two = agent_episode(memory, "requests", ask="first"), agent_episode(memory, "requests", ask="second")
+    one, two = (agent_episode(memory, "requests", ask=ask, body=UNTOLD) for ask in ("first", "second"))
     assert one != two
     (fix,) = [m for m in memory.store.list_memories(None) if m.kind == "fix"]
     forget(memory.store, Selection(episode_id=one))
@@ -314,7 +318,7 @@ def test_a_fix_that_two_episodes_show_keeps_the_words_of_the_other(memory: Memor
 def test_the_words_of_a_shared_fix_are_not_those_of_the_forgotten(memory: Memory) -> None:
     """Two episodes with the same fix had other output around it: that of the forgotten one is nowhere any more."""
     one = agent_episode(memory, "requests", ask="first", note=f"\nin folder {SECRET}")
-    agent_episode(memory, "requests", ask="second", note="\nin folder ~another")
+    agent_episode(memory, "requests", ask="second", note="\nin folder ~another", body=UNTOLD)
     (fix,) = [m for m in memory.store.list_memories(None) if m.kind == "fix"]
     assert SECRET in memory.described(fix.memory_id)["fix"]["output"]
     forget(memory.store, Selection(episode_id=one))

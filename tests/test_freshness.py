@@ -76,15 +76,16 @@ def test_an_exemplar_that_is_superseded_stays_where_it_stands(tmp_path: Path) ->
 
 
 def test_a_fix_stays_while_it_may_be_suggested(tmp_path: Path) -> None:
-    """A candidate, which says so, stands in the next request; quarantined, it goes."""
+    """An unverified fix, which says so, stands in the next request; quarantined, it goes."""
     with lexical_memory(tmp_path) as memory:
-        mend(memory, success=None)
+        for _ in range(2):
+            mend(memory, success=None)
         agent = Agent(memory, "push the branch", options={"episode_id": "later"})
         agent.act(WRONG, ERROR)
         agent.act("git status", DONE)
         assert [i.kind for i in agent.turns[-1].injected] == ["fix"]
         assert [i.kind for i in agent.begin().injected] == ["fix"]
-        for number in range(2):
+        for number in range(3):
             work(memory, [(WRONG, ERROR), (RIGHT, ERROR)], episode_id=f"bad {number}")
         assert {m.status for m in memory.store.list_memories(None) if m.kind == "fix"} == {"quarantined"}
         assert not agent.begin().injected

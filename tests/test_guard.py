@@ -11,7 +11,7 @@ from agents import DONE, ERROR, JSON, RIGHT, WRONG, Agent, call, calling, mend, 
 from builders import NOW, assistant, body, lexical_memory, response, settings
 
 from optillm_memory import Memory, Scope
-from optillm_memory.conversation.text import BLOCK_OPEN
+from optillm_memory.conversation.text import BLOCK_BEGIN
 from optillm_memory.decide.guard import known_to_fail
 from optillm_memory.inject.place import strip
 from optillm_memory.inject.render import MARK
@@ -104,7 +104,7 @@ def test_a_repeated_failure_is_stopped_with_what_worked(tmp_path: Path) -> None:
         agent, again, turn = about_to(memory, WRONG)
         assert again
         told = turn.messages[-1]["content"]
-        assert told.startswith("publish it now\n\n" + BLOCK_OPEN)
+        assert told.startswith("publish it now\n\n" + BLOCK_BEGIN)
         assert "failed 2 times" in told
         assert f"{MARK}{WRONG}\n" in told
         assert f"{MARK}{RIGHT}\n" in told
@@ -290,7 +290,7 @@ def test_the_fix_is_told_at_the_error(tmp_path: Path) -> None:
         turn = agent.begin()
         assert [i.suggestion for i in turn.injected] == ["git commit -m x"]
         assert turn.messages[:-1] == agent.messages[:-1]
-        assert turn.messages[-1]["content"].startswith(mistyped("comit", "commit") + "\n\n" + BLOCK_OPEN)
+        assert turn.messages[-1]["content"].startswith(mistyped("comit", "commit") + "\n\n" + BLOCK_BEGIN)
         agent.answered(calling(call("git commit -m x", "c1")), turn)
         agent.messages.append(result("c1", DONE))
         later = agent.begin()
@@ -336,7 +336,7 @@ def test_several_failing_results_of_one_request(tmp_path: Path) -> None:
         agent.messages += results(answer, ERROR, "a.py", mistyped("comit", "commit"))
         turn = agent.begin()
         told = str(turn.messages[-1]["content"])
-        assert (told.count(BLOCK_OPEN), told.count("this action failed")) == (1, 2)
+        assert (told.count(BLOCK_BEGIN), told.count("this action failed")) == (1, 2)
         assert {i.suggestion for i in turn.injected} == {RIGHT, "git commit -m x"}
         tried = Agent(memory)
         tried.act(RIGHT, "fatal: unable to access: denied\nExit code: 128")
@@ -390,7 +390,7 @@ def test_advice_and_guard_of_one_request_are_one_block_within_the_budget(tmp_pat
         agent.answered(calling(call(RIGHT, "c9")), turn)
         agent.messages.append(result("c9", DONE))
         assert agent.begin().messages[: len(turn.messages)] == turn.messages
-        tight = Agent(memory, "record the change", options={"token_budget": 80 + turn.injected[0].tokens})
+        tight = Agent(memory, "record the change", options={"token_budget": 110 + turn.injected[0].tokens})
         tight.act("git comit -m x", mistyped("comit", "commit"))
         first = tight.begin()
         assert first.injected

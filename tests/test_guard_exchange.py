@@ -19,7 +19,7 @@ from optillm_memory.host.failopen import FailOpen
 from optillm_memory.host.incoming import Incoming
 from optillm_memory.request.deadline import Deadline
 
-BLOCK = "<agent_memory>"
+BLOCK = "<agent_memory"
 
 
 class Upstream:
@@ -58,7 +58,7 @@ def memory(tmp_path: Path) -> Iterator[Memory]:
     """Give a memory that knows an action to fail, and what works instead."""
     with lexical_memory(tmp_path) as opened:
         mend(opened)
-        work(opened, [("make it fail", "make: no\nExit code: 2")])
+        work(opened, [("ls", "Makefile\nExit code: 0"), ("make it fail", "make: no\nExit code: 2")])
         yield opened
 
 

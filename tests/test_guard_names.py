@@ -61,5 +61,5 @@ def test_a_form_that_has_worked_is_not_warned_of(tmp_path: Path) -> None:
         refused = "error: the server refused\nExit code: 1"
         work(memory, [("deploy it north", refused), ("deploy it --retry north", DONE)], success=True)
         assert about_to(memory, "deploy it south")[1]
-        work(memory, [("deploy it west", DONE)], success=True)
+        work(memory, [("show the plan", "west\nExit code: 0"), ("deploy it west", DONE)], success=True)
         assert not about_to(memory, "deploy it south")[1]

@@ -18,7 +18,7 @@ from optillm_memory.testing.upstream import Answer, RecordingUpstream, Reply, to
 pytestmark = pytest.mark.host
 LANES = BOTH_LANES
 
-BLOCK, SUGGESTED = "<agent_memory>", "what worked instead"
+BLOCK, SUGGESTED = "<agent_memory", "what worked instead"
 TOOLS = [{"type": "function", "function": {"name": "bash", "parameters": {"type": "object", "properties": {}}}}]
 FUNCTIONS = [{"name": "bash", "parameters": {"type": "object", "properties": {}}}]
 KEY = "alice"

@@ -19,7 +19,7 @@ LANES = BOTH_LANES
 
 TASK = "Which file holds the retry limit of the nightly uploader?"
 ANSWER = "It is in uploader.toml."
-BLOCK = "<agent_memory>"
+BLOCK = "<agent_memory"
 TOOLS = [{"type": "function", "function": {"name": "run", "parameters": {"type": "object", "properties": {}}}}]
 FOLLOW_UP = "Now tell me who rotates the signing keys of the release bot."
 WHO = "The on-call person does."

@@ -114,7 +114,7 @@ def test_the_hosts_key_covers_what_memory_answers(tmp_path_factory: pytest.TempP
     with RecordingUpstream() as upstream, served(upstream, db, "--optillm-api-key", "alice") as host:
         trace_id = host.teach(TASK, ANSWER)
         # The first request of a server may come before its encoder is there.
-        assert until(lambda: host.get("stats")["memories_without_vector"] == 0)
+        assert until(lambda: host.get("stats", key=None)["memories_without_vector"] == 0)
         host.upstream.clear()
         body = {"model": MODEL, "messages": [{"role": "user", "content": TASK}], "agent_memory": REUSE}
         assert host.post(body, key=None).status_code == 401

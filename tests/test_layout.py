@@ -143,8 +143,8 @@ def test_surface_is_pinned() -> None:
     """The public names are these; one more or less is a decision, not an accident."""
     assert optillm_memory.__all__ == [
         "AgentMemoryError", "EncoderUnavailable", "Feedback", "FeedbackReceipt", "Hit", "HostError", "InvalidField",
-        "Memory", "MemoryRecord", "NotFound", "Scope", "Settings", "StoreError", "StoreTooNew", "StoreTooOld",
-        "StoreUnavailable", "TooLarge", "Turn", "__version__",
+        "Memory", "MemoryRecord", "NotAllowed", "NotFound", "Scope", "Settings", "StoreError", "StoreTooNew",
+        "StoreTooOld", "StoreUnavailable", "TooLarge", "TooMany", "Turn", "View", "__version__",
     ]  # fmt: skip
     for name in optillm_memory.__all__:
         assert hasattr(optillm_memory, name)

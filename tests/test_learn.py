@@ -251,6 +251,7 @@ def _feedback(draw: st.DrawFn, number: int, traces: list[Trace]) -> Feedback:
         trace_id=None if of_episode else about.trace_id,
         episode_id=about.episode_id if of_episode else None,
         occurred_at=NOW + draw(st.integers(0, 3)),
+        valid_until=draw(st.sampled_from([None, NOW + 5, NOW + 9])),
     )
 
 
@@ -286,7 +287,7 @@ def comparable(store: SqliteStore) -> list[Any]:
             "SELECT memory_id, memories_fts.words FROM memories_fts JOIN memories ON number = memories_fts.rowid "
             "ORDER BY 1"
         ).fetchall()
-    rows = [(r[0], names[r[1]], *r[2:]) if len(r) > 3 else r for r in store.derived()]
+    rows = [(r[0], names[r[1]], *r[2:]) if len(r) > 4 else r for r in store.derived()]
     return [*rows, *((name, re.sub(r"\bs\d+x", "", said)) for name, said in words)]
 
 

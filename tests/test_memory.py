@@ -65,14 +65,14 @@ def test_a_trace_is_recorded_with_all_that_happened(tmp_path: Path) -> None:
     with lexical_memory(tmp_path) as memory:
         teach(memory, TASK, ANSWER)
         turn = ask(memory, body(TASK, agent_memory={"tags": {"run": "7"}, "episode_id": "e"}), "done", tenant="t")
-        shown = memory.trace(turn.trace_id, tenant="t")
+        shown = memory.trace(turn.trace_id, view="t")
         assert (shown["task"], shown["answer"], shown["episode_id"], shown["model"]) == (TASK, "done", "e", "m")
         assert (shown["prompt_tokens"], shown["completion_tokens"], shown["tags"]) == (7, 3, {"run": "7"})
         assert [m["role"] for m in shown["messages"]] == ["user", "assistant"]
         assert shown["latency_ms"] > 0
         assert shown["recall_ms"] > 0
         with pytest.raises(NotFound):
-            memory.trace(turn.trace_id, tenant="another")
+            memory.trace(turn.trace_id, view="another")
         with pytest.raises(NotFound):
             memory.memory("mem-none")
         assert memory.memory(memory.recall(TASK)[0].memory.memory_id).answer == ANSWER

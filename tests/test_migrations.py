@@ -18,7 +18,8 @@ from optillm_memory import Memory, Settings, StoreTooNew
 from optillm_memory.store import fold
 from optillm_memory.store.maintenance.verify import verify
 from optillm_memory.store.sqlite import connection as store_connection
-from optillm_memory.store.sqlite.connection import Connection, open_writer, sqlite3
+from optillm_memory.store.sqlite.connection import Connection, open_writer
+from optillm_memory.store.sqlite.library import sqlite3
 from optillm_memory.store.sqlite.migrations import migrations
 from optillm_memory.store.sqlite.store import SqliteStore
 
@@ -92,7 +93,7 @@ import os, signal, shutil, sys
 from pathlib import Path
 from optillm_memory.store.sqlite import connection, migrations  # here, and not in each child
 
-class Killing(connection.sqlite3.Connection):
+class Killing(connection.WritingConnection):
     left = 0
     def execute(self, *arguments):
         Killing.left -= 1
@@ -100,8 +101,7 @@ class Killing(connection.sqlite3.Connection):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().execute(*arguments)
 
-plain = connection.sqlite3.connect
-connection.sqlite3.connect = lambda *a, **k: plain(*a, **k, factory=Killing)
+connection.WritingConnection = Killing
 old, folder = Path(sys.argv[1]), Path(sys.argv[2])
 status = 1
 while status:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optillm_memory.conversation.observation import Reading, read
+from optillm_memory.conversation.observation import Reading, Result, read
 from optillm_memory.conversation.signature import signature_of
 
 TABLE = Path(__file__).parent / "observations" / "observations.jsonl"
@@ -25,11 +25,16 @@ def shell(command: str) -> dict[str, str]:
     return {"tool": "bash", "arguments": json.dumps({"command": command})}
 
 
+def framed(observation: str, **call: str) -> Reading:
+    """Read a result whose frame is known to be the harness's: another command's result had it, too."""
+    return read(observation, [Result('{"command": "another"}', observation)], **call)
+
+
 def reading_of(row: dict[str, Any]) -> Reading:
     """Read a row of the table: a command line through the shell tool, or a tool of its own."""
     if row["command"].startswith("{"):
-        return read(row["observation"], tool=row["tool"], arguments=row["command"])
-    return read(row["observation"], **shell(row["command"]))
+        return framed(row["observation"], tool=row["tool"], arguments=row["command"])
+    return framed(row["observation"], **shell(row["command"]))
 
 
 # -- the table -------------------------------------------------------------------------------------
@@ -107,7 +112,7 @@ def test_a_failure_has_a_signature_where_anything_was_printed() -> None:
 @pytest.mark.parametrize("code", [0, 1, 127])
 def test_each_shape_of_an_exit_code_decides(template: str, code: int) -> None:
     """Zero is a success and anything else a failure, however the code is written."""
-    reading = read(template.format(code), **shell("./deploy --now"))
+    reading = framed(template.format(code), **shell("./deploy --now"))
     assert (reading.exit_code, reading.basis) == (code, "exit_code")
     assert reading.verdict == ("failure" if code else "success")
 
@@ -115,10 +120,10 @@ def test_each_shape_of_an_exit_code_decides(template: str, code: int) -> None:
 def test_a_code_in_the_middle_of_a_long_result_is_still_read() -> None:
     """A JSON result that is too long to parse, or cut off, still tells its exit code; a quoted one in it does not."""
     output = "x" * 70_000
-    assert read(json.dumps({"exit_code": 2, "stdout": output}), **shell("make")).exit_code == 2
-    assert read('{"exit_code": 2, "stdout": "cut o', **shell("make")).verdict == "failure"
+    assert framed(json.dumps({"exit_code": 2, "stdout": output}), **shell("make")).exit_code == 2
+    assert framed('{"exit_code": 2, "stdout": "cut o', **shell("make")).verdict == "failure"
     quoted = json.dumps({"stdout": json.dumps({"exit_code": 1}) + output})
-    assert read(quoted, **shell("make")).exit_code is None
+    assert framed(quoted, **shell("make")).exit_code is None
 
 
 @pytest.mark.parametrize(
@@ -126,16 +131,16 @@ def test_a_code_in_the_middle_of_a_long_result_is_still_read() -> None:
 )
 def test_one_is_an_answer_of_what_compares(command: str) -> None:
     """Exit code 1 of grep, diff and test is no failure, save with a complaint or another code."""
-    assert read("[exit code 1]", **shell(command)).verdict == "unknown"
-    assert read("[exit code 2]", **shell(command)).verdict == "failure"
+    assert framed("[exit code 1]", **shell(command)).verdict == "unknown"
+    assert framed("[exit code 2]", **shell(command)).verdict == "failure"
 
 
 def test_a_pipe_hides_the_exit_code_of_the_tests() -> None:
     """The last program of a pipe ended well; the tests before it did not."""
     text = "2 failed, 3 passed in 0.12s\n[exit code 0]"
-    assert read(text, **shell("pytest | tail -1")).verdict == "failure"
-    assert read(text, **shell("pytest || true")).verdict == "failure"
-    assert read("fine\n[exit code 0]", **shell("pytest | tail -1")).verdict == "success"
+    assert framed(text, **shell("pytest | tail -1")).verdict == "failure"
+    assert framed(text, **shell("pytest || true")).verdict == "failure"
+    assert framed("fine\n[exit code 0]", **shell("pytest | tail -1")).verdict == "success"
 
 
 def test_a_timeout_is_a_failure() -> None:
@@ -295,7 +300,7 @@ def test_a_tools_own_complaint_is_a_failure(text: str, call: dict[str, str], bas
 
 def test_only_a_failure_has_a_signature() -> None:
     """A success that printed a traceback on its way has none."""
-    reading = read(f"{TRACE}[exit code 0]", **shell("python x.py"))
+    reading = framed(f"{TRACE}[exit code 0]", **shell("python x.py"))
     assert (reading.verdict, reading.signature) == ("success", None)
 
 

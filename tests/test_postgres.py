@@ -122,6 +122,12 @@ def of_the_first_release(url: str, patching: pytest.MonkeyPatch) -> list[Any]:
             db.execute(f"ALTER TABLE traces DROP COLUMN {column}")
         for column in ("end_user", "goal"):
             db.execute(f"ALTER TABLE traces DROP COLUMN {column}")
+        db.execute("ALTER TABLE traces DROP COLUMN asker")
+        for column in ("reporter", "trust", "within_namespace", "within_user_id", "within_agent_id"):
+            db.execute(f"ALTER TABLE feedback DROP COLUMN {column}")
+        for table in ("feedback", "outcomes", "memories"):
+            db.execute(f"ALTER TABLE {table} DROP COLUMN valid_until")
+        db.execute("DROP TABLE revoked")
         db.execute("DROP TABLE lines")
         db.execute("ALTER TABLE steps DROP COLUMN made")
         db.execute("ALTER TABLE prefixes DROP CONSTRAINT prefixes_pkey")

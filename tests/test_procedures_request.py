@@ -68,7 +68,7 @@ def test_a_request_like_a_solved_one_gets_the_way(memory: Memory) -> None:
     assert turn.messages[0] == POLICY
     text = turn.messages[1]["content"]
     assert text.startswith(ASKED)
-    assert text.endswith("</agent_memory>")
+    assert text.splitlines()[-1].startswith("</agent_memory")
     steps = [line for line in text.splitlines() if line.startswith("| ")]
     assert steps == [
         "| 1. get_user(user_id: from the user)",
@@ -119,7 +119,7 @@ def test_it_is_offered_once_and_stands_where_it_stood(memory: Memory, tmp_path: 
     for number, step in enumerate(steps):
         turn = step()
         assert turn.messages[: len(sent)] == sent
-        assert str(turn.messages).count("<agent_memory>") == 1
+        assert str(turn.messages).count("<agent_memory") == 1
         assert kinds(turn) == ["procedure"], number
         sent = turn.messages
         if where == "each its own" and number % 2:
@@ -268,7 +268,7 @@ def test_a_held_out_episode_goes_without(tmp_path: Path) -> None:
         turn = talk.turns[0]
         assert (turn.action, kinds(turn), [i.kind for i in turn.withheld]) == ("holdout", [], ["procedure"])
         assert turn.messages == turn.sent
-        assert "<agent_memory>" not in str([t.messages for t in talk.turns])
+        assert "<agent_memory" not in str([t.messages for t in talk.turns])
         assert [(p.used_successes, p.used_failures) for p in procedures(memory)] == [(0, 0)]
 
 
@@ -287,7 +287,7 @@ def test_a_wrapped_approach_gets_it_as_text(memory: Memory) -> None:
     """Where an approach keeps the text of the last message alone, the block stands in it."""
     turn = asked(memory, keywords={"text_only": True})
     assert kinds(turn) == ["procedure"]
-    assert str(turn.messages[-1]["content"]).endswith("</agent_memory>")
+    assert str(turn.messages[-1]["content"]).splitlines()[-1].startswith("</agent_memory")
 
 
 # -- what was found wrong --------------------------------------------------------------------------

@@ -238,7 +238,7 @@ def test_the_key_is_in_no_text(receiver: Receiver, tmp_path: Path) -> None:
 
 def test_the_variables_are_known_to_the_server() -> None:
     """Every variable of the plugin is one that the server's settings let pass."""
-    names = {*map(str.upper, pytest_plugin.OPTIONS), "KEY"}
+    names = {*map(str.upper, pytest_plugin.OPTIONS), "KEY", "REPORTER_KEY"}
     assert {ENV_PREFIX + name for name in names} == CLIENT_VARIABLES
     assert pytest_plugin.ENV_PREFIX == ENV_PREFIX
     assert not pytest_plugin.REPORTS.startswith(ENV_PREFIX)

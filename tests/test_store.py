@@ -235,7 +235,7 @@ def test_no_read_crosses_a_scope(store: Store, other: Scope) -> None:
 
 
 def test_every_read_for_recall_takes_a_scope(store: Store) -> None:
-    """By reflection: recall's reads all take a scope first, what looks at texts takes a tenant, the rest is pinned."""
+    """By reflection: recall's reads all take a scope first, what looks at texts takes a view, the rest is pinned."""
     for name, method in inspect.getmembers(Source, inspect.isfunction):
         if not name.startswith("_") and name not in ("revision", "read_ahead"):
             assert list(inspect.signature(method).parameters)[1] == "scope", name
@@ -244,23 +244,23 @@ def test_every_read_for_recall_takes_a_scope(store: Store) -> None:
     parts += [ForgettingReads]
     assert {type(part) for part in vars(store).values()} >= set(parts[1:])
     first: dict[str, str] = {}
-    by_tenant = set()
+    by_view = set()
     for name, method in (found for part in parts for found in inspect.getmembers(part, inspect.isfunction)):
         parameters = inspect.signature(method).parameters
         if not name.startswith("_"):
             first[name] = next(iter(list(parameters)[1:]), "")
-            by_tenant |= {name} if "tenant" in parameters else set()
-    unscoped = {name for name, parameter in first.items() if parameter != "scope"} - by_tenant
-    assert by_tenant == {"trace", "traces", "list_memories", "episodes"}
+            by_view |= {name} if "view" in parameters else set()
+    unscoped = {name for name, parameter in first.items() if parameter != "scope"} - by_view
+    assert by_view == {"trace", "traces", "list_memories", "episodes", "stats", "coverage"}
     assert unscoped == {
         "write", "post", "flush", "pause", "resume", "close",  # writing
-        "salt", "stats", "tenants",  # numbers and names, no texts
-        "derived", "missing", "coverage", "unused",  # upkeep: rebuild's comparison, and the encoder's
+        "salt", "tenants", "has_tenant", "reporters", "waiting_feedback",  # numbers and names, no texts
+        "derived", "missing", "unused",  # upkeep: rebuild's comparison, and the encoder's
         "numbers_of", "last_number",
         "chosen", "chosen_counts", "chosen_scopes", "episodes_before", "held", "has_copies",  # forgetting: no texts
         "erasures", "is_unfinished", "copied", "empty_scopes", "errors_of", "warnings_of", "waiting",
         "outdate_indexes", "copy_wal", "erase", "compact", "set_aside",
-        "index_files", "size_bytes", "read_ahead",
+        "index_files", "size_bytes", "read_ahead", "rebuild", "check_seal",
     }  # fmt: skip
 
 

@@ -17,7 +17,8 @@ import pytest
 from builders import SCOPE, trace
 
 from optillm_memory import Memory, Settings, StoreTooNew, StoreUnavailable
-from optillm_memory.store.sqlite.connection import open_writer, sqlite3, sqlite_version, wal_is_safe
+from optillm_memory.store.sqlite.connection import open_writer
+from optillm_memory.store.sqlite.library import sqlite3, sqlite_version, wal_is_safe
 from optillm_memory.store.sqlite.store import SqliteStore
 from optillm_memory.store.transaction import Transaction
 

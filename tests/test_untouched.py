@@ -1,10 +1,11 @@
-"""Feedback in the commit that its trace came in: what is not asked of the log then changes nothing."""
+"""Feedback on a trace that nothing else is known of: what is not asked of the log then changes nothing."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from optillm_memory.decide.policy import Choice
 from optillm_memory.learn.exemplars import exemplar_id
 from optillm_memory.records import Arm, Feedback, Injected, Trace
 from optillm_memory.store import fold
+from optillm_memory.store.announced import Announced, Submission
 from optillm_memory.store.sqlite.store import SqliteStore
 from optillm_memory.store.tables.traces import PENDING_S
 from optillm_memory.store.transaction import Transaction
@@ -131,6 +133,8 @@ def test_one_commit_teaches_what_many_do(tmp_path: Path, name: str) -> None:
         before = together.derived()
         together.write(fold.rebuild).result(10)
         assert together.derived() == before
+        apart.write(fold.rebuild).result(10)
+        assert apart.derived() == before
     finally:
         together.close()
         apart.close()
@@ -154,21 +158,29 @@ def test_what_one_commit_knows_the_next_asks_for(tmp_path: Path) -> None:
         store.write(lambda tx: [event(tx) for event in (arrives(PLAIN), said(GOOD))]).result(10)
         store.write(said(BAD)).result(10)
         found = tables(store)
-        assert [row[-1] for row in found["outcomes"]] == [1]
+        assert [row[2] for row in found["outcomes"]] == [1]
         assert [row[1] for row in found["outcomes"]] == ["failure"]
         assert len(found["contributions"]) == 1
     finally:
         store.close()
 
 
-def test_the_usual_case_asks_the_log_little(tmp_path: Path) -> None:
-    """What is known to be empty is not asked for: neither earlier lessons, nor injections, nor labels."""
+def _run(events: Sequence[Event], tx: Transaction) -> list[Any]:
+    return [event(tx) for event in events]
+
+
+@pytest.mark.parametrize("commits", [1, 2])
+def test_the_usual_case_asks_the_log_little(tmp_path: Path, commits: int) -> None:
+    """What is known to be empty is not asked for, also in a later commit: earlier lessons, injections, labels."""
     asked: list[str] = []
     store = SqliteStore(tmp_path / "memory.db")
     try:
         writer: Any = store._writer
         writer._connection.set_trace_callback(asked.append)
-        store.write(lambda tx: [event(tx) for event in CASES["the usual case"]]).result(10)
+        events = CASES["the usual case"]
+        for part in [events] if commits == 1 else [[event] for event in events]:
+            told = [Submission("", "unused", PLAIN.trace_id)]  # as whoever submits feedback announces it
+            store.write(Announced(partial(_run, part), feedback=told)).result(10)
         writer._connection.set_trace_callback(None)
     finally:
         store.close()

@@ -25,7 +25,7 @@ from optillm_memory.store.maintenance.backup import backup, counts_of
 from optillm_memory.store.maintenance.verify import ORPHANS, mend, verify
 from optillm_memory.store.opening import open_store
 from optillm_memory.store.postgres.connection import PostgresConnection
-from optillm_memory.store.sqlite.connection import sqlite3
+from optillm_memory.store.sqlite.library import sqlite3
 from optillm_memory.store.sqlite.store import SqliteStore
 
 
@@ -112,7 +112,7 @@ def test_every_table_is_looked_at(memory: Memory) -> None:
             for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
             if not row[0].startswith(("sqlite_", "_sqlite", "memories_fts"))
         }
-    assert tables - set(ORPHANS) == {"meta", "scopes", "vectors", "forgotten"}
+    assert tables - set(ORPHANS) == {"meta", "scopes", "vectors", "forgotten", "revoked", "seal", "seals"}
 
 
 def test_another_fold_is_found_by_a_deep_look(memory: Memory, tmp_path: Path) -> None:

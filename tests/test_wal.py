@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from builders import SCOPE, trace
 
-from optillm_memory.store.sqlite.connection import WAL_BYTES, sqlite3
+from optillm_memory.store.sqlite.connection import WAL_BYTES
+from optillm_memory.store.sqlite.library import sqlite3
 from optillm_memory.store.sqlite.store import SqliteStore
 
 LARGE = "x" * 400_000  # one commit

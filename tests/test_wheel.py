@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MOST_BYTES = 700_000
+MOST_BYTES = 800_000
 
 
 @pytest.fixture(scope="module")

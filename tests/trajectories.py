@@ -127,5 +127,5 @@ def tools_of(record: MemoryRecord) -> list[str]:
 
 def block_in(messages: Sequence[JSON]) -> str:
     """Return the block that memory inserted, empty without one."""
-    found = [m["content"] for m in messages if "<agent_memory>" in str(m.get("content"))]
-    return str(found[-1]).partition("<agent_memory>")[2] if found else ""
+    found = [m["content"] for m in messages if "<agent_memory" in str(m.get("content"))]
+    return str(found[-1]).partition("<agent_memory")[2] if found else ""

@@ -37,7 +37,7 @@ from typing import Any, Literal
 from benchmarks.multistep.view import SAY, text_of
 
 SourceKind = Literal["user", "step", "constant", "free"]
-_BLOCK = re.compile(r"<agent_memory>\n?(.*?)</agent_memory>", re.DOTALL)
+_BLOCK = re.compile(r"<agent_memory[^>]*>\n?(.*?)</agent_memory[^>]*>", re.DOTALL)
 _LINE = re.compile(r"\s*(?:\|\s*)?(\d{1,2})[.)]\s+(.*\S)")
 _CALL = re.compile(r"`?([A-Za-z_][\w.-]*)`?\s*\((.*)\)([^()]*)$")
 _ASK = re.compile(r"ask\b", re.IGNORECASE)

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.multistep.world import VERIFY, has_failed
 
 SAY = ""  # the tool of a question to the user
-_BLOCK = re.compile(r"\s*<agent_memory>.*?</agent_memory>", re.DOTALL)
+_BLOCK = re.compile(r"\s*<agent_memory[^>]*>.*?</agent_memory[^>]*>", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ import pytest
 from optillm_memory.adapters.pytest_plugin import ENV_PREFIX, OPTION_PREFIX, OPTIONS, REPORTS
 
 KEY_VARIABLE = f"{ENV_PREFIX}KEY"  # no option: other users can see command lines
+REPORTER_VARIABLE = f"{ENV_PREFIX}REPORTER_KEY"
 TIMEOUT_S = 5.0
 FAILURES = 20  # at most in the evidence
 FAILURE_CHARS = 500
@@ -49,6 +50,7 @@ class Reporter:
         self.config = config
         self.chosen = chosen
         self.key = os.environ.get(KEY_VARIABLE, "").strip()
+        self.reporter_key = os.environ.get(REPORTER_VARIABLE, "").strip()
         self.feedback_id = f"pytest-{uuid.uuid4().hex}"  # one for the session: sent twice, it counts once
         self.counts: Counter[str] = Counter()
         self.failures: list[str] = []
@@ -111,11 +113,11 @@ class Reporter:
                 "feedback_id": self.feedback_id,
                 "evidence": {"command": self._command(), "exit_code": status, "output": self._output(status)},
             }
-            receipt = post(endpoint, feedback, headers(self.chosen, self.key))
+            receipt = post(endpoint, feedback, headers(self.chosen, self.key, self.reporter_key))
             self.reported = True
             word = "success" if value else "failure"
             self.line = f"{word} reported on {self.chosen.get('trace') or self.chosen.get('episode')}: {receipt}"
-            if receipt == "pending":
+            if receipt.startswith("pending"):
                 self.line += " (this server has not seen it under this key and namespace yet)"
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
@@ -189,7 +191,9 @@ class Reporter:
         return f"{text}\n... and {remaining} more" if remaining else text
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self.key, f"[{KEY_VARIABLE}]") if len(self.key) >= SHORTEST_SECRET else text
+        for name, key in ((KEY_VARIABLE, self.key), (REPORTER_VARIABLE, self.reporter_key)):
+            text = text.replace(key, f"[{name}]") if len(key) >= SHORTEST_SECRET else text
+        return text
 
 
 def message(report: pytest.TestReport | pytest.CollectReport, root: Path) -> str:
@@ -251,14 +255,17 @@ def feedback_endpoint(chosen: Mapping[str, str]) -> str:
     return f"{parts.scheme}://{parts.netloc}{path}/v1/agent_memory/feedback"
 
 
-def headers(chosen: Mapping[str, str], key: str) -> dict[str, str]:
+def headers(chosen: Mapping[str, str], key: str, reporter_key: str = "") -> dict[str, str]:
     """Return the request's headers. Raises NotReported for characters that a header cannot carry."""
-    for name, text in ((KEY_VARIABLE, key), (_ways("namespace"), chosen.get("namespace", ""))):
+    sent = ((KEY_VARIABLE, key), (REPORTER_VARIABLE, reporter_key), (_ways("namespace"), chosen.get("namespace", "")))
+    for name, text in sent:
         if not text.isascii() or not text.isprintable():
             raise NotReported(f"{name} contains characters that an HTTP header cannot carry")
     found = {"Content-Type": "application/json"}
     if key:
         found["Authorization"] = f"Bearer {key}"
+    if reporter_key:
+        found["X-Agent-Memory-Reporter-Key"] = reporter_key
     if "namespace" in chosen:
         found["X-Agent-Memory-Namespace"] = chosen["namespace"]
     return found
@@ -317,6 +324,8 @@ def _post(endpoint: str, feedback: Mapping[str, Any], fields: Mapping[str, str],
     status = reply.get("status") if isinstance(reply, dict) else None
     if not isinstance(status, str) or not status:
         raise NotReported("the server's reply is not a receipt; is it an optillm with agent memory?")
+    if reply.get("source") == "llm":
+        status += f" (it counts as `llm`: set {REPORTER_VARIABLE} to a reporter's key)"
     return status
 
 
@@ -334,7 +343,7 @@ def _refusal(code: int, reply: Any) -> str:
     if 300 <= code < 400:  # noqa: PLR2004
         hint = f"it redirects; set its own address as {_ways('url')}"
     elif code in (401, 403):
-        hint = f"is {KEY_VARIABLE} the server's key?"
+        hint = f"is {KEY_VARIABLE} the server's key, and {REPORTER_VARIABLE} a reporter's?"
     elif code in (404, 405):
         hint = "is it an optillm with agent memory?"
     else:

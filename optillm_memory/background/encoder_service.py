@@ -22,6 +22,8 @@ from optillm_memory.recall.relevance_floor import UNRELATED, spread_of
 logger = logging.getLogger(__name__)
 
 Vector = NDArray[np.float32]
+_Key = tuple[str, str]  # owner and text
+_Asked = tuple[_Key, "Future[Vector]"]
 BATCH = 16
 _CLOSING_S = 5.0
 _STOP = None
@@ -50,6 +52,8 @@ class PendingVector:
 class EncoderService:
     """One thread owns the encoder; concurrent requests are encoded together.
 
+    Vectors are cached by tenant (`owner`): how quickly one is there must not tell what another tenant has asked.
+
     `state` is `loading`, `ready`, `none` (recall is lexical by choice), `failed` (lexical; `reason` says why) or
     `closed`.
     """
@@ -70,20 +74,20 @@ class EncoderService:
         self.unrelated = UNRELATED  # (median, spread) of this encoder's cosines of unrelated texts
         self.settled = threading.Event()
         self._load, self._before = load, before
-        self._cache: OrderedDict[str, Vector] = OrderedDict()
+        self._cache: OrderedDict[_Key, Vector] = OrderedDict()
         self._cache_size = cache_size
         self._lock = threading.Lock()
-        self._queue: queue.SimpleQueue[tuple[str, Future[Vector]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False
         if not lazy:
             self._ensure_thread()
 
-    def cached(self, key: str) -> Vector | None:
-        """Return the vector of a key that was encoded before, if it is still there."""
+    def cached(self, key: str, *, owner: str = "") -> Vector | None:
+        """Return the vector of a key that was encoded for this owner before, if it is still there."""
         with self._lock:
-            if (vector := self._cache.get(key)) is not None:
-                self._cache.move_to_end(key)
+            if (vector := self._cache.get((owner, key))) is not None:
+                self._cache.move_to_end((owner, key))
             return vector
 
     def vector(self, key: str, timeout_s: float) -> Vector | None:
@@ -97,17 +101,17 @@ class EncoderService:
             raise TimeoutError(f"the encoder took longer than {timeout_s:.3f} s")
         return vector
 
-    def ask(self, key: str, timeout_s: float) -> PendingVector:
+    def ask(self, key: str, timeout_s: float, *, owner: str = "") -> PendingVector:
         """Start to encode a key; the caller can do other work before it fetches the vector."""
-        if (vector := self.cached(key)) is not None:
+        if (vector := self.cached(key, owner=owner)) is not None:
             return PendingVector(vector, "ready", timeout_s)
         self._ensure_thread()
-        futures = self._queued([key] if key else [])
+        futures = self._queued([key] if key else [], owner)
         return PendingVector(futures[0] if futures else None, self.state, timeout_s)
 
-    def encode(self, keys: Sequence[str]) -> NDArray[np.float32] | None:
+    def encode(self, keys: Sequence[str], *, owner: str = "") -> NDArray[np.float32] | None:
         """Encode many keys off the request path; None where there is no encoder. Raises EncoderUnavailable."""
-        futures = self._queued(keys)
+        futures = self._queued(keys, owner)
         return np.stack([future.result() for future in futures]) if futures else None
 
     def wait(self, timeout_s: float) -> str:
@@ -133,14 +137,14 @@ class EncoderService:
             if self._thread is None and not self._closed:
                 self._thread = start_thread("agent-memory-encoder", self._run)
 
-    def _queued(self, keys: Sequence[str]) -> list[Future[Vector]]:
+    def _queued(self, keys: Sequence[str], owner: str) -> list[Future[Vector]]:
         """Queue keys for the thread; none where it would not answer, now or any more."""
         futures: list[Future[Vector]] = [Future() for _ in keys]
         with self._lock:  # not after the sign to stop: nobody would answer
             if self.state != "ready":
                 return []
-            for pair in zip(keys, futures, strict=True):
-                self._queue.put(pair)
+            for key, future in zip(keys, futures, strict=True):
+                self._queue.put(((owner, key), future))
         return futures
 
     def _run(self) -> None:
@@ -182,7 +186,7 @@ class EncoderService:
             if stop:
                 break
 
-    def _batch(self, first: tuple[str, Future[Vector]]) -> tuple[list[tuple[str, Future[Vector]]], bool]:
+    def _batch(self, first: _Asked) -> tuple[list[_Asked], bool]:
         batch = [first]
         while len(batch) < BATCH:
             try:
@@ -194,8 +198,8 @@ class EncoderService:
             batch.append(item)
         return batch, False
 
-    def _answer(self, encoder: Encoder, batch: list[tuple[str, Future[Vector]]]) -> None:
-        keys = list(dict.fromkeys(key for key, _ in batch))
+    def _answer(self, encoder: Encoder, batch: list[_Asked]) -> None:
+        keys = list(dict.fromkeys(key for (_, key), _ in batch))
         try:
             fresh = dict(zip(keys, encoder.encode(keys), strict=True))
         except BaseException as error:
@@ -205,8 +209,9 @@ class EncoderService:
                 return
             raise
         with self._lock:
-            self._cache.update(fresh)
+            for owned, _ in batch:
+                self._cache[owned] = fresh[owned[1]]
             while len(self._cache) > self._cache_size:
                 self._cache.popitem(last=False)
-        for key, future in batch:
+        for (_, key), future in batch:
             future.set_result(fresh[key])

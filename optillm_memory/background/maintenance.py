@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from optillm_memory.background.encoder_service import EncoderService
 from optillm_memory.background.threads import start_thread
-from optillm_memory.errors import EncoderUnavailable
+from optillm_memory.errors import EncoderUnavailable, StoreError
 from optillm_memory.settings import Settings
 from optillm_memory.store.base import Store
 from optillm_memory.store.fold import fold_older
@@ -27,11 +27,13 @@ _LOOK_S = 60.0  # between two looks at what is to go, and at what other processe
 _TOGETHER_S, _ERASE_AGAIN_S = 1.0, 5.0  # for which forgetting gathers, and after which an erasure is tried again
 _REPEAT_S = 3_600.0  # after which everything is looked through again: what was no memory yet may be one now
 _CLOSING_S = 10.0
+_SEAL_AGAIN_S = 86_400.0
+_BREATH_S = 0.001  # now and then, while every row is read: whoever has a request goes first
 Missing = Sequence[tuple[int, str, str]]
 
 
 class Maintenance:
-    """Three threads: for missing vectors, for what is to be deleted, and for the bytes of what was forgotten."""
+    """Four threads: for missing vectors, what is to be deleted, the bytes of what was forgotten, and the seal."""
 
     def __init__(self, store: Store, encoder: EncoderService, settings: Settings) -> None:
         """Join what `start` needs; the settings say how much is kept."""
@@ -51,6 +53,7 @@ class Maintenance:
         self._threads.append(start_thread("agent-memory-vectors", self._fill))
         self._threads.append(start_thread("agent-memory-retention", self._delete))
         self._threads.append(start_thread("agent-memory-erasure", self._erase))
+        self._threads.append(start_thread("agent-memory-seal", self._check_seal))
 
     def wake(self) -> None:
         """Look for memories without a vector."""
@@ -175,6 +178,28 @@ class Maintenance:
             self._forgotten.wait(_ERASE_AGAIN_S if left else _LOOK_S)
             self._closing.wait(_TOGETHER_S)
             self._forgotten.clear()  # before the look at whether this closes: its call to wake up must not be lost
+
+    def _check_seal(self) -> None:
+        """Compare every row with the seal, at the start and now and then."""
+        while not self._closing.is_set():
+            wait_s = _SEAL_AGAIN_S
+            try:
+                self._store.check_seal(rest=self._rest)
+            except _ClosingError:
+                return
+            except StoreError:  # the file is being opened again, or cannot be read now
+                wait_s = _LOOK_S
+            except Exception:
+                logger.exception("agent_memory: the seal could not be checked; trying again")
+            self._closing.wait(wait_s)
+
+    def _rest(self) -> None:
+        if self._closing.wait(_BREATH_S):
+            raise _ClosingError
+
+
+class _ClosingError(Exception):
+    """What is under way is left, for this closes."""
 
 
 def reembed(store: Store, encoder: EncoderService, *, progress: Callable[[str], None] = lambda _: None) -> int:

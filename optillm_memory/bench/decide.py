@@ -20,7 +20,7 @@ from optillm_memory.bench.report import quantile
 from optillm_memory.bench.stream import wait_for_encoder
 from optillm_memory.bench.tasks import Task
 from optillm_memory.conversation.parse import key_of
-from optillm_memory.host.incoming import tenant_of_key
+from optillm_memory.host.caller import tenant_of_key
 from optillm_memory.memory import Memory
 from optillm_memory.testing.host import HostProcess
 from optillm_memory.testing.upstream import RecordingUpstream
@@ -55,7 +55,7 @@ def run(
         say("in process")
         with Memory.open(db, holdout=0.0, reuse_audit=0.0) as memory:
             memory.encoder.wait(120)
-            memory.encoder.encode([key_of(text) for text in texts])
+            memory.encoder.encode([key_of(text) for text in texts], owner=tenant_of_key(KEY))
             with _in_process(memory) as ask:
                 texts = [text for text in texts if ask(text)]  # one about today is never answered from memory
             for number in clients:

@@ -18,7 +18,7 @@ from optillm_memory.bench.report import quantile
 from optillm_memory.bench.stream import wait_for_encoder
 from optillm_memory.bench.tasks import Task
 from optillm_memory.conversation.parse import key_of
-from optillm_memory.host.incoming import tenant_of_key
+from optillm_memory.host.caller import tenant_of_key
 from optillm_memory.memory import Memory
 from optillm_memory.recall.encoder import load_encoder
 from optillm_memory.testing.host import HostProcess
@@ -250,7 +250,7 @@ def fill(db: Path, texts: Sequence[str]) -> None:
         memory.encoder.wait(120)
         for start in range(0, len(texts), 256):
             batch = texts[start : start + 256]
-            memory.encoder.encode([key_of(text) for text in batch])
+            memory.encoder.encode([key_of(text) for text in batch], owner=tenant)
             traces = []
             for text in batch:
                 turn = memory.new_turn(_body(text), tenant=tenant)

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from optillm_memory.bench.report import Output
+from optillm_memory.conversation.printable import printable
 
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 SUPPORT_TASKS = "support_tasks.jsonl"
@@ -79,4 +80,4 @@ def progress(length: int, label: str) -> Any:
 
 def say(text: str) -> None:
     """Print a message on standard error."""
-    click.echo(text, err=True)
+    click.echo(printable(text), err=True)

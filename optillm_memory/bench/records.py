@@ -13,6 +13,7 @@ from optillm_memory.conversation.parse import key_of
 from optillm_memory.recall.encoder import REFERENCE
 from optillm_memory.records import Feedback, Scope, Trace
 from optillm_memory.store import fold
+from optillm_memory.store.announced import Announced, Arrival, Submission
 from optillm_memory.store.tables.vectors import key_hash
 from optillm_memory.store.transaction import Transaction
 
@@ -160,7 +161,10 @@ def operations(
     def judged(tx: Transaction) -> None:
         fold.feedback_arrived(tx, scope.tenant, None, feedback, received_at=made.created_at)
 
-    return arrives, judged
+    return (
+        Announced(arrives, arrivals=[Arrival(made.trace_id, made.episode_id)]),
+        Announced(judged, feedback=[Submission(scope.tenant, feedback.feedback_id, made.trace_id)]),
+    )
 
 
 def _unit(vectors: NDArray[np.floating]) -> Vectors:

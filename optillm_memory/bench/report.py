@@ -7,13 +7,15 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from optillm_memory.store.sqlite.connection import sqlite_version
+from optillm_memory.conversation.printable import printable
+from optillm_memory.store.sqlite.library import sqlite_version
 
 _PACKAGES = ("optillm-memory", "optillm", "openai", "sentence-transformers", "torch", "transformers", "numpy")
 
@@ -30,7 +32,7 @@ class Output:
         whole = json.dumps(report(figures, settings), indent=2, sort_keys=True)
         if self.path is not None:
             self.path.write_text(f"{whole}\n", encoding="utf-8")
-        click.echo(whole if self.as_json else columns(figures) if text is None else text)
+        click.echo(whole if self.as_json else printable(columns(figures) if text is None else text))
 
 
 def report(figures: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,8 +43,17 @@ def report(figures: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    machine = {"cores": os.cpu_count(), "system": platform.system(), "processor": platform.machine()}
+    machine = {"cores": os.cpu_count(), "system": platform.system(), "processor": processor()}
     return {**figures, "settings": dict(settings), "versions": versions, "machine": machine}
+
+
+def processor() -> str:
+    """Return the processor's name, or its architecture where the system does not name it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def columns(figures: Mapping[str, Any], indent: str = "") -> str:

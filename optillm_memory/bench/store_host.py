@@ -18,7 +18,7 @@ import httpx
 from optillm_memory.bench.records import LARGE, SMALL, Records
 from optillm_memory.bench.store_host_main import save_vectors
 from optillm_memory.errors import HostError
-from optillm_memory.host.incoming import tenant_of_key
+from optillm_memory.host.caller import tenant_of_key
 from optillm_memory.records import Scope
 from optillm_memory.testing.host import HostProcess, child_environment
 from optillm_memory.testing.upstream import RecordingUpstream

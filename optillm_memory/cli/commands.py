@@ -10,12 +10,13 @@ from typing import Any
 
 import click
 
-from optillm_memory.cli.common import database, limited, opened, printed, printing, reading, scope_named, scoped
+from optillm_memory.cli.common import database, limited, opened, printed, printing, reading, say, scope_named, scoped
 from optillm_memory.cli.render import finding_line, mapping, memory_lines, trace_lines
+from optillm_memory.conversation.printable import printable
 from optillm_memory.errors import AgentMemoryError
 from optillm_memory.learn.uplift import summary as uplift_summary
 from optillm_memory.memory import Memory
-from optillm_memory.records import METRICS
+from optillm_memory.records import COMMAND_LINE, METRICS
 from optillm_memory.request.route import summary as policy_summary
 from optillm_memory.settings import table
 
@@ -29,7 +30,7 @@ class _Cli(click.Group):
         try:
             return super().invoke(ctx)
         except AgentMemoryError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(printable(str(error))) from error
 
 
 @click.group(cls=_Cli, epilog="Settings are environment variables; `optillm-memory settings` lists them.")
@@ -65,16 +66,18 @@ def install(directory: Path, *, remove: bool, as_json: bool) -> None:
 
 @main.command()
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path), default=".")
+@click.option("--security", is_flag=True, help="Name the open doors of this installation instead.")
 @printing
-def doctor(directory: Path, *, as_json: bool) -> None:
+def doctor(directory: Path, *, security: bool, as_json: bool) -> None:
     """Check settings, database, encoder and optillm without changing anything; exit with 1 if something is broken."""
     from optillm_memory.host.doctor import examine
+    from optillm_memory.host.security import doors
 
     findings = []
-    for finding in examine(directory):
+    for finding in doors() if security else examine(directory):
         findings.append(finding)
         if not as_json:
-            click.echo(finding_line(finding.level, finding.name, finding.message))
+            say(finding_line(finding.level, finding.name, finding.message), err=False)
     printed([asdict(f) for f in findings], as_json=as_json, text=None)
     if any(f.level == "fail" for f in findings):
         sys.exit(1)
@@ -147,6 +150,13 @@ def recall(memory: Memory, query: str, limit: int, **scope: Any) -> Any:
     return [hit.as_dict() for hit in memory.recall(query, scope=scope_named(memory, **scope), limit=limit)]
 
 
+def _moment(text: str | None) -> str | float | None:
+    try:
+        return float(text or "")
+    except ValueError:
+        return text
+
+
 @main.command()
 @click.argument("trace_id", required=False)
 @click.option("--episode", "episode_id", help="The episode, instead of a trace.")
@@ -158,12 +168,13 @@ def recall(memory: Memory, query: str, limit: int, **scope: Any) -> Any:
 @click.option(
     "--source", type=click.Choice(["human", "code", "llm"]), default="human", show_default=True, help="Who judged it."
 )
+@click.option("--valid-until", help="The moment from which on it no longer holds: ISO 8601, or Unix seconds.")
 @click.option("--feedback-id", help="Makes the feedback idempotent.")
 @click.option("--retract", help="The id of feedback to undo.")
 @database
 def feedback(
     trace_id: str | None, episode_id: str | None, source: str, feedback_id: str | None, retract: str | None,
-    db: str | None, *, as_json: bool, **metrics: Any,
+    valid_until: str | None, db: str | None, *, as_json: bool, **metrics: Any,
 ) -> None:  # fmt: skip
     """Report how a trace or an episode went."""
     values = [(metric, metrics[metric]) for metric in METRICS if metrics[metric] is not None]
@@ -175,20 +186,21 @@ def feedback(
         raise click.UsageError("--feedback-id is the id of one feedback; give only one result with it")
     else:
         about = {"trace_id": trace_id} if trace_id else {"episode_id": episode_id}
-        shared = {**about, "source": source, "feedback_id": feedback_id}
+        shared = {**about, "source": source, "feedback_id": feedback_id, "valid_until": _moment(valid_until)}
         items = [{**shared, "metric": metric, "value": value} for metric, value in values]
     with opened(db, make=True) as memory:
-        receipts = [r.as_dict() for r in memory.feedback(items)]
+        receipts = [r.as_dict() for r in memory.feedback(items, reporter=COMMAND_LINE)]
     printed(receipts, as_json=as_json, text=lambda: "\n".join(f"{r['feedback_id']}  {r['status']}" for r in receipts))
 
 
 @main.command()
 @database
-def rebuild(db: str | None, *, as_json: bool) -> None:
+@click.option("--accept-changes", is_flag=True, help="Go on although the seal shows that the log was changed.")
+def rebuild(db: str | None, *, accept_changes: bool, as_json: bool) -> None:
     """Derive all memories again from the log."""
     started = time.monotonic()
     with opened(db) as memory:
-        found = memory.rebuild()
+        found = memory.rebuild(accept_changes=accept_changes)
     timed = {**found, "seconds": round(time.monotonic() - started, 3)}
     printed(timed, as_json=as_json, text=lambda: mapping(timed))
 
@@ -204,11 +216,12 @@ def settings(*, as_json: bool) -> None:
 
 def _add_later_commands() -> None:
     from optillm_memory.bench.commands import bench
+    from optillm_memory.cli.authority import COMMANDS as OF_AUTHORITY
     from optillm_memory.cli.copy import copy
     from optillm_memory.cli.maintain import COMMANDS
     from optillm_memory.demo.command import demo
 
-    for command in (demo, bench, copy, *COMMANDS):
+    for command in (demo, bench, copy, *COMMANDS, *OF_AUTHORITY):
         main.add_command(command)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import click
 
 from optillm_memory.cli.render import mapping
+from optillm_memory.conversation.printable import printable, printable_json
 from optillm_memory.errors import NotFound
 from optillm_memory.memory import Memory
 from optillm_memory.records import Scope
@@ -44,13 +44,18 @@ def _keep_output(ctx: click.Context, _param: click.Parameter, path: Path | None)
 
 def printed(value: Any, *, as_json: bool, text: Callable[[], str] | None) -> None:
     """Print a result as JSON or as text (nothing if `text` is None), and write it to the file of `--output`."""
-    rendered = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    rendered = printable_json(value)
     if (path := click.get_current_context().meta.get(_OUTPUT)) is not None:
         path.write_text(f"{rendered}\n", encoding="utf-8")
     if as_json:
         click.echo(rendered)
     elif text is not None:
-        click.echo(text())
+        say(text(), err=False)
+
+
+def say(text: str, *, err: bool = True) -> None:
+    """Print a text for people, on standard error where it is no result; what it holds cannot act on the terminal."""
+    click.echo(printable(text), err=err)
 
 
 def database(command: Command, kinds: str = "a file or a postgresql:// URL") -> Command:
@@ -152,7 +157,8 @@ def scope_named(memory: Memory, tenant: str | None, namespace: str, user_id: str
     """Return the scope from the options."""
     tenants = [tenant] if tenant is not None else memory.tenants(namespace)
     if len(tenants) > 1:
-        raise click.UsageError(f"several tenants have this namespace; choose one with --tenant: {', '.join(tenants)}")
+        names = printable(", ".join(tenants))
+        raise click.UsageError(f"several tenants have this namespace; choose one with --tenant: {names}")
     return Scope(tenants[0] if tenants else "", namespace, user_id, agent_id)
 
 
@@ -169,9 +175,9 @@ def progress(*, every_s: float = _LINE_EVERY_S) -> Iterator[Callable[[str], None
     def show(line: str) -> None:
         nonlocal shown_at, last
         if terminal:
-            click.echo(f"\r\x1b[K{line}", err=True, nl=False)
+            click.echo(f"\r\x1b[K{printable(line)}", err=True, nl=False)
         elif time.monotonic() - shown_at >= every_s:
-            click.echo(line, err=True)
+            say(line)
             shown_at, line = time.monotonic(), ""
         last = line
 
@@ -181,4 +187,4 @@ def progress(*, every_s: float = _LINE_EVERY_S) -> Iterator[Callable[[str], None
         if terminal and last:
             click.echo("\r\x1b[K", err=True, nl=False)
         elif last:
-            click.echo(last, err=True)
+            say(last)

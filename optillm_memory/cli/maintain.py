@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -18,9 +19,11 @@ from optillm_memory.cli.common import (
     printed,
     progress,
     refuse_missing,
+    say,
     settings_for,
 )
 from optillm_memory.cli.render import finding_line, mapping
+from optillm_memory.conversation.printable import printable
 from optillm_memory.settings import is_url
 
 _DAY_S = 86_400
@@ -40,12 +43,13 @@ def verify(db: str | None, *, deep: bool, mend: bool, as_json: bool) -> None:
     if mend:
         with opened(db) as memory:
             found = memory.mend()
-        click.echo(f"deleted: {json.dumps(found)}", err=True)
+        say(f"deleted: {json.dumps(found)}")
     shown = []
-    for check in checks.verify(place, deep=deep, normal=form_named(settings.answer_form)):
+    normal, folder = form_named(settings.answer_form), settings.seal_folder
+    for check in checks.verify(place, deep=deep, normal=normal, seal_folder=folder):
         shown.append(check.as_dict())
         if not as_json:
-            click.echo(finding_line(check.level, check.name, check.message))
+            say(finding_line(check.level, check.name, check.message), err=False)
     printed(shown, as_json=as_json, text=None)
     if any(check["level"] == "fail" for check in shown):
         sys.exit(1)
@@ -60,11 +64,13 @@ def migrate(db: str | None, *, as_json: bool) -> None:
 
     settings = settings_for(db)
     refuse_missing(settings)
-    store = open_store(settings.db, queue_size=1, normal=normal_answer)
+    store = open_store(
+        settings.db, queue_size=1, normal=normal_answer, seal=settings.seal, seal_folder=settings.seal_folder
+    )
     fault = store.fault
     store.close()
     if fault:
-        raise click.ClickException(fault)
+        raise click.ClickException(printable(fault))
     found = {"database": settings.place, "schema": "current"}
     printed(found, as_json=as_json, text=lambda: mapping(found))
 
@@ -112,12 +118,12 @@ def forget(
             printed(counts, as_json=as_json, text=lambda: mapping(counts))
             return
         if any(counts.values()) and not yes:
-            click.echo(mapping(counts), err=True)
+            say(mapping(counts))
             click.confirm("Delete this for good?", abort=True, err=True)
         with progress() as told:
             found = memory.forget(selection, with_set_aside=with_set_aside, progress=told)
     for line in found["left"]:
-        click.echo(line, err=True)
+        say(line)
     printed(found, as_json=as_json, text=lambda: mapping(found))
     if found["left"]:
         sys.exit(1)
@@ -137,7 +143,7 @@ def reembed(db: str | None, *, prune: bool, as_json: bool) -> None:
             found["encoder"] = memory.encoder.fingerprint or memory.encoder.state
             if memory.encoder.state != "ready":
                 reason = memory.encoder.reason or "OPTILLM_AGENT_MEMORY_ENCODER is `none`"
-                raise click.ClickException(f"there is no encoder: {reason}")
+                raise click.ClickException(f"there is no encoder: {printable(reason)}")
             found["embedded"] = memory.reembed(progress=told)
             if prune:
                 found["pruned"] = memory.prune_vectors()
@@ -156,10 +162,38 @@ def compact(db: str | None, *, as_json: bool) -> None:
         left = memory.compact(progress=told)
         found = {"bytes_before": before, "bytes": memory.stats()["bytes"], "left": left}
     for line in left:
-        click.echo(line, err=True)
+        say(line)
     printed(found, as_json=as_json, text=lambda: mapping(found))
     if left:
         sys.exit(1)
 
 
-COMMANDS: tuple[click.Command, ...] = (verify, migrate, backup, forget, compact, reembed)
+@click.command()
+@click.option("--accept", is_flag=True, help="Seal everything as it is found; what was wrong is settled.")
+@click.option("--new-key", is_flag=True, help="Seal everything as it is found, with a new key.")
+@click.option("--remove", is_flag=True, help="Take the seal off, and delete its key.")
+@database_file
+def seal(db: str | None, *, accept: bool, new_key: bool, remove: bool, as_json: bool) -> None:
+    """Compare every row with the seal, or seal a database; exit with 1 where it was changed from outside."""
+    from optillm_memory.learn.outcomes import normal_answer
+    from optillm_memory.store.sqlite.store import SqliteStore
+
+    if accept + new_key + remove > 1:
+        raise click.UsageError("use one of --accept, --new-key and --remove")
+    settings = settings_for(db)
+    path, changes = file_of(settings), accept or new_key or remove
+    with contextlib.closing(
+        SqliteStore(path, normal=normal_answer, read_only=not changes, seal_folder=settings.seal_folder)
+    ) as store:
+        wrong = store.check_seal()
+        if remove:
+            store.remove_seal()
+        elif changes:
+            store.accept_seal(new_key=new_key)
+        found = {**store.described_seal(), "wrong": [] if changes else wrong, "accepted": wrong if changes else []}
+    printed(found, as_json=as_json, text=lambda: mapping(found))
+    if found["wrong"]:
+        sys.exit(1)
+
+
+COMMANDS: tuple[click.Command, ...] = (verify, seal, migrate, backup, forget, compact, reembed)

@@ -18,7 +18,9 @@ def finding_line(level: str, name: str, message: str) -> str:
 def mapping(values: Mapping[str, Any]) -> str:
     """Return names and values in two columns."""
     width = max(len(name) for name in values)
-    return "\n".join(f"{name:{width}}  {_value(value)}" for name, value in values.items())
+    # Further lines of a value are indented, so that none looks like a name with its value.
+    lines = ((name, _value(value).replace("\n", "\n" + " " * (width + 2))) for name, value in values.items())
+    return "\n".join(f"{name:{width}}  {value}" for name, value in lines)
 
 
 def trace_lines(found: Sequence[Mapping[str, Any]]) -> str:

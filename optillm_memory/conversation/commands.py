@@ -6,8 +6,12 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+
+from optillm_memory.conversation.runners import reports, runs_tests
 
 LIMIT = 4_000
+_MAIN_WORDS = 12  # of a program's arguments in which a test runner is looked for
 _COMMAND_KEYS = ("command", "cmd", "script", "code", "bash", "shell", "input", "commands", "keystrokes")
 _VIEWING_TOOL = re.compile(
     r"(?:^|[_\W])(?:read|view|cat|open|search|grep|find|glob|list|ls|fetch|browse|web|get|show|logs?|diff|docs?|scroll|"
@@ -68,6 +72,22 @@ class Command:
     masks: bool = False
     dedicated: bool = False
     names: str = ""
+    main: tuple[str, ...] = ()
+
+    @property
+    def shows_content(self) -> bool:
+        """Whether it is a tool of its own that fetches, searches or reads: what it returns is all content."""
+        return self.views and self.dedicated
+
+    @property
+    def runs_tests(self) -> bool:
+        """Whether the program that printed the end of the output runs tests."""
+        return runs_tests(self.main)
+
+    @property
+    def reports(self) -> bool:
+        """Whether the program that printed the end of the output tests, builds, lints or installs."""
+        return reports(self.main)
 
     @property
     def ends_idle(self) -> bool:
@@ -81,8 +101,12 @@ class Command:
 
 def command_of(tool: str, arguments: str) -> Command:
     """Classify a call by its tool name and arguments (JSON, or a plain command text)."""
-    name = tool[:200]
-    text, names = _command_text(arguments[:LIMIT])
+    return _command_of(tool[:200], arguments[:LIMIT])
+
+
+@lru_cache(maxsize=512)  # each result of a tool is compared with several others
+def _command_of(name: str, arguments: str) -> Command:
+    text, names = _command_text(arguments)
     viewing = bool(_VIEWING_TOOL.search(name))
     if text is None or viewing:
         # A tool whose name neither shows nor runs anything (an expert, a plan) answers in prose.
@@ -180,6 +204,7 @@ def _is_viewer(name: str, words: list[str]) -> bool:
 def _shell(text: str) -> Command:
     """Classify a command line: the first program of the last pipeline decides the kind of the output."""
     programs: list[str] = []
+    main: tuple[str, ...] = ()
     single, piped, views, compares, tail_is_trivial, fallback = True, False, False, False, False, False
     for operator, words in _segments(text[:LIMIT]):
         name, rest = _program(words)
@@ -195,6 +220,7 @@ def _shell(text: str) -> Command:
         tail_is_trivial = operator in (";", "\n", "||") and name in _TRIVIAL
         if not (programs and tail_is_trivial and not views):
             views = _is_viewer(name, rest)
+            main = (name, *rest[:_MAIN_WORDS])
         compares = (
             (compares and operator == "&&")
             or name in _COMPARERS
@@ -210,4 +236,5 @@ def _shell(text: str) -> Command:
         single=single and not piped,
         masks=(piped and not views) or tail_is_trivial or fallback,
         names=text,
+        main=main,
     )

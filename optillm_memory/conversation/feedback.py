@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any, cast
 
 from optillm_memory.errors import InvalidField
-from optillm_memory.records import METRICS, Feedback, Metric, Source, uuid7_hex
+from optillm_memory.records import METRICS, VERIFYING, Feedback, Metric, Source, Trust, uuid7_hex
 
-KEYS = ("trace_id", "episode_id", "metric", "value", "source", "feedback_id", "evidence", "occurred_at")
+KEYS = ("trace_id", "episode_id", "metric", "value", "source", "feedback_id", "evidence", "occurred_at", "valid_until")
 SUBMITTED_SOURCES = ("code", "human", "llm")
 EVIDENCE_KEYS = ("command", "exit_code", "output")
 _NAME_LIMIT = 200
+_LATEST = 253_402_300_800  # the end of the year 9999; in milliseconds it is the year 1978
 
 
 def parse_feedback(payload: Any, *, now: float, param: str = "feedback") -> list[Feedback]:
@@ -33,6 +35,16 @@ def parse_feedback(payload: Any, *, now: float, param: str = "feedback") -> list
             raise InvalidField(f"{param}[{index}]", "must be an object")
         found.append(_one(item, now, f"{param}[{index}]"))
     return found
+
+
+def attributed(items: Iterable[Feedback], reporter: str, trust: Trust) -> list[Feedback]:
+    """Return feedback under the name of its reporter, which is empty where no credential came with it.
+
+    Under strict trust such feedback verifies nothing: its source becomes `llm`.
+    """
+    is_opinion = trust == "strict" and not reporter
+    named = [replace(item, reporter=reporter, trust=trust) for item in items]
+    return [replace(f, source="llm") if is_opinion and f.source in VERIFYING else f for f in named]
 
 
 def _one(item: Mapping[str, Any], now: float, param: str) -> Feedback:
@@ -58,7 +70,8 @@ def _one(item: Mapping[str, Any], now: float, param: str) -> Feedback:
         trace_id=trace_id,
         episode_id=episode_id,
         evidence=_evidence(item.get("evidence"), param),
-        occurred_at=_time(item.get("occurred_at"), now, param),
+        occurred_at=_occurred_at(item.get("occurred_at"), now, param),
+        valid_until=None if retracts else _moment(item.get("valid_until"), f"{param}.valid_until"),
     )
 
 
@@ -125,19 +138,27 @@ def _evidence(value: Any, param: str) -> dict[str, Any] | None:
     return loaded
 
 
-def _time(value: Any, now: float, param: str) -> float:
-    if value is None:
+def _occurred_at(value: Any, now: float, param: str) -> float:
+    moment = _moment(value, f"{param}.occurred_at")
+    if moment is None:
         return now
+    if moment > now + 86_400:
+        raise InvalidField(f"{param}.occurred_at", "lies in the future; send Unix seconds, not milliseconds")
+    return moment
+
+
+def _moment(value: Any, param: str) -> float | None:
+    """Return a moment in Unix seconds; None where none is given."""
+    if value is None:
+        return None
     if isinstance(value, str):
         try:
             parsed = datetime.fromisoformat(value.replace("Z", "+00:00"))
-        except ValueError:
-            raise InvalidField(f"{param}.occurred_at", "must be a Unix time in seconds or ISO 8601") from None
-        value = (parsed if parsed.tzinfo else parsed.replace(tzinfo=timezone.utc)).timestamp()
+            value = (parsed if parsed.tzinfo else parsed.replace(tzinfo=timezone.utc)).timestamp()
+        except (ValueError, OverflowError, OSError):
+            raise InvalidField(param, "must be a Unix time in seconds or ISO 8601") from None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidField(f"{param}.occurred_at", "must be a Unix time in seconds or ISO 8601")
-    if not 0 <= value <= now + 86_400:
-        raise InvalidField(
-            f"{param}.occurred_at", "lies before 1970 or in the future; send Unix seconds, not milliseconds"
-        )
+        raise InvalidField(param, "must be a Unix time in seconds or ISO 8601")
+    if not 0 <= value < _LATEST:
+        raise InvalidField(param, "lies before 1970 or after the year 9999; send Unix seconds, not milliseconds")
     return float(value)

@@ -48,7 +48,7 @@ def identity_of(message: Mapping[str, Any]) -> list[Any]:
     if role == "assistant":
         refusal = message.get("refusal")
         text = without_thoughts(text) or (refusal if isinstance(refusal, str) else "")
-    calls = [[name, _value_of(arguments)] for _, name, arguments in calls_of(message, 0)]
+    calls = [[name, value_of(arguments)] for _, name, arguments in calls_of(message, 0)]
     content = message.get("content")
     parts = [_part(p) for p in content if not _is_of_text(p)] if isinstance(content, list) else []
     audio = message.get("audio")  # of a spoken answer clients send back the id
@@ -72,7 +72,7 @@ def _part(part: Any) -> Any:
     return [_part(item) for item in part] if isinstance(part, list) else part
 
 
-def _value_of(arguments: str) -> Any:
+def value_of(arguments: str) -> Any:
     """Return a call's arguments as JSON values: clients parse and serialise them again."""
     if not arguments.strip():
         return {}

@@ -47,7 +47,7 @@ def plausible_languages(text: str) -> tuple[str, ...]:
 @lru_cache(maxsize=8192)
 def _languages(text: str) -> tuple[str, ...]:
     prose = _CODE.sub(" ", text[: 4 * LONGEST])[:LONGEST]
-    scripts = Counter(_script(character) for character in prose if character.isalpha())
+    scripts = _scripts(prose)
     if not scripts or sum(scripts.values()) == scripts["LATIN"] < _FEW_LETTERS:
         return (ENGLISH,)
     if scripts["HIRAGANA"] + scripts["KATAKANA"] and 2 * scripts["LATIN"] <= sum(scripts.values()):
@@ -61,7 +61,7 @@ def _languages(text: str) -> tuple[str, ...]:
     best, score = next(iter(found.items()), (ENGLISH, 0.0))
     if script != "LATIN":
         return (best if score >= _MIN_SCORE and best not in _OF_LATIN_SCRIPT else _DEFAULT_BY_SCRIPT[script],)
-    accented = any(c.isalpha() and not c.isascii() for c in prose)
+    accented = not prose.isascii() and any(c.isalpha() and not c.isascii() for c in prose)
     chosen = best if score >= (_MIN_SCORE_ACCENTED if accented else _MIN_SCORE_ASCII) else ENGLISH
     others = [name for name, its in found.items() if its >= _PLAUSIBLE] if found.get(ENGLISH, 0.0) < _MIN_SCORE else []
     return tuple(dict.fromkeys((chosen, *others)))
@@ -73,6 +73,14 @@ def warm() -> None:
 
 
 _OF_LATIN_SCRIPT = frozenset(("en", "de", "fr", "es", "it", "pt", "nl", "pl", "tr", "sv", "cs", "hu", "fi", "ro", "id"))
+
+
+def _scripts(text: str) -> Counter[str]:
+    """Count the letters of each script."""
+    if not text.isascii():
+        return Counter(map(_script, filter(str.isalpha, text)))
+    letters = sum(map(str.isalpha, text))
+    return Counter({"LATIN": letters} if letters else {})
 
 
 @lru_cache(maxsize=4096)

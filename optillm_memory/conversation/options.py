@@ -14,6 +14,8 @@ from optillm_memory.records import Feedback, Mode
 
 FIELD = "agent_memory"
 HEADER_PREFIX = "X-Agent-Memory-"
+# Headers with the prefix that are secrets of the caller, and none of its options.
+OPERATOR_HEADER, KEY_HEADER, REPORTER_HEADER = (HEADER_PREFIX + name for name in ("Operator", "Key", "Reporter-Key"))
 NAME_LIMIT, GOAL_LIMIT = 200, 4_000
 TOOL_LISTS = ("read_only", "allow", "never")
 AUTO = "auto"  # the approach that lets the policy choose
@@ -36,7 +38,9 @@ class Options:
     token_budget: int | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     feedback: tuple[Feedback, ...] = ()
-    end_user: str = ""  # from fields of the body or of a gateway; not one of our keys
+    # Not of our keys: the end user whom fields of the body or of a gateway name, and the reporter whose key came along.
+    end_user: str = ""
+    reporter: str = ""
 
     @property
     def reads(self) -> bool:
@@ -56,7 +60,8 @@ class Options:
         }
 
 
-KEYS = tuple(name for name in Options.__dataclass_fields__ if name != "end_user")
+KEYS = tuple(name for name in Options.__dataclass_fields__ if name not in ("end_user", "reporter"))
+_SECRETS = ("operator", "key", "reporter_key")
 # Where clients and gateways name the end user, the most specific first.
 _USER_HEADERS = ("x-openwebui-user-id", "x-litellm-end-user-id", "x-litellm-customer-id", "x-librechat-user-id")
 _USER_FIELDS = ("safety_identifier", "user")
@@ -115,11 +120,13 @@ def _from_headers(headers: Mapping[str, str]) -> dict[str, Any]:
         if not name.lower().startswith(HEADER_PREFIX.lower()):
             continue
         key = name[len(HEADER_PREFIX) :].lower().replace("-", "_")
+        if key in _SECRETS:
+            continue
         if key in ("max_items", "token_budget", "tags", "feedback", "reuse", "tools"):
             try:
                 values[key] = json.loads(text)
-            except ValueError:
-                raise InvalidField(name, "must be JSON") from None
+            except (ValueError, RecursionError):
+                raise InvalidField(name, "must be JSON, and not nested deeply") from None
         else:
             values[key] = text
     return values

@@ -1,52 +1,84 @@
-"""Redaction: secrets are replaced before a text is stored. Every pattern is linear in the text's length."""
+"""Redaction: secrets are replaced before a text is stored. The time is linear in the text's length.
+
+What is stored is not what is sent: a request goes upstream as the client wrote it.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import re
+from collections.abc import Iterable, Iterator
 
-# (kind, marks, pattern). Each pattern has a literal prefix and bounded or single character classes, so that matching is
-# linear. Each match contains one of the marks: a text without them, as nearly all are, is not searched.
-_SECRETS: tuple[tuple[str, tuple[str, ...], re.Pattern[str]], ...] = (
-    (
-        "private-key",
-        ("-----BEGIN ",),
-        re.compile(
-            r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY(?: BLOCK)?-----(?:\s{0,4}[A-Z][A-Za-z-]{1,20}: [^\n]{0,200}\n){0,5}"
-            r"[A-Za-z0-9+/=\s\\]{0,20000}(?:-----END [A-Z ]{0,30}PRIVATE KEY(?: BLOCK)?-----)?"
-        ),
-    ),
-    ("api-key", ("sk-", "pk-", "rk-"), re.compile(r"\b(?:sk|pk|rk)-[A-Za-z0-9_-]{16,400}")),
-    ("api-key", ("sk_", "rk_"), re.compile(r"\b(?:sk|rk)_(?:live|test)_[A-Za-z0-9]{10,200}")),
-    (
-        "token",
-        ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "glpat-"),
-        re.compile(r"\bgh[pousr]_[A-Za-z0-9]{20,400}|\bgithub_pat_[A-Za-z0-9_]{20,400}|\bglpat-[A-Za-z0-9_-]{16,200}"),
-    ),
-    (
-        "token",
-        ("xox", "hf_", "AIza"),
-        re.compile(r"\bxox[abeoprs]-[A-Za-z0-9-]{10,400}|\bhf_[A-Za-z0-9]{20,200}|\bAIza[A-Za-z0-9_-]{30,60}"),
-    ),
-    ("access-key", ("AKIA", "ASIA"), re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b")),
-    ("jwt", ("eyJ",), re.compile(r"\beyJ[A-Za-z0-9_-]{10,1000}\.[A-Za-z0-9_-]{10,8000}\.[A-Za-z0-9_-]{10,4000}")),
-    ("token", ("earer ",), re.compile(r"(?<=[Bb]earer )[A-Za-z0-9._~+/-]{20,4000}=*")),
-    ("password", ("://",), re.compile(r"(?<=://)[^\s:/@]{1,100}:[^\s/@]{1,200}(?=@)")),
-)
+from optillm_memory.conversation.personal_data import personal_data_in
+from optillm_memory.conversation.secret_forms import forms_in
+from optillm_memory.conversation.secret_names import named_secrets_in
+from optillm_memory.conversation.secret_tokens import Span, tokens_in
+from optillm_memory.records import Level
+
 QUOTED = "[… quoted from memory, left out …]"
-_ALTERED = re.compile(rf"\[REDACTED:[a-z-]{{1,30}}\]|\[… \d{{1,12}} characters left out …\]|{re.escape(QUOTED)}")
+_MARKER = re.compile(r"\[REDACTED:[a-z-]{1,30}\]")
+_ALTERED = re.compile(rf"{_MARKER.pattern}|\[… \d{{1,12}} characters left out …\]|{re.escape(QUOTED)}")
+_BACKSLASH = "\\"
+_ESCAPED_SPACE = re.compile(r"\\+[nrt]")
+_ESCAPED_LETTER = re.compile(r"\\+(?=u[0-9A-Fa-f]{4})")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LONGEST = 22_000  # characters of the longest secret
 _NOTE = 48  # characters of the note about what was left out
+_SHORTEST = 7  # characters of the shortest text that can name a secret, such as `pw=hund`
 
 
-def redact(text: str) -> str:
-    """Return the text with API keys, tokens, private keys and passwords in URLs replaced by `[REDACTED:kind]`."""
-    for kind, marks, pattern in _SECRETS:
-        for mark in marks:
-            if mark in text:
-                text = pattern.sub(f"[REDACTED:{kind}]", text)
-                break
-    return text
+def redact(text: str, level: Level = "default") -> str:
+    """Return a text with each secret replaced by `[REDACTED:kind]`; `strict` also replaces personal data.
+
+    The result depends on the text and the level alone, and to redact it again changes nothing.
+    """
+    if level == "off" or len(text) < _SHORTEST:
+        return text
+    found = list(_secrets_in(text, level))
+    if found and "[REDACTED:" in text:
+        markers = [m.span() for m in _MARKER.finditer(text)]
+        found = [span for span in found if not any(s <= span[0] and span[1] <= e for s, e in markers)]
+    if not found:
+        return text
+    parts: list[str] = []
+    at = 0
+    for start, end, kind in _joined(found):
+        parts += (text[at:start], f"[REDACTED:{kind}]")
+        at = end
+    return "".join((*parts, text[at:]))
+
+
+def _secrets_in(text: str, level: Level) -> Iterator[Span]:
+    if "\\" in text:
+        # JSON within a text, at any depth: a line break is one, and a letter is a letter. No place moves.
+        text = _ESCAPED_SPACE.sub(lambda found: f"{found[0][:-1].replace(_BACKSLASH, ' ')}\n", text)
+        text = _ESCAPED_LETTER.sub(lambda found: "x" * len(found[0]), text)
+    yield from tokens_in(text)
+    yield from forms_in(text)
+    yield from named_secrets_in(text)
+    if level == "strict":
+        yield from personal_data_in(text)
+
+
+def _joined(found: Iterable[Span]) -> Iterator[Span]:
+    """Join secrets that overlap, in order; of equal ones the kind of the first rule counts."""
+    current: Span | None = None
+    for start, end, kind in sorted(found, key=lambda span: (span[0], -span[1])):
+        if current is None or start >= current[1]:
+            if current is not None:
+                yield current
+            current = (start, end, kind)
+        elif end > current[1]:
+            current = (current[0], end, current[2])
+    if current is not None:
+        yield current
+
+
+def digest_of(name: str, key: bytes) -> str:
+    """Return the keyed digest that is stored in place of a name with a secret; equal names have equal digests."""
+    digest = hmac.new(key, name.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+    return f"redacted-{digest[:24]}"
 
 
 def is_whole(stored: str) -> bool:
@@ -54,7 +86,7 @@ def is_whole(stored: str) -> bool:
     return _ALTERED.search(stored) is None and "\ufffd" not in stored
 
 
-def storable(text: str, limit: int, *, secrets: bool = True) -> str:
+def storable(text: str, limit: int, level: Level = "default") -> str:
     """Return the text for storing: valid Unicode, without secrets, shortened to `limit` characters.
 
     The middle of a longer text is removed, since the question is at its ends. Lone surrogates, which
@@ -65,7 +97,7 @@ def storable(text: str, limit: int, *, secrets: bool = True) -> str:
     if left_out:
         text = text[:margin] + text[-margin:]
     text = text if text.isascii() else _SURROGATE.sub("\ufffd", text)
-    text = redact(text) if secrets else text
+    text = redact(text, level)
     if len(text) > limit:
         room = limit - _NOTE
         head, tail = text[: room * 2 // 3], text[len(text) - room // 3 :]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 BLOCK_OPEN, BLOCK_CLOSE = "<agent_memory>", "</agent_memory>"
+BLOCK_BEGIN = BLOCK_OPEN[:-1]  # in a prompt a nonce follows
 SEPARATOR = "\n\n"  # between a message's own text and a block
 # Marks of thoughts in the text of reasoning models: at the start of a line, so that an answer about such marks stays as
 # it is.

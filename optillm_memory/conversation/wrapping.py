@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 HEAD, TAIL = 6_000, 12_000
+_HEAD_LINES, _TAIL_LINES = 2, 4  # lines at the ends of a result in which a harness's code is looked for
 _JSON_LIMIT = 65_536
 # What is said of a result outside of its text (`is_error` of Anthropic, `isError` of MCP) is kept as MCP writes it.
 _FLAGS = ("is_error", "isError")
@@ -36,7 +37,7 @@ _ERROR_KEYS = ("error", "exception", "errorMessage", "error_message", "err")
 _HTTP_KEYS = frozenset(("body", "headers", "url", "text", "data", "content", "response", "statusText"))
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]{0,16}[A-Za-z]")
-_CUT_JSON = re.compile(r'(?<!\\)"(?:exit_?code|return_?code|exit_?status)"\s{0,4}:\s{0,4}(-?\d{1,10})', re.IGNORECASE)
+_CUT_JSON = re.compile(r'(?<!\\)"(exit_?code|return_?code|exit_?status)"\s{0,4}:\s{0,4}(-?\d{1,10})', re.IGNORECASE)
 _TAG = re.compile(r"<(?:return_?code|exit_?code|exit_?status)>\s{0,4}(-?\d{1,10})\s{0,4}</", re.IGNORECASE)
 _COMPLETED = re.compile(r"^CompletedProcess\(args=.{0,2000}?, returncode=(-?\d{1,10})", re.DOTALL)
 _STREAM = re.compile(r"(?:'|\")?, std(?:out|err)=b?['\"]|['\"]\)$")
@@ -57,26 +58,40 @@ _TIMED_OUT = re.compile(
     re.IGNORECASE,
 )
 _FRAME = re.compile(r"</?[a-z_]{1,20}>|^(?:output|stdout|stderr)\s{0,2}:?\s*$", re.IGNORECASE | re.MULTILINE)
-_LABEL = re.compile(r"^(?:output|stdout|stderr|wall time)\b.{0,40}$", re.IGNORECASE | re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A place where an exit code stands in a result: a field, or a line by its form and its place from an end."""
+
+    place: str
+    form: str
 
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
     """The output of a tool without its wrapping.
 
-    `firm` is False where the exit code is only a line of text, which a file may contain too; `wraps` is True where the
+    `codes` are all that look like an exit code, outermost first, by their frames: a program or a file may have printed
+    any of them, so which one is the harness's is known from the tool's other results. `exit_code` is the outermost, for
+    the form alone. `own_code` is one that the program itself reports of a part of its work. `wraps` is True where the
     wrapping is certain. `failed` is True where the tool protocol reports a failure, else None; `error` is the kind of a
     structured error.
     """
 
     text: str
-    exit_code: int | None = None
-    firm: bool = False
+    codes: tuple[tuple[Frame, int], ...] = ()
+    own_code: int | None = None
     failed: bool | None = None
     http_status: int | None = None
     error: str = ""
     structured: bool = False
     wraps: bool = False
+
+    @property
+    def exit_code(self) -> int | None:
+        """The outermost code, whoever printed it."""
+        return self.codes[0][1] if self.codes else self.own_code
 
     @property
     def is_silent(self) -> bool:
@@ -111,54 +126,68 @@ def unwrap(observation: str) -> ToolResult:
         # Truncated, or too long to parse: real keys differ from quoted ones by their quotation marks.
         near = f"{observation[:2000]}\n{observation[-2000:]}"
         if found := _CUT_JSON.search(near):
-            return ToolResult(
-                ends_of(observation).replace("\\n", "\n"), int(found[1]), firm=True, structured=True, wraps=True
-            )
+            frame = Frame("json", found[1])
+            text = ends_of(observation).replace("\\n", "\n")
+            return ToolResult(text, ((frame, int(found[2])),), structured=True, wraps=True)
     elif start.startswith("CompletedProcess(") and (found := _COMPLETED.match(start + observation[200:4000])):
         printed = _STREAM.sub("\n", ends_of(observation)).replace("\\n", "\n").partition("\n")[2]
-        return ToolResult(printed, int(found[1]), firm=True, wraps=True)
+        return ToolResult(printed, ((Frame("repr", "CompletedProcess"), int(found[1])),), wraps=True)
     return _from_text(ends_of(observation))
 
 
-def _from_text(text: str, *, firm: bool = False) -> ToolResult:
-    for near in (text[:400], text[-400:]):
-        if found := _TAG.search(near):
-            return ToolResult(_TAG.sub("<", text), int(found[1]), firm=True, wraps=True)
+def _from_text(text: str, place: str = "") -> ToolResult:
+    """Read a text; `place` is where it stands in the result."""
     lines = [line for line in text.split("\n") if line.strip()]
-    for line in [*lines[:2], *reversed(lines[-4:])]:
+    ends = [(f"{place}-{n}", line) for n, line in enumerate(reversed(lines[-_TAIL_LINES:]))]
+    ends += [(f"{place}+{n}", line) for n, line in enumerate(lines[:_HEAD_LINES])]
+    codes: list[tuple[Frame, int]] = []
+    wrapping: list[str] = []
+    timed_out, own_code = False, None
+    for at, line in ends:
         bare = line.strip()[:300]
-        if _TIMED_OUT.match(bare):
-            return ToolResult(text, failed=True, error="timeout", wraps=True)
-        found = _LINE.match(bare) or _SENTENCE.match(bare) or _RECIPE.match(bare)
-        if found:
-            own = found.re is not _RECIPE and (bare[0] in "[(*" or bool(_LABEL.search(text[:400])))
-            return ToolResult(_without(text, line), int(found["code"]), firm=firm or own, wraps=found.re is not _RECIPE)
-    return ToolResult(text)
+        timed_out = timed_out or _TIMED_OUT.match(bare) is not None
+        if recipe := _RECIPE.match(bare):
+            own_code = int(recipe["code"]) if own_code is None else own_code
+        for form, code in _codes_in(line):
+            codes.append((Frame(at, form), code))
+            wrapping.append(line)
+    outer = _TAG.sub("<", text) if _TAG.search(text[:400]) or _TAG.search(text[-400:]) else text
+    if codes and outer == text:
+        at_end = codes[0][0].place.startswith(f"{place}-")
+        before, _, after = text.rpartition(wrapping[0]) if at_end else text.partition(wrapping[0])
+        outer = f"{before}{after}".strip("\n")
+    if timed_out:
+        return ToolResult(text, tuple(codes), own_code, failed=True, error="timeout", wraps=True)
+    return ToolResult(outer, tuple(codes), own_code, wraps=bool(codes))
 
 
-def _without(text: str, line: str) -> str:
-    """Return the program's output: the text without the line of the wrapping."""
-    if _RECIPE.match(line.strip()):
-        return text
-    before, _, after = text.partition(line)
-    return f"{before}{after}".strip("\n")
+def _codes_in(line: str) -> Iterator[tuple[str, int]]:
+    """Yield the exit codes that a line tells, with its form: a tag, or the line without its number."""
+    for found in (*_TAG.finditer(line[:400]), *_TAG.finditer(line[max(400, len(line) - 400) :])):
+        yield found[0].partition(">")[0], int(found[1])
+    bare = line.strip()[:300]
+    if alone := _LINE.match(bare):
+        yield f"{bare[: alone.start('code')]}#{bare[alone.end('code') :]}", int(alone["code"])
+    elif sentence := _SENTENCE.match(bare):
+        yield bare.split()[0], int(sentence["code"])
 
 
 def _from_json(value: Any) -> ToolResult:
     """Read a JSON result, its objects one level down, and the parts of a content list."""
     if isinstance(value, list):
         return (
-            _from_text(ends_of("\n".join(_texts(value))), firm=True)
+            _from_text(ends_of("\n".join(_texts(value))), "parts")
             if _are_parts(value)
             else ToolResult(ends_of(str(value)))
         )
-    code, failed, status, error = None, None, None, ""
+    codes: tuple[tuple[Frame, int], ...] = ()
+    failed, status, error = None, None, ""
     texts: list[str] = []
     for level in _levels(value):
         for key in _CODE_KEYS:
             found = level.get(key)
-            if code is None and isinstance(found, int) and not isinstance(found, bool):
-                code = found
+            if not codes and isinstance(found, int) and not isinstance(found, bool):
+                codes = ((Frame("json", key), found),)
         bad, name = _reported_failure(level)
         failed = failed or bad
         error = error or name
@@ -168,13 +197,13 @@ def _from_json(value: Any) -> ToolResult:
         for key in _TEXT_KEYS:
             texts.extend(_texts(level.get(key)))
     text = ends_of("\n".join(texts))
-    if code is None and _are_parts(value.get("content")):
-        inner = _from_text(text, firm=True)
-        text, code = inner.text, inner.exit_code
+    if not codes and _are_parts(value.get("content")):
+        inner = _from_text(text, "parts")
+        text, codes = inner.text, inner.codes
         failed = failed or inner.failed
     wraps = bool(_WRAPS & value.keys()) or _are_parts(value.get("content"))
-    wraps = wraps or (code is not None and bool(_OUTPUT_KEYS & value.keys()))
-    return ToolResult(text, code, code is not None, failed, status, error, structured=True, wraps=wraps)
+    wraps = wraps or (bool(codes) and bool(_OUTPUT_KEYS & value.keys()))
+    return ToolResult(text, codes, None, failed, status, error, structured=True, wraps=wraps)
 
 
 def _levels(value: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

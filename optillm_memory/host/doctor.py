@@ -26,7 +26,8 @@ from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.recall.encoder import WEIGHTS_PACKAGE, encoder_source
 from optillm_memory.settings import Settings, env_name, is_url, read_variables, unknown_variables
 from optillm_memory.store.opening import open_store
-from optillm_memory.store.sqlite.connection import sqlite_version, wal_is_safe
+from optillm_memory.store.sqlite.library import sqlite_version, wal_is_safe
+from optillm_memory.store.sqlite.seal_reads import SETTLE
 
 Level = Literal["ok", "warn", "fail"]
 IMPORT_S = 120.0  # at most, to import optillm with the plugin in a process of its own
@@ -82,9 +83,12 @@ def _sqlite() -> Finding:
 def _database(settings: Settings) -> Iterator[Finding]:
     try:
         with contextlib.closing(
-            open_store(settings.db, queue_size=1, normal=normal_answer, read_only=True)
-        ) as store:  # fmt: skip
+            open_store(
+                settings.db, queue_size=1, normal=normal_answer, read_only=True, seal_folder=settings.seal_folder
+            )
+        ) as store:
             total, embedded = store.vectors.coverage()
+            seal = store.seal
     except NotFound:
         yield _place_for_new(settings)
         return
@@ -102,6 +106,10 @@ def _database(settings: Settings) -> Iterator[Finding]:
     complete = not total or (len(embedded) == 1 and max(embedded.values()) >= total) or settings.encoder == "none"
     advice = "" if complete else "; the server adds missing ones, or run: optillm-memory reembed"
     yield Finding("vectors", "ok" if complete else "warn", f"of {total} memories, with a vector: {counts}{advice}")
+    if seal.fault:
+        yield Finding("seal", "fail", f"changed from outside ({seal.fault}), so memory is silent; {SETTLE}")
+    elif seal.on:
+        yield Finding("seal", "ok", "the latest commit is the one that was noted outside; `verify` compares all rows")
 
 
 def _place_for_new(settings: Settings) -> Finding:
@@ -260,7 +268,11 @@ def _plugin_file(directory: Path) -> Finding:
         "m = u.module_from_spec(s); s.loader.exec_module(m); print('slug', m.SLUG, callable(m.run))"
     )
     with tempfile.TemporaryDirectory(prefix="optillm-memory-") as folder:
-        unused = {env_name("db"): str(Path(folder) / "unused.db"), env_name("encoder"): "none"}
+        unused = {
+            env_name("db"): str(Path(folder) / "unused.db"),
+            env_name("operator_key_file"): str(Path(folder) / "unused.operator-key"),
+            env_name("encoder"): "none",
+        }
         try:
             done = subprocess.run(  # noqa: S603 - our own interpreter on a file the user installed
                 [sys.executable, "-B", "-c", code, str(path)], capture_output=True, text=True,

@@ -10,7 +10,7 @@ from typing import Any
 
 import flask
 
-from optillm_memory.conversation.options import FIELD
+from optillm_memory.conversation.options import FIELD, Options
 from optillm_memory.conversation.text import text_of
 from optillm_memory.errors import HostError
 from optillm_memory.host.calls import (
@@ -27,7 +27,7 @@ from optillm_memory.host.runtime import Runtime
 from optillm_memory.host.sse import StreamAccumulator, chunk_of, split_events
 from optillm_memory.inject.place import append_text
 from optillm_memory.memory import Memory
-from optillm_memory.records import FeedbackReceipt, Placement
+from optillm_memory.records import FeedbackReceipt, Placement, View
 from optillm_memory.request.deadline import Deadline
 from optillm_memory.request.turn import Turn
 
@@ -64,13 +64,14 @@ class Exchange:
     def begin(cls, host: Any, runtime: Runtime, incoming: Incoming) -> Exchange:
         """Consult memory, within the deadline; whatever fails there, the exchange goes on without it."""
         memory, fail_open, options = runtime.memory, runtime.fail_open, incoming.options
+        memory, options, fault = _named(memory, fail_open, options)
         turn = Turn.plain(
             {**incoming.body, "model": incoming.model}, tenant=incoming.tenant, options=options,
             approach=incoming.inner, now=time.time(), deadline=Deadline(fail_open.deadline_s),
         )  # fmt: skip
         exchange = cls(host, memory, fail_open, incoming, turn, CallLog(fail_open), runtime.second_calls)
         if memory is None:
-            exchange.turn = turn.skip("memory_unavailable")
+            exchange.turn = turn.skip(fault or "memory_unavailable")
             return exchange
         with turn.deadline.running():
             if options.feedback:
@@ -89,7 +90,11 @@ class Exchange:
         """Queue the feedback that came along; its receipts are fetched when the answer is there."""
         assert self.memory is not None
         turn = self.turn
-        self.receipts = self.memory.submit_feedback(turn.options.feedback, tenant=turn.scope.tenant, scope=turn.scope)
+        # A user's agents may judge each other's work, in any namespace; no user judges another's.
+        view = View(turn.scope.tenant, user_id=turn.scope.user_id or None)
+        self.receipts = self.memory.submit_feedback(
+            turn.options.feedback, view=view, scope=turn.scope, reporter=turn.options.reporter
+        )
 
     @property
     def inner(self) -> str:
@@ -378,3 +383,15 @@ def streamed_text(response: flask.Response) -> str:
     for event in split_events(events):
         accumulator.add(chunk_of(event) or {})
     return "".join(text_of(choice["message"]) for choice in accumulator.completion()["choices"])
+
+
+def _named(memory: Memory | None, fail_open: FailOpen, options: Options) -> tuple[Memory | None, Options, str]:
+    """Return the memory, the options with the names by which it stores, and the fault where it could not tell them.
+
+    Then there is no memory for this request: nothing may be stored under a name with a secret.
+    """
+    if memory is None:
+        return None, options, ""
+    named: list[Options] = []
+    fault = fail_open.quietly(lambda: named.append(memory.named(options)))
+    return (memory, named[0], "") if named else (None, options, fault)

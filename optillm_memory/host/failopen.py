@@ -12,6 +12,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
 
 from optillm_memory.background.threads import start_thread
+from optillm_memory.conversation.redact import redact
 from optillm_memory.request.deadline import Deadline
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class FailOpen:
     def _fault(self, name: str, error: BaseException) -> str:
         with _counting:
             self.faults[name] += 1
-        logger.warning("agent_memory: the request goes on without memory: %s: %s", name, error)
+        logger.warning("agent_memory: the request goes on without memory: %s: %s", name, redact(str(error)))
         return name
 
     def _ensure_worker(self) -> None:

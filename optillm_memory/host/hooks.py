@@ -8,12 +8,12 @@ from typing import Any
 import flask
 
 from optillm_memory.conversation.options import FIELD
-from optillm_memory.errors import InvalidField
-from optillm_memory.host import direct
+from optillm_memory.errors import InvalidField, NotAllowed
+from optillm_memory.host import direct, logs
 from optillm_memory.host.exchange import OK, Exchange
 from optillm_memory.host.incoming import SENT_N, SLUG, Incoming, read_incoming
-from optillm_memory.host.routes import blueprint, error_response
-from optillm_memory.host.runtime import open_early, runtime
+from optillm_memory.host.routes import TOO_DEEP, blueprint, error_response
+from optillm_memory.host.runtime import level, open_early, runtime
 from optillm_memory.host.server import host
 
 CHAT_PATH, MODELS_PATH = "/v1/chat/completions", "/v1/models"
@@ -27,6 +27,7 @@ def attach(app: flask.Flask) -> None:
     app.register_blueprint(blueprint)
     app.before_request(before_request)  # runs after the host's check of the API key, which was registered earlier
     app.after_request(after_request)
+    logs.attach(level)
     open_early()
 
 
@@ -51,13 +52,17 @@ def after_request(response: flask.Response) -> flask.Response:
 
 
 def _answer_early() -> flask.Response | tuple[flask.Response, int] | None:
-    server = host()
+    server, refused = host(), None
     try:
         incoming = read_incoming(server)
     except InvalidField as error:
-        return error_response(str(error), 400, param=error.param)
-    if incoming is None:
-        return None
+        refused = error_response(str(error), 400, param=error.param)
+    except NotAllowed as error:
+        refused = error_response(str(error), 401, code=error.code)
+    except RecursionError:  # the host would answer 500, with a traceback in its log
+        refused = error_response(TOO_DEEP, 400)
+    if refused is not None or incoming is None:
+        return refused
     process = runtime()
     is_direct = direct.takes(process, server, incoming)
     if is_direct or (incoming.options.reuse and incoming.operation == "SINGLE"):

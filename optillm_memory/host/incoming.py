@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import flask
 
-from optillm_memory.conversation.options import FIELD, Options, identified, parse_options
-from optillm_memory.errors import InvalidField
-from optillm_memory.host.origin import foreign_origin, is_loopback
+from optillm_memory.conversation.options import (
+    FIELD,
+    HEADER_PREFIX,
+    KEY_HEADER,
+    OPERATOR_HEADER,
+    REPORTER_HEADER,
+    Options,
+    as_utf8,
+    identified,
+    parse_options,
+)
+from optillm_memory.errors import InvalidField, NotAllowed
+from optillm_memory.host.caller import caller_of, refuse_foreign
 from optillm_memory.host.runtime import runtime
-from optillm_memory.records import OPERATOR, Scope, Tenant
+from optillm_memory.records import Tenant, View
 
 logger = logging.getLogger(__name__)
 
 SLUG = "agent_memory"
-ANONYMOUS = "anonymous"
+_PARTS = ("namespace", "user_id", "agent_id")
+_SECRET_HEADERS = tuple(name.lower() for name in (OPERATOR_HEADER, KEY_HEADER, REPORTER_HEADER))
 SENT_N = "agent_memory_sent_n"  # on flask.g: the client's `n` if the host cannot count to it
 
 
@@ -57,7 +67,8 @@ class Incoming:
 def read_incoming(host: Any) -> Incoming | None:
     """Read Flask's current chat request, once; None if it is not for memory.
 
-    Raises InvalidField for a bad `agent_memory` field or header.
+    Raises InvalidField for a bad `agent_memory` field or header, NotAllowed for a wrong secret in a header of ours, and
+    RecursionError for a body that is nested too deeply.
     """
     if "agent_memory_incoming" not in flask.g:
         flask.g.agent_memory_incoming = _read(host, flask.request)
@@ -77,11 +88,19 @@ def _read(host: Any, request: flask.Request) -> Incoming | None:
     if options.approach is not None and (options.approach not in known or options.approach == SLUG):
         raise InvalidField(f"{FIELD}.approach", f"{options.approach!r} is not an approach of this optillm")
     options = identified(options, body, dict(request.headers), maps=runtime().settings.identify_users)
-    if reason := refusal_of(request, host):
-        logger.warning("agent_memory: a request is answered without memory: %s", reason)
+    process = runtime()
+    tenant = process.keyless_tenant
+    try:
+        caller = caller_of(request, host, process)
+        refuse_foreign(request, host, process, caller, chat=True)
+        tenant, options = caller.tenant, replace(options, reporter=caller.reporter)
+    except NotAllowed as refused:
+        if refused.code == "invalid_credential":
+            raise
+        logger.warning("agent_memory: a request is answered without memory: %s", refused)
         options = replace(options, mode="off", reuse=None, feedback=())
     size = request.content_length or len(request.get_data())  # a body in chunks has no length until it is read
-    return Incoming(body, size, tenant_of(request), options, operation, approaches, model)
+    return Incoming(body, size, tenant, options, operation, approaches, model)
 
 
 def _approaches(host: Any, body: Mapping[str, Any]) -> tuple[str, tuple[str, ...], str]:
@@ -99,42 +118,31 @@ def _approaches(host: Any, body: Mapping[str, Any]) -> tuple[str, tuple[str, ...
     return operation, tuple(approaches), model
 
 
-def tenant_of(request: flask.Request) -> str:
-    """Return the caller's tenant."""
-    scheme, *key = request.headers.get("Authorization", "").split(None, 1) or [""]
-    return tenant_of_key(key[0].strip() if key and scheme.lower() == "bearer" else "")
+def narrowed(request: flask.Request, tenant: Tenant, *, takes: Sequence[str], scoped: bool) -> View:
+    """Return what a request to our routes may see and change: its tenant's, narrowed to the parts of a scope it names.
 
+    `takes` are the other names in the query that the route knows; a route that is not `scoped` concerns no scope. A
+    name that would be ignored is refused, so that nobody is shown, or deletes, more than was meant.
 
-def tenant_of_key(key: str) -> str:
-    """Return the tenant of a key: a digest of it, never the key itself."""
-    return f"key-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}" if key else ANONYMOUS
-
-
-def refusal_of(request: flask.Request, host: Any) -> str | None:
-    """Return why memory is kept from a caller; None where it is not. One with a key has a tenant of its own."""
-    if tenant_of(request) != ANONYMOUS:
-        return None
-    return foreign_origin(request, str(host.server_config["host"]), runtime().settings.allowed_hosts)
-
-
-def caller_of(request: flask.Request, host: Any) -> Tenant:
-    """Return the tenant whose data a caller of our routes may see: its own, or all of them for the operator.
-
-    The operator is a caller without a key, on this machine, of a host that listens on this machine only and has no
-    key: that caller could read the file as well.
+    Raises InvalidField.
     """
-    tenant = tenant_of(request)
-    forwarded = request.headers.get("X-Forwarded-For") or request.headers.get("Forwarded")
-    local = is_loopback(host.server_config["host"]) and is_loopback(request.remote_addr or "") and not forwarded
-    if tenant == ANONYMOUS and local and not host.server_config["optillm_api_key"]:
-        return OPERATOR
-    return tenant
-
-
-def scope_of(request: flask.Request, tenant: str) -> Scope:
-    """Return the scope from the request's headers and query."""
-    named = {k: request.args[k] for k in ("namespace", "user_id", "agent_id") if k in request.args}
-    headers = dict(request.headers)
-    options = parse_options(named, headers, now=time.time())
-    options = identified(options, {}, headers, maps=runtime().settings.identify_users)
-    return Scope(tenant, options.namespace, options.user_id, options.agent_id)
+    headers = {name.lower(): as_utf8(text) for name, text in request.headers.items()}
+    values: dict[str, str] = {}
+    for name in request.args:
+        if len(request.args.getlist(name)) > 1:
+            raise InvalidField(name, "is there more than once")
+        if scoped and name in _PARTS:
+            values[name] = request.args[name]
+        elif name not in takes:
+            raise InvalidField(name, "this route takes no such parameter")
+    for header, value in headers.items():
+        if not header.startswith(HEADER_PREFIX.lower()) or header in _SECRET_HEADERS:
+            continue
+        part = header.removeprefix(HEADER_PREFIX.lower()).replace("-", "_")
+        if not scoped or part not in _PARTS:
+            raise InvalidField(header, "this route does not heed this header")
+        if values.setdefault(part, value) != value:
+            raise InvalidField(part, "the header and the query name two different ones")
+    maps = scoped and runtime().settings.identify_users
+    options = identified(parse_options(values, now=time.time()), {}, dict(request.headers), maps=maps)
+    return View(tenant, values.get("namespace"), options.user_id or None, values.get("agent_id"))

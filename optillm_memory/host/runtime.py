@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import sys
@@ -10,14 +11,19 @@ import threading
 
 from optillm_memory.conversation.language import DETECTOR_LOCK
 from optillm_memory.errors import AgentMemoryError, InvalidField
+from optillm_memory.host.credentials import NamedKeys, make_operator_key, operator_key_path, reporters_of, tenants_of
 from optillm_memory.host.disconnects import DisconnectWatcher
 from optillm_memory.host.failopen import FailOpen
+from optillm_memory.host.limits import FeedbackLimits
 from optillm_memory.host.upstream import HostUpstream
 from optillm_memory.learn.forms import form_named
 from optillm_memory.memory import Memory
+from optillm_memory.records import Level
 from optillm_memory.settings import Settings
 
 logger = logging.getLogger(__name__)
+# The tenant of callers without a key, and what it was called in earlier releases.
+KEYLESS, _FORMERLY = "local", "anonymous"
 # Servers that may load the app in one process and serve it from others.
 _FORKING = ("gunicorn", "uwsgi", "uwsgidecorators")
 
@@ -30,8 +36,11 @@ class Runtime:
         self.memory: Memory | None = None
         self.fault = ""
         self.settings = Settings()
+        self.tenants = self.reporters = NamedKeys("", "")
+        self._keyless = ""
         try:
             self.settings = checked_settings()
+            self.tenants, self.reporters = tenants_of(self.settings), reporters_of(self.settings)
             self.memory = Memory(self.settings)
             logger.info("agent_memory: memory is in %s", self.settings.place)
         except InvalidField as error:
@@ -40,11 +49,38 @@ class Runtime:
             self._off(str(error))
         except Exception as error:  # noqa: BLE001 - whatever it is, the host must start
             self._off(f"{type(error).__name__}: {error}")
+        self.operator_key = self._operator_key()
         self.fail_open = FailOpen(self.settings.deadline_ms / 1000)
         # An upstream that hangs must not use up the threads that recall for other requests.
         self.second_calls = FailOpen(self.settings.guard_timeout_s, self.fail_open.faults)
         self.upstream = HostUpstream()
+        self.deleting = threading.Lock()
+        self.feedback_limits = FeedbackLimits(
+            self.settings.feedback_rate, self.settings.pending_feedback, self._waiting_feedback
+        )
         self.disconnects = DisconnectWatcher(self.fail_open.quietly)
+
+    def _waiting_feedback(self, tenant: str | None) -> int:
+        return self.memory.waiting_feedback(tenant) if self.memory else 0
+
+    @property
+    def keyless_tenant(self) -> str:
+        """The tenant of all callers without a key.
+
+        Where an earlier release recorded them under another name, they keep it, and with it their data: the ids of
+        memories are made of it.
+        """
+        if not self._keyless and self.memory is not None:
+            with contextlib.suppress(AgentMemoryError):  # asked again when the database can be read
+                self._keyless = _FORMERLY if self.memory.has_tenant(_FORMERLY) else KEYLESS
+        return self._keyless or KEYLESS
+
+    def _operator_key(self) -> str:
+        try:
+            return make_operator_key(self.settings)
+        except (OSError, InvalidField) as error:
+            logger.warning("agent_memory: nobody can be the operator over HTTP: no secret could be made: %s", error)
+            return ""
 
     def _off(self, fault: str) -> None:
         self.fault = fault
@@ -56,6 +92,9 @@ def checked_settings() -> Settings:
     settings = Settings.from_env()
     form_named(settings.answer_form)
     assert settings.place  # raises for a path in a home directory that does not exist
+    assert operator_key_path(settings)
+    tenants_of(settings)
+    reporters_of(settings)
     return settings
 
 
@@ -75,6 +114,11 @@ def runtime() -> Runtime:
         if _runtime is None:
             _runtime = Runtime()
         return _runtime
+
+
+def level() -> Level:
+    """Return the level of redaction, without opening memory for it."""
+    return _runtime.settings.level if _runtime is not None else "default"
 
 
 def open_early() -> None:

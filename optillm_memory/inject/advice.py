@@ -19,7 +19,7 @@ _RELATIONS = {
     "first": "what worked: the same action after this",
     "note": "what was done before it worked",
 }
-_OVERHEAD, _LONGEST = 60, 600
+_OVERHEAD, _LONGEST = 90, 600
 _SHOWN = 840  # characters of an item's action, fix and error; with the lines around them it is below 1,200
 
 

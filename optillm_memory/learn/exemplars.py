@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from optillm_memory.conversation.redact import is_whole
-from optillm_memory.conversation.text import BLOCK_OPEN, without_thoughts
+from optillm_memory.conversation.text import BLOCK_BEGIN, without_thoughts
 from optillm_memory.learn.outcomes import effective, normal_answer, outcome, same_answer
 from optillm_memory.records import VERIFYING, Feedback, Outcome, Scope, Trace
 
@@ -74,7 +74,7 @@ def learn(trace: Trace, own: Sequence[Feedback], of_episode: Sequence[Feedback],
 def _teachable(answer: str) -> str:
     """Return the reusable part of an answer: without thoughts; empty if it was redacted or shortened."""
     answer = without_thoughts(answer)
-    return answer if answer.strip() and is_whole(answer) and BLOCK_OPEN not in answer else ""
+    return answer if answer.strip() and is_whole(answer) and BLOCK_BEGIN not in answer else ""
 
 
 def exemplar_id(scope: Scope, frame: str, task: str, answer: str) -> str:

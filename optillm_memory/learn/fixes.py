@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from optillm_memory.conversation.actions import Action, normal_action
+from optillm_memory.conversation.episodes import root_of
 from optillm_memory.conversation.wrapping import unwrap
 from optillm_memory.learn.attempts import Attempt
 from optillm_memory.learn.intents import EDITS, LONGEST_FIX, LOOKS, drops_module, is_document, same_intent
@@ -25,6 +26,8 @@ _WRITES = re.compile(
 )
 # The tested or compiled code was wrong, not the action.
 ABOUT_SOMETHING_ELSE = frozenset(("test_summary", "compiler"))
+CORROBORATING = 2  # independent sources of an unverified fix
+SUGGESTED = ("verified", "corroborated")  # statuses of fixes that act
 _SAYS_SO = frozenset(("tool_error", "http", "dialect"))
 _SHELL_FIELDS = ("", "command", "cmd", "bash_command")
 
@@ -154,10 +157,19 @@ def advice_evidence(attempts: Sequence[Attempt], advice: Mapping[str, Sequence[t
     return found
 
 
-def fix_status(tallies: Iterable[tuple[int, int, int, int]]) -> str:
+def voices_of(found: Iterable[tuple[str, str]]) -> int:
+    """Return how many independent sources found a fix, from (episode id, end user): the users, where they are named.
+
+    Where they are not each conversation counts, and its forks with it.
+    """
+    return len({("user", user) if user else ("episode", root_of(episode_id)) for episode_id, user in found})
+
+
+def fix_status(tallies: Iterable[tuple[int, int, int, int]], voices: int = 0) -> str:
     """Return a fix's status from (verified successes, verified failures, inferred successes, inferred failures).
 
-    There is one tuple for each environment: a fix that fails in one may work in another.
+    There is one tuple for each environment: a fix that fails in one may work in another. Without a verified success it
+    is `corroborated` by two `voices` or more; a mere `candidate` is suggested nowhere, for it may have been planted.
     """
     rows = list(tallies)
     if any(good > bad for good, bad, _, _ in rows):
@@ -165,7 +177,7 @@ def fix_status(tallies: Iterable[tuple[int, int, int, int]]) -> str:
     if any(good for good, _, _, _ in rows):
         return "quarantined"
     if any(good > bad + wrong for _, wrong, good, bad in rows):
-        return "candidate"
+        return "corroborated" if voices >= CORROBORATING else "candidate"
     return "quarantined" if any(good for _, _, good, _ in rows) else "withdrawn"
 
 

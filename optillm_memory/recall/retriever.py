@@ -18,7 +18,7 @@ from optillm_memory.recall.vectors.cache import Index, IndexCache, IndexKey, Wor
 from optillm_memory.recall.vectors.ivf_format import Files
 from optillm_memory.recall.vectors.scope_index import Limits
 from optillm_memory.recall.vectors.source import NEVER, Change, Version
-from optillm_memory.recall.word_agreement import agreements, terms
+from optillm_memory.recall.word_agreement import agreements, shares_words, terms
 from optillm_memory.records import Hit, MemoryRecord, Scope
 
 __all__ = ["NEVER", "Change", "Retriever", "Source", "Version"]
@@ -222,5 +222,4 @@ def _is_sure(key: str, ranked: Sequence[Ranked], found: Mapping[int, MemoryRecor
     near = [r.candidate for r in ranked if r.candidate.cosine is not None and r.candidate.cosine >= floor]
     if not near or max(c.cosine or 0.0 for c in near) >= floor + _UNSURE:
         return True
-    texts = [found[c.number].task for c in near if c.number in found]
-    return any(a.shared for a in agreements(key, texts))
+    return shares_words(key, (found[c.number].task for c in near if c.number in found))

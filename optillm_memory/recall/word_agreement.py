@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
+import threading
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ import stopwordsiso
 
 from optillm_memory.conversation.language import ENGLISH, language_of
 from optillm_memory.conversation.lexicon import LANGUAGES, compiled, fold
-from optillm_memory.recall.ranking import words
+from optillm_memory.recall.ranking import all_words, words
 
 # Trigram likeness that a text needs by the number of content words that it shares: chosen on paraphrases and unrelated
 # requests in 12 languages, where 2 % of the unrelated ones pass.
@@ -28,6 +30,8 @@ _LIKENESS = (0.5, 0.3, 0.05)
 _STEM = 6  # characters of a stem that count: inflection that a stemmer leaves stands after them
 _HEBREW_PREFIXES = "ובלמשהכ"
 _TERMS_MOST = 400
+_UNIT = "u0"  # how the terms begin that stand for content words
+_ASCII_WORD = re.compile("[A-Za-z0-9]+")
 _STEMMERS = {
     "ar": "arabic", "da": "danish", "de": "german", "el": "greek", "en": "english", "es": "spanish", "fi": "finnish",
     "fr": "french", "hi": "hindi", "hu": "hungarian", "id": "indonesian", "it": "italian", "nl": "dutch",
@@ -71,7 +75,26 @@ def terms(text: str, most: int = _TERMS_MOST) -> list[str]:
         return words(text, most)
     # As digests, for a tokenizer may cut a script's marks off its letters.
     found = [hashlib.blake2b(unit.encode(), digest_size=6).hexdigest() for unit in sorted(units(text, language))]
-    return [*words(text, most), *(f"u0{digest}" for digest in found[:most])]
+    return [*words(text, most), *(f"{_UNIT}{digest}" for digest in found[:most])]
+
+
+def words_looked_for(query: Sequence[str]) -> Callable[[str], set[str]]:
+    """Return what gives those of a text's terms that can be among a query's.
+
+    Most queries have nothing but words: then no text's language matters, which takes longest to find out.
+    """
+    return _words_and_terms if any(term.startswith(_UNIT) for term in query) else all_words
+
+
+def _words_and_terms(text: str) -> set[str]:
+    return {*all_words(text), *terms(text)}
+
+
+def shares_words(query: str, texts: Iterable[str]) -> bool:
+    """Whether any of some texts has a content word of a query."""
+    language = language_of(query)
+    asked = units(query, language)
+    return any(not asked.isdisjoint(units(text, language)) for text in texts)
 
 
 @lru_cache(maxsize=8192)
@@ -95,6 +118,8 @@ def _trigrams(text: str) -> frozenset[str]:
 
 def _words(text: str) -> list[str]:
     # Letters, numbers and marks: in many scripts vowels are marks.
+    if text.isascii():
+        return _ASCII_WORD.findall(text)
     return "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text).split()
 
 
@@ -134,9 +159,19 @@ def _stem(word: str, language: str) -> str:
         return word[:2]
     if language == "he":
         return (word[1:] if len(word) > 3 and word[0] in _HEBREW_PREFIXES else word)[:4]  # noqa: PLR2004
-    return str(_stemmer(language).stemWord(word))[:_STEM] if language in _STEMMERS else word[: _STEM - 1]
+    return str(_own.stemmer(language).stemWord(word))[:_STEM] if language in _STEMMERS else word[: _STEM - 1]
 
 
-@lru_cache(maxsize=64)
-def _stemmer(language: str) -> Any:
-    return snowballstemmer.stemmer(_STEMMERS[language])
+class _Stemmers(threading.local):
+    """A thread's own: a stemmer keeps the word that it works on, so two threads with one spoil each other's."""
+
+    def __init__(self) -> None:
+        self._by_language: dict[str, Any] = {}
+
+    def stemmer(self, language: str) -> Any:
+        if language not in self._by_language:
+            self._by_language[language] = snowballstemmer.stemmer(_STEMMERS[language])
+        return self._by_language[language]
+
+
+_own = _Stemmers()

@@ -9,11 +9,13 @@ from typing import Any
 
 from optillm_memory.background.threads import start_thread
 from optillm_memory.conversation.actions import Action, action_of, normal_action
-from optillm_memory.conversation.observation import Reading, read
+from optillm_memory.conversation.observation import Reading, Result, nearby, read
 from optillm_memory.conversation.parse import Conversation
-from optillm_memory.conversation.redact import storable
+from optillm_memory.conversation.redact import is_whole
+from optillm_memory.conversation.signature import signature_of
 from optillm_memory.conversation.steps import TEXT_TOOL, calls_of, command_in, is_observation
 from optillm_memory.conversation.text import text_of
+from optillm_memory.conversation.wrapping import unwrap
 from optillm_memory.decide.guard import known_to_fail, of_same_form, same_but_for_names
 from optillm_memory.inject.advice import FAILURE, Advice
 from optillm_memory.learn.attempts import environment_of, message_of
@@ -36,8 +38,14 @@ _DAY_S = 86_400.0
 class Adviser:
     """Suggests fixes, in one scope at a time."""
 
-    def __init__(self, source: FixReads, settings: Settings, clock: Callable[[], float]) -> None:
-        """Read from a source; what fixes teach is worked out when it is first asked for."""
+    def __init__(
+        self, source: FixReads, settings: Settings, stored: Callable[[str], str], clock: Callable[[], float]
+    ) -> None:
+        """Read from a source; what fixes teach is worked out when it is first asked for.
+
+        `stored` gives a text as it is stored: with that it is compared, and that is what is told.
+        """
+        self._stored = stored
         self._source = source
         self._settings = settings
         self._clock = clock
@@ -56,15 +64,19 @@ class Adviser:
         settled = set()
         tried = self._tried(turn)
         for step in turn.parsed.observed[:_MOST_CALLS]:
-            reading = self._read(turn, step)
+            observation = self._stored(step.observation or "")
+            reading = self._read(turn, step, observation)
             action = self._action(step.tool, step.arguments)
-            if reading.verdict == "success":
+            # A code that nothing proves to be the harness's keeps from advice, and is evidence of nothing else.
+            if reading.verdict == "success" or (
+                reading.verdict == "unknown" and unwrap(step.observation or "").exit_code == 0
+            ):
                 settled.add(_words(action, action.text))
             if reading.verdict != "failure":
                 continue
             signature = reading.signature.key if reading.signature else ""
-            error = message_of(reading, step.observation or "")
-            fixes = self._suggested(turn, action, step.observation or "", signature)
+            error = message_of(reading, observation)
+            fixes = self._suggested(turn, action, observation, signature)
             past = self._source.past_attempts(turn.scope, action.key, environment=environment_of(turn.options.tags))
             count = 1 + sum(p.verdict == "failure" and p.step_id != step.step_id for p in past)
             for fix, text, confidence in fixes:
@@ -109,7 +121,7 @@ class Adviser:
             places = same_but_for_names(action.text, fix.action) if fix.field == action.field else None
             if places is None or fix.relation == "note":
                 continue
-            error = message_of(read(fix.output, tool=fix.tool, arguments=fix.action), fix.output)
+            error = message_of(Reading("failure", signature=signature_of(fix.output)), fix.output)
             names = [fix.action.split()[place] for place in places]
             if not error or any(part in error for name in names for part in _NAME.findall(name)):
                 continue
@@ -121,12 +133,15 @@ class Adviser:
             return [_advice(action, 1, error, *fresh[0])] if fresh else []
         return []
 
-    def _read(self, turn: Turn, step: Step) -> Reading:
+    def _read(self, turn: Turn, step: Step, observation: str) -> Reading:
         """Read a result, also in what its tool's dialect is known to be."""
-        reading = read(step.observation or "", tool=step.tool, arguments=step.arguments)
-        if reading.verdict != "unknown" or (form := form_of(step.observation or "")) is None:
+        same = [s for s in turn.parsed.steps if s.tool == step.tool and s.observation is not None]
+        results = [Result(s.arguments, s.observation or "") for s in same]
+        others = nearby(results, same.index(step), step.tool)
+        reading = read(observation, others, tool=step.tool, arguments=step.arguments)
+        if reading.verdict != "unknown" or (form := form_of(observation)) is None:
             return reading
-        learned = form.key in self._source.dialect(turn.scope, storable(step.tool, self._settings.max_text))
+        learned = form.key in self._source.dialect(turn.scope, self._stored(step.tool))
         return Reading("failure", basis=LANGUAGE, signature=form) if learned else reading
 
     def _failures(self, turn: Turn, action: Action) -> list[PastAttempt]:
@@ -141,8 +156,7 @@ class Adviser:
 
     def _action(self, tool: str, arguments: str) -> Action:
         # As it is stored, for that is what it is compared with.
-        limit, secrets = self._settings.max_text, self._settings.redact
-        return action_of(storable(tool, limit, secrets=secrets), storable(arguments, limit, secrets=secrets))
+        return action_of(self._stored(tool), self._stored(arguments))
 
     def _fixes(
         self, turn: Turn, tool: str, signature: str, *, start: str = "", action: str = "", output: str = ""
@@ -195,13 +209,13 @@ class Adviser:
 
     def _is_fit(self, turn: Turn, news: News, fix: KnownFix, text: str) -> bool:
         against = fix.output if fix.relation == "first" else None
-        return news.is_fit(text, first_against=against, same_goal=self._serves(turn, fix))
+        return is_whole(text) and news.is_fit(text, first_against=against, same_goal=self._serves(turn, fix))
 
     def _serves(self, turn: Turn, fix: KnownFix) -> bool:
         """Whether a fix is known from an episode with the very goal of this one, which is all that the user said."""
         messages = turn.parsed.messages
         said = sum(m.get("role") == "user" and not is_observation(messages, i) for i, m in enumerate(messages))
-        goal = storable(turn.parsed.task, self._settings.max_text, secrets=self._settings.redact)
+        goal = self._stored(turn.parsed.task)
         return said == 1 and self._source.served(turn.scope, fix.memory_id, goal)
 
     def _constants(self, turn: Turn, tool: str, words: Sequence[str]) -> bool:

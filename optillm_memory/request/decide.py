@@ -39,6 +39,7 @@ class Decider:
         settings: Settings,
         encoder: EncoderService,
         salt: Callable[[], bytes],
+        changed: Callable[[], str],
         retriever: Retriever,
         locator: Locator,
         adviser: Adviser,
@@ -47,12 +48,16 @@ class Decider:
         procedures: ProcedureAdviser,
         actions: ActionDecider,
     ) -> None:
-        """Join what decides; `salt` gives the database's secret for the holdout."""
+        """Join what decides; `salt` gives the database's secret for the holdout.
+
+        `changed` says what shows that the database was changed from outside: then nothing of it is used.
+        """
         self._source = source
         self._settings = settings
         self._encoder = encoder
         self._retriever = retriever
         self._salt = salt
+        self._changed = changed
         self._locator = locator
         self._adviser = adviser
         self._reuse = reuse
@@ -73,6 +78,8 @@ class Decider:
         turn = self._locator.locate(replace(turn, conversation=conversations.parse(turn.body)))
         if not turn.options.reads:
             return turn.skip("mode_write")
+        if self._changed():
+            return turn.skip("seal_broken")
         turn = self._with_memory(turn, text_only=text_only)
         if auto and turn.action != "reuse":
             turn = self._router.route(turn, approaches)
@@ -95,7 +102,9 @@ class Decider:
         if assignment.held_out:
             withheld = rendering.injected if rendering is not None else ()
             return replace(turn, action="holdout", withheld=withheld) if withheld else turn
-        fresh = placement_at(turn.parsed, position, rendering) if rendering is not None else None
+        fresh = (
+            placement_at(turn.parsed, position, rendering, turn.scope, self._salt()) if rendering is not None else None
+        )
         return turn.placing(standing, fresh)
 
     def _rendered(
@@ -144,18 +153,21 @@ class Decider:
 
     def _exemplars(self, turn: Turn, hits: Sequence[Hit], refused: Collection[str]) -> Rendering | None:
         settings = self._settings
+        asked = settings.parsed_trust == "strict" and turn.parsed.plain and "turns" not in refused
+        alone = self._source.standing_alone(turn.scope, [h.memory.memory_id for h in hits]) if asked else ()
         return render_fitting(
             hits,
             turn.parsed,
             refused,
             turns=turn.options.limits(settings.max_items, settings.token_budget),
             block=turn.options.limits(settings.max_block_items, settings.token_budget),
+            only_quoted=alone,
         )
 
     def _hits(self, turn: Turn, standing: Sequence[Placement]) -> tuple[Turn, list[Hit]]:
         """Return the hits that do not stand in the conversation already."""
         key = conversations.key_of(turn.parsed.task)
-        pending = self._encoder.ask(key, turn.encoder_limit_s)
+        pending = self._encoder.ask(key, turn.encoder_limit_s, owner=turn.scope.tenant)
         hits = self._retriever.recall(
             turn.scope,
             key,
@@ -185,7 +197,9 @@ class Decider:
         if goal == conversations.key_of(task):
             return hits
         goals = [conversations.key_of(goal_of([hit.memory.task], shared)) for hit in hits]
-        asked, *others = [self._encoder.ask(text, turn.encoder_limit_s) for text in (goal, *goals)]
+        asked, *others = [
+            self._encoder.ask(text, turn.encoder_limit_s, owner=turn.scope.tenant) for text in (goal, *goals)
+        ]
         fits = self._retriever.related(
             turn.scope,
             goal,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +19,9 @@ from optillm_memory.settings import Settings
 class Guard:
     """Looks at answers before they go out."""
 
-    def __init__(self, settings: Settings, adviser: Adviser, locator: Locator) -> None:
-        """Join what the guard needs."""
+    def __init__(self, settings: Settings, adviser: Adviser, locator: Locator, salt: Callable[[], bytes]) -> None:
+        """Join what the guard needs; `salt` gives the database's secret."""
+        self._salt = salt
         self._settings = settings
         self._adviser = adviser
         self._locator = locator
@@ -41,7 +42,9 @@ class Guard:
     def _with_advice(self, turn: Turn, advice: Sequence[Advice]) -> tuple[Turn, bool]:
         limits = turn.options.limits(self._settings.max_block_items, self._settings.token_budget)
         limits["token_budget"] -= sum(item.tokens for placement in turn.fresh for item in placement.items)
-        fresh = placement_at(turn.parsed, len(turn.parsed.messages) - 1, as_advice(advice, **limits))
+        fresh = placement_at(
+            turn.parsed, len(turn.parsed.messages) - 1, as_advice(advice, **limits), turn.scope, self._salt()
+        )
         standing = [p for p in turn.placements if p not in turn.fresh]
         if fresh is None:
             return turn.skip("over_budget", memory_id=advice[0].memory_id), False

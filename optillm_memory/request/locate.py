@@ -9,7 +9,7 @@ from optillm_memory.conversation import parse as conversations
 from optillm_memory.conversation.episodes import Located, locate, merged
 from optillm_memory.conversation.parse import Conversation
 from optillm_memory.conversation.recent import RecentEpisodes
-from optillm_memory.conversation.text import BLOCK_OPEN, text_of
+from optillm_memory.conversation.text import BLOCK_BEGIN, text_of
 from optillm_memory.inject.advice import Advice
 from optillm_memory.inject.place import still_anchored
 from optillm_memory.inject.refusals import Refusals
@@ -35,7 +35,7 @@ class Locator:
             if located.continued:
                 self._recent.take(turn.scope, located, self._clock())
             turn = replace(turn, episode_id=located.episode_id, located=located)
-        if not any(BLOCK_OPEN in text_of(message) for message in turn.parsed.messages):
+        if not any(BLOCK_BEGIN in text_of(message) for message in turn.parsed.messages):
             return turn
         # A client may send back what memory itself had put there.
         blocks = [p.payload for p in self._ledger(turn, turn.episode_id) if isinstance(p.payload, str)]

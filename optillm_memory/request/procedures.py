@@ -146,11 +146,13 @@ class ProcedureAdviser:
         own = own_utterances(texts, shared)
         if not (goal := key_of("\n".join(own))):
             return nothing
-        pending = self._encoder.ask(goal, limit_s)  # before those that others lack
+        pending = self._encoder.ask(goal, limit_s, owner=turn.scope.tenant)  # before those that others lack
         with state.lock:
-            self._renew_goals(state)
+            self._renew_goals(state, turn.scope.tenant)
             entries = [e for e in state.entries.values() if e.stored.episode_id != turn.episode_id]
         entries = [e for e in entries if e.vector is not None and _value(e.stored) >= _FAILING]
+        now = self._source.clock()
+        entries = [e for e in entries if e.stored.holds(now)]
         if not entries or (vector := pending.vector()) is None:
             return nothing
         near, misled = self._nearest(entries, own, vector, turn.options.end_user)
@@ -193,7 +195,7 @@ class ProcedureAdviser:
             del state.entries[next(iter(state.entries))]
         state.version = version
 
-    def _renew_goals(self, state: _AgentState) -> None:
+    def _renew_goals(self, state: _AgentState, tenant: str) -> None:
         """Bring the goals of the solved episodes up to date with the shared lines, and fetch the vectors they lack.
 
         Some at each request: a later one finds those that are encoded meanwhile.
@@ -208,9 +210,9 @@ class ProcedureAdviser:
                 entry.renew(state.shared)
         lacking = [e for e in state.entries.values() if e.own and e.vector is None][:_AT_ONCE]
         if lacking and self._encoder.state == "ready":
-            self._fetch_vectors(lacking)
+            self._fetch_vectors(lacking, tenant)
 
-    def _fetch_vectors(self, lacking: Sequence[_Entry]) -> None:
+    def _fetch_vectors(self, lacking: Sequence[_Entry], tenant: str) -> None:
         """Fetch vectors of goals from where they are kept; those of others are encoded for a later request."""
         kept = self._source.vectors(self._encoder.fingerprint, [key_hash(e.key) for e in lacking])
         fresh, asked = [], 0
@@ -218,10 +220,10 @@ class ProcedureAdviser:
             name = key_hash(entry.key)
             if (content := kept.get(name)) is not None:
                 entry.vector = np.frombuffer(content, dtype=np.float32)
-            elif (vector := self._encoder.cached(entry.key)) is not None:
+            elif (vector := self._encoder.cached(entry.key, owner=tenant)) is not None:
                 entry.vector = vector
             elif asked < _ASKED_AT_ONCE and time.monotonic() > entry.asked + _ASK_AGAIN_S:
-                self._encoder.ask(entry.key, 0.0)  # this request's own goal must not wait for it
+                self._encoder.ask(entry.key, 0.0, owner=tenant)  # this request's own goal must not wait for it
                 entry.asked, asked = time.monotonic(), asked + 1
             if entry.vector is not None and entry.stored.key_hash != name:
                 fresh.append((entry.stored.memory_id, name, entry.vector.tobytes()))

@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 from optillm_memory.background.encoder_service import EncoderService
 from optillm_memory.background.maintenance import Maintenance
 from optillm_memory.conversation import parse as conversations
-from optillm_memory.conversation.feedback import parse_feedback
+from optillm_memory.conversation.feedback import attributed, parse_feedback
 from optillm_memory.conversation.goal import kept_lines
 from optillm_memory.conversation.parse import Conversation
-from optillm_memory.conversation.redact import QUOTED, storable
+from optillm_memory.conversation.redact import QUOTED
 from optillm_memory.conversation.steps import calls_of, steps_of, under_known_ids
-from optillm_memory.records import Feedback, FeedbackReceipt, Placement, Scope, Step, Tenant, Trace
+from optillm_memory.records import Feedback, FeedbackReceipt, Placement, Scope, Step, Trace, Trust, View
 from optillm_memory.request.locate import Locator
+from optillm_memory.request.redaction import Redactor
 from optillm_memory.request.response import (
     answer_of,
     ending_of,
@@ -27,10 +28,11 @@ from optillm_memory.request.response import (
     recorded_messages,
 )
 from optillm_memory.request.turn import Turn
-from optillm_memory.settings import Settings
 from optillm_memory.store import fold
+from optillm_memory.store.announced import Announced, Arrival, Submission
 from optillm_memory.store.base import Store
 from optillm_memory.store.tables.calls import ModelCall
+from optillm_memory.store.tables.feedback import kept_id
 from optillm_memory.store.tables.vectors import key_hash
 from optillm_memory.store.transaction import Transaction
 
@@ -43,15 +45,18 @@ class Recorder:
     def __init__(
         self,
         log: Store,
-        settings: Settings,
         encoder: EncoderService,
         locator: Locator,
         maintenance: Maintenance,
+        redactor: Redactor,
         clock: Callable[[], float],
+        trust: Trust,
     ) -> None:
         """Join what a record needs; maintenance is notified of what was learned."""
+        self._trust = trust
         self._log = log
-        self._settings = settings
+        self._redactor = redactor
+        self._stored = redactor.text
         self._encoder = encoder
         self._locator = locator
         self._maintenance = maintenance
@@ -65,22 +70,40 @@ class Recorder:
             prefixes = conversations.answer_prefixes(turn.conversation, response)
         self._locator.settle(turn, prefixes, answered=response is not None)
         if turn.options.writes:
-            self._log.post(lambda tx: self._record(tx, turn, response, error, prefixes, elapsed_ms))
+            arrivals = [] if turn.conversation is None else [Arrival(turn.trace_id, turn.episode_id)]
+            self._log.post(
+                Announced(lambda tx: self._record(tx, turn, response, error, prefixes, elapsed_ms), arrivals)
+            )
 
     def post_proposal(self, turn: Turn) -> None:
         """Have recorded what memory would have answered to a turn that was recorded before."""
         self._log.post(lambda tx: self._record_proposal(tx, turn))
 
-    def submit_feedback(self, payload: Any, tenant: Tenant, scope: Scope | None) -> Future[list[FeedbackReceipt]]:
+    def submit_feedback(
+        self, payload: Any, view: View, scope: Scope | None, reporter: str, *, may_wait: bool = True
+    ) -> Future[list[FeedbackReceipt]]:
         """Have feedback written and applied; the future is set once it is on disk. Raises InvalidField."""
         now = self._clock()
         several = isinstance(payload, Iterable) and not isinstance(payload, (Mapping, str, bytes))
         items = list(payload) if several else payload
         if not (several and items and all(isinstance(f, Feedback) for f in items)):
             items = parse_feedback(items, now=now)
-        items = [self._cleaned(f) for f in items]
+        view = self._redactor.view(view)
+        scope = None if scope is None else self._redactor.scope(scope)
+        given = [self._redactor.feedback(f) for f in items]
+        counted = attributed(given, reporter, self._trust)
+
+        def arrive(tx: Transaction, said: Feedback, counts: Feedback) -> FeedbackReceipt:
+            receipt = fold.feedback_arrived(
+                tx, view.tenant or "", scope, counts, received_at=now, within=view, may_wait=may_wait
+            )
+            return replace(receipt, is_capped=counts.source != said.source)
+
         future = self._log.write(
-            lambda tx: [fold.feedback_arrived(tx, tenant or "", scope, f, received_at=now) for f in items]
+            Announced(
+                lambda tx: [arrive(tx, said, counts) for said, counts in zip(given, counted, strict=True)],
+                feedback=[Submission(view.tenant or "", kept_id(f.feedback_id, view), f.trace_id) for f in given],
+            )
         )
         future.add_done_callback(lambda _: self._maintenance.wake())
         return future
@@ -110,7 +133,7 @@ class Recorder:
             episode_id=turn.episode_id,
             created_at=turn.created_at,
             model=self._stored(turn.model),
-            approach=turn.approach,
+            approach=self._stored(turn.approach),
             action=turn.action,
             held_out=turn.held_out,
             propensity=turn.propensity,
@@ -134,12 +157,13 @@ class Recorder:
             one_shot=conversation.one_shot,
             end_user=turn.options.end_user,
             goal=self._stored(turn.options.goal),
+            asker=turn.options.reporter,
         )
         placed = turn.for_ledger if response is not None else ()
         if tx.add_trace(trace, prefixes=prefixes, placements=placed, injected=turn.injected, withheld=turn.withheld):
             if turn.calls:
                 tx.calls.add(trace.trace_id, [self._call(call) for call in turn.calls])
-            vector = self._encoder.cached(conversations.key_of(conversation.task))
+            vector = self._encoder.cached(conversations.key_of(conversation.task), owner=turn.scope.tenant)
             if vector is not None:
                 key = key_hash(trace.task)
                 tx.vectors.put([(key, vector.tobytes())], self._encoder.fingerprint)
@@ -195,18 +219,6 @@ class Recorder:
             arguments=self._stored(step.arguments),
             observation=None if step.observation is None else self._stored(step.observation),
         )
-
-    def _stored(self, text: str) -> str:
-        """Return a text as it may be stored."""
-        return storable(text, self._settings.max_text, secrets=self._settings.redact)
-
-    def _cleaned(self, feedback: Feedback) -> Feedback:
-        """Return feedback as it may be stored."""
-        evidence = feedback.evidence and {
-            k: self._stored(v) if isinstance(v, str) else v for k, v in feedback.evidence.items()
-        }
-        value = self._stored(feedback.value) if isinstance(feedback.value, str) else feedback.value
-        return replace(feedback, value=value, evidence=evidence)
 
 
 def _without_quotes(answer: str, placements: Sequence[Placement]) -> str:

@@ -53,9 +53,11 @@ def recorded_messages(
 
 def recorded_message(message: Mapping[str, Any], stored: Callable[[str], str]) -> dict[str, Any]:
     """Return one message as it is stored: role, text and tool calls."""
-    recorded: dict[str, Any] = {"role": str(message.get("role")), "content": stored(text_of(message))}
+    recorded: dict[str, Any] = {"role": stored(str(message.get("role"))), "content": stored(text_of(message))}
     if calls := calls_of(message, 0):
-        recorded["tool_calls"] = [{"id": i, "name": name, "arguments": stored(args)} for i, name, args in calls]
+        recorded["tool_calls"] = [
+            {"id": stored(call_id), "name": stored(name), "arguments": stored(args)} for call_id, name, args in calls
+        ]
     if message.get("tool_call_id"):
-        recorded["tool_call_id"] = str(message["tool_call_id"])
+        recorded["tool_call_id"] = stored(str(message["tool_call_id"]))
     return recorded

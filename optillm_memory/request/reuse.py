@@ -59,7 +59,8 @@ class ReuseDecider:
         partition, reason = turn.partition
         wanted, task = turn.options.reuse, turn.parsed.task
         limit_s = turn.encoder_limit_s if wanted else _SHADOW_ENCODER_S
-        if not partition or (vector := self._encoder.ask(key_of(task), limit_s).vector()) is None:
+        asked = self._encoder.ask(key_of(task), limit_s, owner=turn.scope.tenant) if partition else None
+        if asked is None or (vector := asked.vector()) is None:
             return turn.skip(f"reuse_{reason or 'no_encoder'}") if wanted else turn
         version = self._source.revision(turn.scope)
         neighbours, quarantined = self._neighbours(turn, partition, vector, version)
@@ -104,12 +105,14 @@ class ReuseDecider:
             count=NEAREST,
         )
         known = self._exemplars(turn.scope, near, version)
-        neighbours, quarantined = [], []
+        neighbours, quarantined, now = [], [], self._source.clock()
         for number, cosine, _ in near:
             exemplar, value = known[number].exemplar, known[number].value
             if exemplar is None or not _answers(exemplar, partition, turn.episode_id):
                 continue
             record = exemplar.record
+            if not record.holds(now):  # it may have been read while it did
+                continue
             neighbours.append(
                 Neighbour(
                     record.memory_id, record.task, record.answer, cosine, value, exemplar.failed, record.successes

@@ -69,7 +69,7 @@ class Router:
             if kept := next((arm for arm in able if arm.name == name), None):
                 return _with_arm(turn, kept)
         key = key_of(turn.parsed.task) if turn.parsed.task.strip() else ""
-        vector = self._encoder.ask(key, turn.encoder_limit_s).vector()
+        vector = self._encoder.ask(key, turn.encoder_limit_s, owner=turn.scope.tenant).vector()
         situation = Situation(vector, length_of(turn.body))
         choice = self._updater(turn.scope).choose(
             turn.trace_id, situation, chance(turn.trace_id, self._salt()), {arm.name for arm in able},

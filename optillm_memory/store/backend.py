@@ -32,8 +32,7 @@ class Dialect:
     """The statements that each database needs in a form of its own."""
 
     salt: str  # reads the secret of the holdout
-    # Inserts a row into `memories` by this statement and these values; returns its number.
-    insert_memory: Callable[[Connection, str, tuple[Any, ...]], int]
+    memory_numbers: Callable[[Connection, int], Sequence[int]]  # so many numbers for new rows of `memories`
     # A vector's float32 numbers as its column takes them.
     vector: Callable[[bytes], Any]
     # For each word up to `depth` numbers of the scope's memories that contain it: (scope, words, depth).
@@ -55,6 +54,45 @@ class VectorSearch(Protocol):
 
     def read_ahead(self) -> Iterator[None]:
         """Read once in order, piece by piece, what recall reads at random."""
+
+
+class Seal(Protocol):
+    """Says of rows whether they are as they were written, and of a database what is wrong with it."""
+
+    on: bool
+    skipped: int  # rows that were not as they were written, and so were not used
+    checked_at: float  # when all rows were last checked, in Unix seconds; 0: not yet
+
+    @property
+    def fault(self) -> str:
+        """What shows that the database was changed from outside; empty where nothing does."""
+
+    def check(self, pool: Any, rest: Callable[[], None] = ...) -> list[str]:
+        """Compare every row with the seal; return what is wrong. `rest` is called now and then."""
+
+    def genuine(self, db: Connection, table: str, condition: str, values: Sequence[Any]) -> set[Any] | None:
+        """Return the keys of those rows of a table that are as they were written; None where there is no seal."""
+
+    def genuine_memories(self, db: Connection, condition: str, values: Sequence[Any]) -> set[int] | None:
+        """Return the numbers of those memories that are as they were written, as is the name of their scope."""
+
+
+class NoSeal:
+    """Stands in for the seal where there is none: every row is taken as it is."""
+
+    on, skipped, checked_at, fault = False, 0, 0.0, ""
+
+    def check(self, pool: Any, rest: Callable[[], None] = lambda: None) -> list[str]:  # noqa: ARG002
+        """Return that nothing is wrong."""
+        return []
+
+    def genuine(self, db: Connection, table: str, condition: str, values: Sequence[Any]) -> set[Any] | None:  # noqa: ARG002
+        """Return that there is no seal."""
+        return None
+
+    def genuine_memories(self, db: Connection, condition: str, values: Sequence[Any]) -> set[int] | None:  # noqa: ARG002
+        """Return that there is no seal."""
+        return None
 
 
 class Location(Protocol):

@@ -8,13 +8,15 @@ rest); `backend` names what they do differently. A table's statements are in `ta
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from optillm_memory.records import MemoryRecord, Scope, Trace
-from optillm_memory.store.backend import Dialect, Location, Pool, VectorSearch
+from optillm_memory.records import EVERYTHING, MemoryRecord, Scope, Tenant, Trace, View
+from optillm_memory.store import fold
+from optillm_memory.store.backend import Dialect, Location, NoSeal, Pool, Seal, VectorSearch
 from optillm_memory.store.maintenance.selection import ForgettingReads
 from optillm_memory.store.sqlite.connection import Connection, objects
 from optillm_memory.store.sqlite.index_files import IndexFiles
@@ -23,7 +25,7 @@ from optillm_memory.store.tables.calls import calls_of
 from optillm_memory.store.tables.decisions import DecisionReads, decision_of
 from optillm_memory.store.tables.episodes import EpisodeReads
 from optillm_memory.store.tables.exposures import ExposureReads
-from optillm_memory.store.tables.feedback import feedback_shown
+from optillm_memory.store.tables.feedback import feedback_shown, reporters, waiting_count
 from optillm_memory.store.tables.fixes import FixReads
 from optillm_memory.store.tables.memories import RecallReads
 from optillm_memory.store.tables.procedures import ProcedureReads
@@ -51,16 +53,22 @@ class Store:
         dialect: Dialect,
         search: VectorSearch,
         location: Location,
+        seal: Seal | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        """Join the two sides; the writer gives its operations a `Transaction`."""
+        """Join the two sides; the writer gives its operations a `Transaction`.
+
+        `clock` tells in Unix seconds what holds no longer.
+        """
         self._writer = writer
         self._readers = readers
+        seal = self.seal = seal or NoSeal()
         self._dialect, self._search, self._location = dialect, search, location
-        self.recall = RecallReads(readers, dialect, search)
-        self.episodes = EpisodeReads(readers)
-        self.fixes = FixReads(readers)
-        self.procedures = ProcedureReads(readers)
-        self.proposals = ProposalReads(readers)
+        self.recall = RecallReads(readers, dialect, search, seal, clock)
+        self.episodes = EpisodeReads(readers, seal, clock)
+        self.fixes = FixReads(readers, seal, clock)
+        self.procedures = ProcedureReads(readers, seal, clock)
+        self.proposals = ProposalReads(readers, seal, clock)
         self.decisions = DecisionReads(readers)
         self.exposures = ExposureReads(readers)
         self.vectors = VectorReads(readers)
@@ -121,6 +129,17 @@ class Store:
             count = int(db.execute("SELECT count(*) FROM traces").fetchone()[0])
             return {"traces": count, "bytes": self._location.used_bytes(db, count)}
 
+    def check_seal(self, rest: Callable[[], None] = lambda: None) -> list[str]:
+        """Compare every row with the seal; return what is wrong. `rest` is called now and then."""
+        return self.seal.check(self._readers, rest)
+
+    def rebuild(self, *, accept: bool = False) -> int:  # noqa: ARG002 - only a file is sealed
+        """Fold the whole log again; return how many traces it holds.
+
+        Raises StoreError where the seal shows that the log was changed from outside, unless that is to be accepted.
+        """
+        return self._writer.submit(fold.rebuild).result()
+
     def outdate_indexes(self, scopes: Iterable[Scope] | None) -> None:
         """Note that files of vectors hold forgotten ones of these scopes, None being all: `erase` removes them."""
         self._location.outdate_indexes(scopes)
@@ -155,10 +174,11 @@ class Store:
         with self._readers.borrow() as db:
             return bytes(db.execute(self._dialect.salt).fetchone()[0])
 
-    def trace(self, trace_id: str, tenant: str | None) -> dict[str, Any] | None:
-        """Return a trace with its steps, injections and feedback; `tenant` None is the operator."""
+    def trace(self, trace_id: str, view: View | Tenant) -> dict[str, Any] | None:
+        """Return a trace with its steps, injections and feedback; None where a view has none of this id."""
+        condition, values = scopes.seen(view)
         with self._readers.borrow() as db:
-            row = db.execute(f"{traces.SELECT} WHERE trace_id = ? AND {_OF_TENANT}", (trace_id, tenant, tenant))
+            row = db.execute(f"{traces.SELECT} WHERE trace_id = ? AND {condition}", (trace_id, *values))
             if (found := row.fetchone()) is None:
                 return None
             trace = traces.trace_of(found)
@@ -173,26 +193,35 @@ class Store:
                 "feedback": [asdict(item) for item in feedback_shown(db, trace, scope_id)],
             }
 
-    def traces(self, tenant: str | None, *, limit: int = 50, text: str = "") -> list[dict[str, Any]]:
-        """Return the latest traces, newest first, whose task or answer contains a text."""
+    def traces(self, view: View | Tenant, *, limit: int = 50, text: str = "") -> list[dict[str, Any]]:
+        """Return the latest traces of a view, newest first, whose task or answer contains a text."""
         like = f"%{text.replace('%', '').replace('_', '')}%"
+        condition, values = scopes.seen(view)
         with self._readers.borrow() as db:
             found = db.execute(
-                f"{traces.SELECT} WHERE {_OF_TENANT} AND (lower(task) LIKE lower(?) OR lower(answer) LIKE lower(?)) "
+                f"{traces.SELECT} WHERE {condition} AND (lower(task) LIKE lower(?) OR lower(answer) LIKE lower(?)) "
                 "ORDER BY created_at DESC, trace_id DESC LIMIT ?",
-                (tenant, tenant, like, like, limit),
+                (*values, like, like, limit),
             ).fetchall()
             return [_described(db, traces.trace_of(row)) for row in found]
 
-    def list_memories(self, tenant: str | None, *, limit: int = 50, memory_id: str | None = None) -> list[MemoryRecord]:
-        """Return a tenant's memories of every status, newest first; `tenant` None is the operator."""
+    def list_memories(
+        self, view: View | Tenant, *, limit: int = 50, memory_id: str | None = None
+    ) -> list[MemoryRecord]:
+        """Return the memories of a view, of every status, newest first."""
+        condition, values = scopes.seen(view)
         with self._readers.borrow() as db:
             found = db.execute(
-                f"{memories.SELECT} WHERE {_OF_TENANT} AND (CAST(? AS TEXT) IS NULL OR memory_id = ?) "
+                f"{memories.SELECT} WHERE {condition} AND (CAST(? AS TEXT) IS NULL OR memory_id = ?) "
                 f"AND status NOT IN {memories.UNSEEN} ORDER BY created_at DESC, memory_id LIMIT ?",
-                (tenant, tenant, memory_id, memory_id, limit),
+                (*values, memory_id, memory_id, limit),
             ).fetchall()
         return [memories.memory_of(row) for row in found]
+
+    def waiting_feedback(self, tenant: str | None) -> int:
+        """Return how much feedback of a tenant, or of all for None, is for traces that are not there."""
+        with self._readers.borrow() as db:
+            return waiting_count(db, tenant)
 
     def tenants(self, namespace: str) -> list[str]:
         """Return the tenants that have a namespace of this name."""
@@ -200,26 +229,51 @@ class Store:
             found = db.execute("SELECT DISTINCT tenant FROM scopes WHERE namespace = ?", (namespace,)).fetchall()
         return sorted(row[0] for row in found)
 
-    def stats(self) -> dict[str, Any]:
-        """Return counts of the whole store, and no text."""
+    def reporters(self) -> list[tuple[str, int, float, bool]]:
+        """Return (name, how much they said, when last, whether revoked) of all reporters, by name."""
+        with self._readers.borrow() as db:
+            return reporters(db)
+
+    def has_tenant(self, tenant: str) -> bool:
+        """Whether anything was ever recorded for a tenant."""
+        with self._readers.borrow() as db:
+            return db.execute("SELECT 1 FROM scopes WHERE tenant = ? LIMIT 1", (tenant,)).fetchone() is not None
+
+    def stats(self, view: View | Tenant = EVERYTHING) -> dict[str, Any]:
+        """Return counts of what a view has, and no text; of everything also the store's size and what ails it."""
+        view = View.of(view)
+        condition, values = scopes.seen(view)
+        within = f"scope_id IN (SELECT id FROM scopes WHERE {condition})"
+        of_traces = f"trace_id IN (SELECT trace_id FROM traces WHERE {within})"
+        if view == EVERYTHING:
+            within = of_traces = "1 = 1"
         with self._readers.borrow() as db:
 
-            def by(column: str, table: str) -> dict[str, int]:
-                return dict(db.execute(f"SELECT {column}, count(*) FROM {table} GROUP BY {column}").fetchall())
+            def by(column: str, table: str, condition: str) -> dict[str, int]:
+                sql = f"SELECT {column}, count(*) FROM {table} WHERE {condition} GROUP BY {column}"
+                return dict(db.execute(sql, values).fetchall())
 
-            kinds = by("kind", f"memories WHERE status NOT IN {memories.NO_MEMORY}")
-            statuses = by("status", f"memories WHERE status NOT IN {memories.UNSEEN}")
+            def count(what: str, table: str, condition: str) -> int:
+                return int(db.execute(f"SELECT {what} FROM {table} WHERE {condition}", values).fetchone()[0])
+
+            kinds = by("kind", "memories", f"status NOT IN {memories.NO_MEMORY} AND {within}")
+            statuses = by("status", "memories", f"status NOT IN {memories.UNSEEN} AND {within}")
             counts = {
-                name: int(db.execute(f"SELECT count(*) FROM {name}").fetchone()[0])
-                for name in ("traces", "steps", "feedback", "scopes")
+                "traces": count("count(*)", "traces", within),
+                "steps": count("count(*)", "steps", within),
+                "feedback": count("count(*)", "feedback", "1 = 1" if view == EVERYTHING else of_traces),
+                "scopes": count("count(*)", "scopes", condition),
             }
-            extra = int(db.execute("SELECT coalesce(sum(extra_calls), 0) FROM traces").fetchone()[0])
-            actions, outcomes = by("action", "traces"), by("verdict", "outcomes")
+            extra = count("coalesce(sum(extra_calls), 0)", "traces", within)
+            actions, outcomes = by("action", "traces", within), by("verdict", "outcomes", of_traces)
+        of_all: dict[str, Any] = {}
+        if view == EVERYTHING:
+            of_all = {"bytes": self.size_bytes(), "lost": self.lost, "fault": self.fault}
+            of_all |= {"seal_fault": self.seal.fault, "forged_rows_skipped": self.seal.skipped}
         return {
             **counts, "memories": sum(statuses.values()), "memories_by_status": statuses, "memories_by_kind": kinds,
             "extra_llm_calls": extra,
-            "traces_by_action": actions, "traces_by_outcome": outcomes,
-            "bytes": self.size_bytes(), "lost": self.lost, "fault": self.fault,
+            "traces_by_action": actions, "traces_by_outcome": outcomes, **of_all,
         }  # fmt: skip
 
     def derived(self) -> list[tuple[Any, ...]]:
@@ -245,11 +299,10 @@ def _described(db: Connection, trace: Trace) -> dict[str, Any]:
     return described
 
 
-_OF_TENANT = "(CAST(? AS TEXT) IS NULL OR tenant = ?)"
 _DERIVED = (
     (
         "SELECT memory_id, scope_id, status, task, answer, frame, successes, failures, used_successes, used_failures, "
-        f"created_at FROM memories WHERE status NOT IN {memories.NO_MEMORY} ORDER BY memory_id"
+        f"created_at, valid_until FROM memories WHERE status NOT IN {memories.NO_MEMORY} ORDER BY memory_id"
     ),
     "SELECT * FROM outcomes ORDER BY trace_id",
     "SELECT * FROM fix_evidence ORDER BY memory_id, episode_id, step_id, role",

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
+from optillm_memory.conversation.actions import normal_action
 from optillm_memory.conversation.goal import kept_lines
+from optillm_memory.conversation.provenance import Told, action_identity, actions_in_answer, makers_of
 from optillm_memory.decide.actions import label_of
-from optillm_memory.errors import InvalidField
+from optillm_memory.errors import InvalidField, NotAllowed, TooMany
 from optillm_memory.learn.attempts import Attempt, inferred_id
 from optillm_memory.learn.dialect import LANGUAGE
 from optillm_memory.learn.endings import Ending, ending_of, may_end
 from optillm_memory.learn.exemplars import learn
 from optillm_memory.learn.fixes import FixEvidence, advice_evidence, demonstrated_fix, mine
-from optillm_memory.learn.outcomes import effective
+from optillm_memory.learn.outcomes import effective, weighed
 from optillm_memory.learn.procedures.mine import mined, run_of
-from optillm_memory.records import VERIFYING, Feedback, FeedbackReceipt, Scope, Step, Trace
-from optillm_memory.store.tables.procedures import sent
+from optillm_memory.records import (
+    EVERYTHING,
+    OPERATOR,
+    VERIFYING,
+    Feedback,
+    FeedbackReceipt,
+    Message,
+    Scope,
+    Step,
+    Trace,
+    View,
+)
+from optillm_memory.store.tables.procedures import sent as as_sent
 from optillm_memory.store.transaction import Transaction
+
+WAITING_RETRY_S = 60.0  # after which a sender whose quota is used up may try again
 
 
 def relearn(tx: Transaction, trace_ids: Iterable[str]) -> Iterable[tuple[Scope, str]]:
@@ -100,8 +115,8 @@ def relearn_steps(
     relearn_procedure(tx, scope, episode_id)
     if not tx.steps.acted(scope, episode_id):
         return []
-    tx.steps.interpret(scope, episode_id)
-    for other in tx.steps.learn_dialect(scope, episode_id, fresh):
+    read = tx.steps.interpret(scope, episode_id)
+    for other in tx.steps.learn_dialect(scope, episode_id, None if fresh is None else {*read, *fresh}):
         if other != episode_id:
             _mine_again(tx, scope, other)
     return _mine_again(tx, scope, episode_id)
@@ -112,12 +127,15 @@ def _mine_again(tx: Transaction, scope: Scope, episode_id: str) -> list[Attempt]
     tx.steps.interpret(scope, episode_id)
     if attempts := tx.steps.attempts(scope, episode_id):
         good = tx.traces.verdict(scope, episode_id) == "success"
+        given = tx.fixes.advice_given(scope, episode_id)
+        # What memory suggested here is no finding of this episode: it goes with the fix that it came from.
+        told = {normal_action(text) for items in given.values() for _, text in items}
         evidence += [
             FixEvidence(fix.memory_id(scope), worked.step_id, "mined", True, good, worked.trace_id, fix)
             for fix, worked in mine(attempts)
+            if normal_action(fix.text) not in told
         ]
         # A step that failed is inferred evidence whatever became of the episode; one that worked shares its success.
-        given = tx.fixes.advice_given(scope, episode_id)
         evidence += [replace(e, verified=e.success and good) for e in advice_evidence(attempts, given)]
     for trace in tx.traces.demonstrated(scope, episode_id):
         own, of_episode = tx.feedback.on(trace)
@@ -146,7 +164,7 @@ def relearn_procedure(tx: Transaction, scope: Scope, episode_id: str) -> None:
     proposed = tx.proposals.actions_of(tx.scopes.number(scope), episode_id)
     labelled = verdict == "success" or any(served for _, _, served, _ in proposed)
     traces, messages = tx.procedures.conversation(scope, episode_id) if labelled or ended else ([], [])
-    texts, steps = run_of(messages)
+    texts, steps = run_of(messages, _answered(tx, scope, episode_id, traces, messages))
     if ended and messages:
         ending = ending_of(texts, steps, messages[-1])
     if traces and "success" in (verdict, ending.verdict) and not any(trace.action == "reuse" for trace in traces):
@@ -167,10 +185,36 @@ def relearn_procedure(tx: Transaction, scope: Scope, episode_id: str) -> None:
 def _may_have_ended(tx: Transaction, scope: Scope, episode_id: str) -> bool:
     """Whether an episode's latest message can be its last: only then the whole of it is looked at."""
     latest = tx.traces.latest(scope, episode_id)
-    if latest is None or latest.one_shot:
+    if latest is None or latest.one_shot or latest.finish_reason is None:  # without an answer its end is the client's
         return False
     messages = json.loads(latest.messages)
-    return bool(messages) and may_end(sent(messages[-1]))
+    return bool(messages) and may_end(as_sent(messages[-1]))
+
+
+def _answered(
+    tx: Transaction, scope: Scope, episode_id: str, traces: Sequence[Trace], messages: Sequence[Message]
+) -> Callable[[int, str, str], bool]:
+    """Return what tells whether an action in a message left in a recorded answer; others are the client's word."""
+    places = answer_places(traces)
+    own = {places[trace.trace_id] for trace in traces if trace.finish_reason is not None}
+    others = {n: m for n, m in enumerate(messages) if n not in own and m.get("role") == "assistant"}
+    if not any(map(actions_in_answer, others.values())):
+        return lambda *_: True
+    # A history that was changed, or begins in the middle: its answers may be those of other traces of the conversation.
+    at, brought = 0, {}
+    for trace in traces:
+        for index in range(at, places[trace.trace_id] + 1):
+            brought[index] = trace.created_at, trace.trace_id
+        at = places[trace.trace_id] + 1
+    mine = {trace.trace_id for trace in traces}
+    answers = [a for a in tx.steps.answers(scope, episode_id) if a.at[1] not in mine]
+    told = [
+        Told(f"{index} {action}", action, brought[index])
+        for index, message in others.items()
+        for action in actions_in_answer(message)
+    ]
+    made = makers_of(told, answers)
+    return lambda index, tool, arguments: index in own or f"{index} {action_identity(tool, arguments)}" in made
 
 
 def answer_places(traces: Sequence[Trace]) -> dict[str, int]:
@@ -184,25 +228,28 @@ def answer_places(traces: Sequence[Trace]) -> dict[str, int]:
 
 def steps_arrived(tx: Transaction, trace: Trace, fresh: Sequence[Step], *, received_at: float) -> None:
     """Fold the steps whose observations came with a trace: what they say becomes feedback on the traces that acted."""
+    if not tx.traces.is_untouched(trace):  # else it is the only one of its episode
+        fresh = [*fresh, *tx.steps.made_late(tx.scopes.number(trace.scope), trace)]
     if not fresh:
         # It may have ended its episode, or shown that it goes on; one with an outcome was folded when it arrived.
         if not tx.traces.is_untouched(trace) and tx.traces.verdict(trace.scope, trace.episode_id) == "unknown":
             relearn_procedure(tx, trace.scope, trace.episode_id)
         return
-    new = {step.step_id for step in fresh}
     acted: dict[str, None] = {}
-    told = [*new, *(step.parent_id for step in fresh)]
-    for attempt in relearn_steps(tx, trace.scope, trace.episode_id, told):
-        # What a dialect means is a matter of all episodes, and none of this one's feedback.
-        known = attempt.verdict != "unknown" and attempt.basis != LANGUAGE
-        if attempt.step_id in new and known and attempt.trace_id != trace.trace_id:
-            feedback = inferred(trace.scope, trace.episode_id, attempt, trace.created_at)
-            tx.feedback.add(trace.scope.tenant, None, feedback, received_at)
+    scope, episode_id = trace.scope, trace.episode_id
+    told = [name for step in fresh for name in (step.step_id, step.parent_id)]
+    # What a dialect means is a matter of all episodes, and none of this one's feedback.
+    tell = [a for a in relearn_steps(tx, scope, episode_id, told) if a.verdict != "unknown" and a.basis != LANGUAGE]
+    sent = tx.feedback.known(scope.tenant, [inferred_id(scope, episode_id, a.step_id) for a in tell])
+    for attempt in tell:
+        feedback = inferred(scope, episode_id, attempt)
+        if feedback.feedback_id not in sent:
+            tx.feedback.add(scope.tenant, None, feedback, received_at)
             acted[attempt.trace_id] = None
     relearn(tx, acted)
 
 
-def inferred(scope: Scope, episode_id: str, attempt: Attempt, now: float) -> Feedback:
+def inferred(scope: Scope, episode_id: str, attempt: Attempt) -> Feedback:
     """Return the feedback that an observation amounts to; retracting it makes the step's outcome unknown."""
     return Feedback(
         feedback_id=inferred_id(scope, episode_id, attempt.step_id),
@@ -212,7 +259,7 @@ def inferred(scope: Scope, episode_id: str, attempt: Attempt, now: float) -> Fee
         trace_id=attempt.trace_id,
         episode_id=None,
         evidence={"command": attempt.action.text[:500], "output": attempt.message},
-        occurred_at=now,
+        occurred_at=attempt.at,
     )
 
 
@@ -242,34 +289,57 @@ def proposal_arrived(tx: Transaction, trace: Trace) -> None:
 
 
 def feedback_arrived(
-    tx: Transaction, tenant: str, scope: Scope | None, feedback: Feedback, *, received_at: float
+    tx: Transaction,
+    tenant: str,
+    scope: Scope | None,
+    feedback: Feedback,
+    *,
+    received_at: float,
+    within: View = EVERYTHING,
+    may_wait: bool = True,
 ) -> FeedbackReceipt:
     """Append feedback and fold the traces that it is on. The empty tenant is the operator.
 
-    Raises InvalidField where several scopes have an episode of this name and the sender named none.
+    It counts on no trace that is not `within` what the call was narrowed to. Raises InvalidField where several scopes
+    have an episode of this name and the sender named none, NotAllowed for a reporter who was revoked, and TooMany where
+    it would have to wait for its trace and may not.
     """
+    if feedback.reporter and tx.feedback.is_revoked(feedback.reporter):
+        raise NotAllowed("revoked_reporter", f"the reporter {feedback.reporter!r} was revoked")
     if feedback.value is None and not tenant:
         tenant = tx.feedback.tenant_of(feedback.feedback_id) or tenant
+    view = replace(within, tenant=tenant or OPERATOR)
     trace = None
     if feedback.trace_id and not feedback.episode_id:
         trace = tx.traces.take_untouched(feedback.trace_id, received_at)
-    scope_id = _episode_scope(tx, tenant, scope, feedback.episode_id) if feedback.episode_id else None
-    settled = tx.feedback.add(tenant, scope_id, feedback, received_at)
-    if trace is not None and settled is None and tenant in ("", trace.scope.tenant):
+    scope_id = _episode_scope(tx, view, scope, feedback.episode_id) if feedback.episode_id else None
+    settled = tx.feedback.add(tenant, scope_id, feedback, received_at, view)
+    if trace is not None and settled is None and view.covers(trace.scope):
         # The usual case, and no query is needed: this is the only feedback on the trace.
-        tx.exemplars.put(trace, learn(trace, [feedback], (), closing=None), untouched=True)
+        alone = weighed([feedback], trace.askers)
+        tx.exemplars.put_untouched(trace, learn(trace, alone, (), closing=None))
         if feedback.metric == "demonstration":
             relearn_steps(tx, trace.scope, trace.episode_id)
         return FeedbackReceipt(feedback.feedback_id, "applied")
-    targets = tx.feedback.targets(tenant, scope_id, feedback)
+    targets = tx.feedback.targets(view, scope_id, feedback)
+    if not (may_wait or settled or targets):
+        raise TooMany("too much feedback is waiting for traces; send it when its trace is there", WAITING_RETRY_S)
     if settled != "duplicate":
         for scope_of, episode_id in relearn(tx, targets):
             relearn_steps(tx, scope_of, episode_id)
     return FeedbackReceipt(feedback.feedback_id, settled or ("applied" if targets else "pending"))
 
 
-def _episode_scope(tx: Transaction, tenant: str, scope: Scope | None, episode_id: str) -> int | None:
-    known = tx.traces.scopes_of(tenant, episode_id)
+def revoke(tx: Transaction, reporter: str, at: float) -> int:
+    """Take back all that came of what a reporter said; return how many traces it was on. That is for good."""
+    targets = tx.feedback.revoke(reporter, at)
+    for scope, episode_id in relearn(tx, targets):
+        relearn_steps(tx, scope, episode_id)
+    return len(targets)
+
+
+def _episode_scope(tx: Transaction, view: View, scope: Scope | None, episode_id: str) -> int | None:
+    known = tx.traces.scopes_of(view, episode_id)
     if scope is not None and (not known or tx.scopes.number(scope) in known):
         return tx.scopes.number(scope)
     if len(known) > 1:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.records import Injected, Placement, Trace
+from optillm_memory.store.announced import Announced
 from optillm_memory.store.backend import Dialect
-from optillm_memory.store.sqlite.connection import Connection
+from optillm_memory.store.sqlite.connection import WritingConnection
 from optillm_memory.store.tables.calls import CallTable
 from optillm_memory.store.tables.decisions import DecisionTable
 from optillm_memory.store.tables.episodes import EpisodeTable
@@ -32,16 +34,17 @@ _DERIVED = (
 class Transaction:
     """The tables on the writing connection, for the operations of one commit."""
 
-    def __init__(self, connection: Connection, dialect: Dialect, normal: Callable[[str], str] = normal_answer) -> None:
+    def __init__(self, connection: Any, dialect: Dialect, normal: Callable[[str], str] = normal_answer) -> None:
         """Wrap the connection; the writer commits. `normal` gives the form in which answers are compared."""
-        db = self.db = connection
+        db: WritingConnection = connection
+        self.db = db
         counters = self.counters = Counters(db)
         scopes = self.scopes = ScopeTable(db)
         traces = self.traces = TraceTable(db, scopes)
         exposures = self.exposures = ExposureTable(db, scopes)
         self.episodes = EpisodeTable(db)
         self.feedback = FeedbackTable(db, scopes, traces)
-        self.steps = StepTable(db, scopes)
+        self.steps = StepTable(db, scopes, traces)
         vectors = self.vectors = VectorTable(db, dialect)
         procedures = self.procedures = ProcedureTable(db, scopes, counters, traces, exposures, vectors)
         self.exemplars = ExemplarTable(db, scopes, counters, exposures, procedures, dialect)
@@ -49,6 +52,15 @@ class Transaction:
         self.proposals = ProposalTable(db, counters, traces, normal)
         self.decisions = DecisionTable(db, scopes, counters, traces)
         self.calls = CallTable(db)
+
+    def read_ahead(self, announced: Iterable[Announced[Any]]) -> None:
+        """Read at once what the operations of a commit say that they will ask for."""
+        arrivals = [arrival for item in announced for arrival in item.arrivals]
+        submissions = [submission for item in announced for submission in item.feedback]
+        arriving = {arrival.trace_id for arrival in arrivals}
+        named = (s.trace_id for s in submissions if s.trace_id and s.trace_id not in arriving)
+        self.traces.read_ahead(arrivals, named)
+        self.feedback.read_ahead(submissions)
 
     def add_trace(
         self,

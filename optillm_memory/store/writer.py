@@ -7,14 +7,15 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 from optillm_memory.errors import AgentMemoryError, StoreTooNew, StoreUnavailable
 from optillm_memory.records import ThreadStarter
-from optillm_memory.store.sqlite.connection import Connection, DatabaseError, IntegrityError
+from optillm_memory.store.announced import Announced
+from optillm_memory.store.sqlite.connection import DatabaseError, IntegrityError, WritingConnection
 from optillm_memory.store.threads import start_thread
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,25 @@ _AGAIN_S, _LONGEST_S = 0.05, 0.4  # between attempts: longer each time
 _CLOSING_S = 30.0
 # What nobody waits for gives way to the response that it records, and gathers company for its commit.
 _BEHIND_S = 0.02
+
+
+class Sealing:
+    """What goes along with every commit: this one does nothing, a seal sees the transaction begin and end."""
+
+    def begin(self, db: WritingConnection) -> None:
+        """See the transaction begin."""
+
+    def mark(self) -> Any:
+        """Return what `undo` needs to go back to here."""
+
+    def undo(self, mark: Any) -> None:
+        """Go back: what was written since was rolled back."""
+
+    def end(self, db: WritingConnection) -> None:
+        """See it end, before the commit."""
+
+    def committed(self) -> None:
+        """Take note that the commit is on disk."""
 
 
 class _RefusedError(Exception):
@@ -45,22 +65,24 @@ class Writer(abc.ABC):
         place: str,
         *,
         queue_size: int,
-        within: Callable[[Connection], Any] = lambda connection: connection,
+        within: Callable[[WritingConnection], Any] = lambda connection: connection,
+        sealing: Sealing | None = None,
         start: ThreadStarter = start_thread,
     ) -> None:
         """Open the database; where that fails for now, each later operation tries again. `place` is its name.
 
         `within` makes what operations are given: one for all of a commit, so it may remember what it read and wrote.
-        `start` starts the thread that writes.
+        `sealing` goes along with every commit. `start` starts the thread that writes.
         """
         self.place = place
+        self._sealing = sealing or Sealing()
         self._within = within
         self.lost = 0
         self.fault = ""
         # Not a Queue with a bound of its own: its lock is contended, and held while Python runs.
         self._queue: queue.SimpleQueue[tuple[Operation, Future[Any] | None] | None] = queue.SimpleQueue()
         self._queue_size = queue_size
-        self._connection: Connection | None = None
+        self._connection: WritingConnection | None = None
         self._closed = False
         self._awaited = threading.Event()  # somebody waits for what is in the queue
         self._retry_at = 0.0
@@ -79,7 +101,7 @@ class Writer(abc.ABC):
     # -- what a database brings --------------------------------------------------------------------
 
     @abc.abstractmethod
-    def _open(self) -> Connection:
+    def _open(self) -> WritingConnection:
         """Return the connection that writes. Raises StoreUnavailable."""
 
     @abc.abstractmethod
@@ -200,6 +222,7 @@ class Writer(abc.ABC):
             self._failed(error)
             return batch
         self.fault, self._passes = "", False
+        self._sealing.committed()
         self._written()
         for (_, future), result in zip(batch, results, strict=True):
             if future is None and isinstance(result, Exception):
@@ -228,9 +251,9 @@ class Writer(abc.ABC):
         assert self._connection is not None
         # Savepoints cost a tenth of the time: they are for the rare group in which a record is refused.
         try:
-            return _transact(self._connection, self._within, batch, apart=False)
+            return _transact(self._connection, self._within, batch, self._sealing, apart=False)
         except _RefusedError:
-            return _transact(self._connection, self._within, batch, apart=True)
+            return _transact(self._connection, self._within, batch, self._sealing, apart=True)
 
     def _connect(self) -> None:
         if time.monotonic() < self._retry_at:
@@ -279,9 +302,10 @@ class ReadOnlyWriter:
 
 
 def _transact(
-    connection: Connection,
-    within: Callable[[Connection], Any],
+    connection: WritingConnection,
+    within: Callable[[WritingConnection], Any],
     batch: list[tuple[Operation, Future[Any] | None]],
+    sealing: Sealing,
     *,
     apart: bool,
 ) -> list[Any]:
@@ -289,33 +313,69 @@ def _transact(
 
     Kept `apart`, one that is refused does not take the others with it: its error is its result.
     """
-    results: list[Any] = []
     connection.execute("BEGIN IMMEDIATE")
     try:
-        given = within(connection)
-        for operation, _ in batch:
-            if apart:
-                connection.execute("SAVEPOINT operation")
-                given = within(connection)  # it must not remember what is undone
-            try:
-                results.append(operation(given))
-            except Exception as error:
-                if isinstance(error, DatabaseError) and not isinstance(error, IntegrityError):
-                    raise
-                if not apart:
-                    raise _RefusedError from error
-                connection.execute("ROLLBACK TO operation")
-                results.append(error)
-                if not isinstance(error, AgentMemoryError):
-                    logger.exception("agent_memory: a record could not be written")
-            if apart:
-                connection.execute("RELEASE operation")
-        connection.execute("COMMIT")
+        sealing.begin(connection)
+        operations = [operation for operation, _ in batch]
+        results = _run_apart(connection, within, operations, sealing) if apart else _run(connection, within, operations)
+        with _refusing():
+            connection.write_deferred()
+            sealing.end(connection)
+            connection.execute("COMMIT")
     except BaseException:
+        connection.drop_deferred()
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
     return results
+
+
+def _run(connection: WritingConnection, within: Callable[[Any], Any], operations: Sequence[Operation]) -> list[Any]:
+    given = within(connection)
+    if announced := [operation for operation in operations if isinstance(operation, Announced)]:
+        given.read_ahead(announced)
+    with _refusing():
+        return [operation(given) for operation in operations]
+
+
+def _run_apart(
+    connection: WritingConnection, within: Callable[[Any], Any], operations: Sequence[Operation], sealing: Sealing
+) -> list[Any]:
+    results: list[Any] = []
+    for operation in operations:
+        connection.execute("SAVEPOINT operation")
+        mark = sealing.mark()
+        try:
+            result = operation(within(connection))  # what it is given must not remember what is undone
+            connection.execute("RELEASE operation")  # writes what was deferred
+        except Exception as error:
+            if _is_fault(error):
+                raise
+            connection.drop_deferred()
+            connection.execute("ROLLBACK TO operation")
+            connection.execute("RELEASE operation")
+            sealing.undo(mark)
+            result = error
+            if not isinstance(error, AgentMemoryError):
+                logger.exception("agent_memory: a record could not be written")
+        results.append(result)
+    return results
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Raise _RefusedError where what was to be written is at fault."""
+    try:
+        yield
+    except Exception as error:
+        if _is_fault(error):
+            raise
+        raise _RefusedError from error
+
+
+def _is_fault(error: Exception) -> bool:
+    """Whether an error is one of the database, not of what was to be written."""
+    return isinstance(error, DatabaseError) and not isinstance(error, IntegrityError)
 
 
 def fulfil(future: Future[T], work: Callable[[], T]) -> None:

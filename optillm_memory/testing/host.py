@@ -239,6 +239,7 @@ def child_environment(base: Mapping[str, str], db: Path, extra: Mapping[str, str
     if "OPTILLM_API_KEY" not in extra:
         env["OPENAI_API_KEY"] = "sk-test"
     env["OPTILLM_AGENT_MEMORY_DB"] = str(db)
+    env["OPTILLM_AGENT_MEMORY_OPERATOR_KEY_FILE"] = str(db.with_name(f"{db.stem}.operator-key"))
     env["HF_HUB_OFFLINE"] = "1"
     env["TOKENIZERS_PARALLELISM"] = "false"
     env["PYTHONUNBUFFERED"] = "1"  # so that the log is complete when the child is killed

@@ -67,7 +67,7 @@ opened.encoder.wait(20)
 turn = opened.begin({"model": "m", "messages": [{"role": "user", "content": "Who owns the parent?"}]}, tenant="parent")
 opened.finish(turn, {"choices": [{"message": {"role": "assistant", "content": "The child."}}]})
 opened.settle()
-opened.feedback({"trace_id": turn.trace_id, "metric": "success", "value": True, "source": "code"}, tenant="parent")
+opened.feedback({"trace_id": turn.trace_id, "metric": "success", "value": True, "source": "code"}, view="parent")
 opened.recall("Who owns the parent?")
 """
 
@@ -106,8 +106,9 @@ class Served:
         return client.post("/agent_memory/feedback", json=said)
 
     def stats(self, client: httpx.Client) -> JSON:
-        """Return the counts of the whole store."""
-        response = client.get("/agent_memory/stats")
+        """Return the counts of the whole store, as the operator sees them."""
+        secret = self.db.with_name(f"{self.db.stem}.operator-key").read_text().strip()
+        response = client.get("/agent_memory/stats", headers={"X-Agent-Memory-Operator": secret})
         assert response.status_code == 200, response.text
         found: JSON = response.json()
         return found

@@ -9,6 +9,7 @@ import json
 import time
 import uuid
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import httpx
@@ -21,7 +22,7 @@ from optillm_memory.testing.upstream import Answer, Reply, tool_call
 pytestmark = pytest.mark.host
 LANES = BOTH_LANES
 
-BLOCK = "<agent_memory>"
+BLOCK = "<agent_memory"
 TOOLS = [{"type": "function", "function": {"name": "bash", "parameters": {"type": "object", "properties": {}}}}]
 TASK = "Sort holiday photographs"
 FAULTY, SOUND = "touch --quick out/x/f", "touch out/x/f"
@@ -35,13 +36,21 @@ def acting(command: str) -> Reply:
     return Reply(content=None, tool_calls=[tool_call("bash", {"command": command})])
 
 
+def _always(reply: Reply, _request: JSON) -> Reply:
+    return reply
+
+
 def fail(host: Host, memory: JSON, command: str, output: str) -> None:
-    """Let an agent try a command that fails with this output, in an episode of its own."""
-    host.upstream.reply = lambda r: "Finished." if r["messages"][-1]["role"] == "tool" else acting(command)
+    """Let an agent try a command that fails with this output, after one that works, in an episode of its own."""
     messages: list[JSON] = [{"role": "user", "content": f"Prepare release {uuid.uuid4().hex}."}]
-    answer = host.chat(messages, memory=memory, tools=TOOLS)["choices"][0]["message"]
-    told = {"role": "tool", "tool_call_id": "call_1", "content": f"{output}\n\nExit code: 1"}
-    host.chat([*messages, answer, told], memory=memory, tools=TOOLS)
+    for tried, told in (("date", "Monday\n\nExit code: 0"), (command, f"{output}\n\nExit code: 1")):
+        wanted = acting(tried)
+        host.upstream.reply = partial(_always, wanted)
+        answer = host.chat(messages, memory=memory, tools=TOOLS)["choices"][0]["message"]
+        call_id = answer["tool_calls"][0]["id"]
+        messages += [answer, {"role": "tool", "tool_call_id": call_id, "content": told}]
+    host.upstream.reply = lambda _: "Finished."
+    host.chat(messages, memory=memory, tools=TOOLS)
     host.settle()
     host.upstream.clear()
 

@@ -29,7 +29,7 @@ LANES = BOTH_LANES
 
 TASK, ANSWER = "Which file holds the retry limit of the nightly uploader?", "It is in uploader.toml."
 FOLLOW_UP = "And which one holds its log level?"
-BLOCK = "<agent_memory>"
+BLOCK = "<agent_memory"
 TOOLS = [{"type": "function", "function": {"name": "bash", "parameters": {"type": "object", "properties": {}}}}]
 SAID = "I would have to look."
 ONCE = {"x-should-retry": "false"}  # the host's client makes no second try of its own

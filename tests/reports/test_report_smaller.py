@@ -32,6 +32,7 @@ from optillm_memory.testing.upstream import RecordingUpstream, Reply, tool_call
 TASK = "Which valve feeds the north greenhouse?"
 PAGE = b"<!DOCTYPE html><html><head><title>Sign in</title></head><body>Please sign in to go on.</body></html>"
 MEBIBYTE = 1_000_000
+AS_JSON = {"Content-Type": "application/json"}
 TOOLS = [{"type": "function", "function": {"name": "run", "parameters": {"type": "object", "properties": {}}}}]
 
 
@@ -243,8 +244,7 @@ def in_pieces(data: bytes, size: int) -> Iterator[bytes]:
 
 @pytest.mark.host
 @pytest.mark.parametrize("size", [1, 7, 1 << 20])
-@pytest.mark.parametrize("kind", ["application/json", "text/plain", None])
-def test_chunked_feedback_is_taken(host: Host, namespace: dict[str, str], size: int, kind: str | None) -> None:
+def test_chunked_feedback_is_taken(host: Host, namespace: dict[str, str], size: int) -> None:
     """Feedback whose length is not told beforehand is applied, in pieces of any size, one or several at once."""
     ids = [host.chat(f"{TASK} {number}", memory=namespace)["id"] for number in range(2)]
     said = [{"trace_id": i, "metric": "success", "value": True, "source": "code"} for i in ids]
@@ -253,7 +253,7 @@ def test_chunked_feedback_is_taken(host: Host, namespace: dict[str, str], size: 
             "POST",
             "feedback",
             content=in_pieces(json.dumps(payload).encode(), size),
-            headers={"Content-Type": kind} if kind else {},
+            headers=AS_JSON,
         )
         assert "Content-Length" not in told.request.headers
         assert told.status_code == 202, told.text
@@ -270,7 +270,7 @@ def test_large_feedback_is_refused_with_413(host: Host, namespace: dict[str, str
     room = MEBIBYTE - len(json.dumps(said))
     for length, status in ((room + 1, 413), (3 * MEBIBYTE, 413), (room, 202)):
         data = json.dumps({**said, "value": "x" * length}).encode()
-        told = host.route("POST", "feedback", content=in_pieces(data, 65_536) if chunked else data)
+        told = host.route("POST", "feedback", content=in_pieces(data, 65_536) if chunked else data, headers=AS_JSON)
         assert told.status_code == status, (length, told.text)
         host.settle()
         assert len(host.get(f"traces/{trace_id}")["feedback"]) == (status == 202)
@@ -282,7 +282,8 @@ def test_padded_feedback_is_refused_with_413(host: Host, namespace: dict[str, st
     """A chunked body is not cut off unseen: with white space behind it beyond the limit it is too large as well."""
     trace_id = host.chat(TASK, memory=namespace)["id"]
     said = json.dumps({"trace_id": trace_id, "metric": "comment", "value": "thanks", "source": "human"})
-    told = host.route("POST", "feedback", content=in_pieces(said.encode() + b" " * 3 * MEBIBYTE, 65_536))
+    pieces = in_pieces(said.encode() + b" " * 3 * MEBIBYTE, 65_536)
+    told = host.route("POST", "feedback", content=pieces, headers=AS_JSON)
     assert told.status_code == 413, told.text
 
 
@@ -290,7 +291,7 @@ def test_padded_feedback_is_refused_with_413(host: Host, namespace: dict[str, st
 @pytest.mark.parametrize("data", [b"", b"{", b"null", b"\xff\xfe"])
 def test_chunked_nonsense_is_refused_with_400(host: Host, data: bytes) -> None:
     """A chunked body that is no JSON is the client's fault, as a whole one is."""
-    told = host.route("POST", "feedback", content=in_pieces(data, 3))
+    told = host.route("POST", "feedback", content=in_pieces(data, 3), headers=AS_JSON)
     assert told.status_code == 400, told.text
     assert "feedback" in told.json()["error"]["message"]
 
@@ -453,7 +454,7 @@ def test_without_a_home_the_host_serves(upstream: RecordingUpstream, tmp_path: P
             assert "Blue." in answered.text
         refused = http.get(f"{process.base_url}/agent_memory/stats")
         assert refused.status_code == 503
-        assert DB in refused.json()["error"]["message"]
+        assert DB not in refused.text  # it is for the log: a caller needs no paths
         assert http.get(f"{process.base_url}/models").status_code == 200
     assert DB in process.logs()
 

@@ -124,7 +124,7 @@ def test_a_key_never_makes_the_operator(host: Host, namespace: dict[str, str], v
     assert host.http.get(f"{base}/traces/{trace_id}/why", headers=headers).status_code == 404
     assert host.http.delete(f"{base}/traces/{trace_id}", headers=headers).status_code == 404
     assert host.http.delete(f"{base}/namespaces/{namespace['namespace']}", headers=headers).status_code == 404
-    assert host.http.post(f"{base}/rebuild", headers=headers).status_code == 403
+    assert host.http.post(f"{base}/rebuild", headers=headers, json={}).status_code == 403
     wrong = {"trace_id": trace_id, "metric": "success", "value": False, "source": "human"}
     assert host.http.post(f"{base}/feedback", headers=headers, json=wrong).json()["status"] != "applied"
     assert host.get(f"traces/{trace_id}", key=None)["outcome"]["verdict"] == "success"

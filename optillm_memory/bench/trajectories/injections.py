@@ -16,7 +16,7 @@ from optillm_memory.bench.trajectories.actions import arguments_of, canonical_ac
 from optillm_memory.bench.trajectories.replay import Insertion, Replayed
 from optillm_memory.bench.trajectories.runs import Act, Run
 from optillm_memory.bench.trajectories.values import FAMILIES, Values, request_text
-from optillm_memory.conversation.text import BLOCK_OPEN, text_of
+from optillm_memory.conversation.text import BLOCK_BEGIN, text_of
 
 _NEXT = 3  # actions of the agent among which a fix's action counts as followed
 _EXAMPLES = 10
@@ -84,7 +84,7 @@ def item_lengths(insertion: Insertion) -> list[int]:
     if not isinstance(payload, str):
         texts = [len(text_of(message)) for message in payload]
         return [sum(texts[i : i + 2]) for i in range(0, len(texts), 2)]
-    parts = [part for block in payload.split(BLOCK_OPEN) for part in _ITEM.split(block)[1:]]
+    parts = [part for block in payload.split(BLOCK_BEGIN) for part in _ITEM.split(block)[1:]]
     return [len(part) for part in parts] if len(parts) == len(items) else [len(payload)]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from optillm_memory.conversation.observation import read
+from optillm_memory.conversation.observation import Result, nearby, read
 from optillm_memory.conversation.steps import steps_of
 from optillm_memory.conversation.text import text_of
 from optillm_memory.learn.procedures.effects import Effect, effect_of
@@ -105,17 +105,24 @@ class _Kept:
     needs: set[int] = field(default_factory=set)
 
 
-def run_of(messages: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[RunStep]]:
+def run_of(
+    messages: Sequence[Mapping[str, Any]], is_answered: Callable[[int, str, str], bool] = lambda *_: True
+) -> tuple[list[str], list[RunStep]]:
     """Return what the user wrote in a conversation, and its steps, in order.
 
-    A text turn without an action, which a message of the user follows, is a step, too.
+    A text turn without an action, which a message of the user follows, is a step, too. `is_answered` tells of a
+    message's index, a tool and its arguments whether an answer asked for that; other actions are left out.
     """
     by_message: dict[int, list[Any]] = {}
+    results: dict[str, list[Result]] = {}
     for step in steps_of(messages, [str(index) for index in range(len(messages))]):
-        by_message.setdefault(int(step.made), []).append(step)
+        place = len(results.setdefault(step.tool, []))
+        if step.observation is not None:
+            results[step.tool].append(Result(step.arguments, step.observation))
+        by_message.setdefault(int(step.made), []).append((step, place))
     texts: list[str] = []
     steps: list[RunStep] = []
-    observations = {s.observation for found in by_message.values() for s in found}
+    observations = {s.observation for found in by_message.values() for s, _ in found}
     for index, message in enumerate(messages):
         text = text_of(message)
         if message.get("role") == "user" and text.strip() and text not in observations:
@@ -123,10 +130,14 @@ def run_of(messages: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[RunSt
             if before.get("role") == "assistant" and index - 1 not in by_message:
                 steps.append(RunStep(SAY, "", text, told=len(texts), message=index - 1))
             texts.append(text)
-        for made in by_message.get(index, ()):
+        for made, place in by_message.get(index, ()):
+            if not is_answered(index, made.tool, made.arguments):
+                continue
             if made.observation is not None or index == len(messages) - 1:  # with the last one the episode ended
                 observed = made.observation or ""
-                failed = read(observed, tool=made.tool, arguments=made.arguments).verdict == "failure"
+                others = nearby(results[made.tool], place, made.tool) if made.observation is not None else ()
+                reading = read(observed, others, tool=made.tool, arguments=made.arguments)
+                failed = reading.verdict == "failure"
                 effect = effect_of(made.tool, made.arguments)
                 called = not made.call_id.startswith("text-")
                 steps.append(RunStep(made.tool, made.arguments, observed, failed, effect, len(texts), index, called))

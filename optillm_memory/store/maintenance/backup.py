@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from optillm_memory.errors import StoreError
-from optillm_memory.store.sqlite.connection import DatabaseError, sqlite3
+from optillm_memory.store.sqlite.connection import DatabaseError
+from optillm_memory.store.sqlite.library import sqlite3
 from optillm_memory.store.sqlite.reading import UntouchedReaders
 
 _PAGES = 1_000  # a step; what others write in between is copied, too

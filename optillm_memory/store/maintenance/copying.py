@@ -11,8 +11,9 @@ from optillm_memory.errors import NotFound, StoreError
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.settings import expanded, is_url, refuse_unknown_scheme, without_password
 from optillm_memory.store.opening import open_store
-from optillm_memory.store.postgres.connection import PostgresConnection, vector_text
+from optillm_memory.store.postgres.connection import PostgresConnection
 from optillm_memory.store.postgres.schema import TABLES, refuse_other_schema
+from optillm_memory.store.postgres.values import Vector
 from optillm_memory.store.sqlite.connection import DatabaseError, connect
 from optillm_memory.store.sqlite.reading import reading
 
@@ -143,7 +144,7 @@ class _ServerSide(_Side):
     def put(self, table: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> None:
         if table == "vectors":
             place = list(columns).index("vector")
-            rows = [(*row[:place], vector_text(row[place]), *row[place + 1 :]) for row in rows]
+            rows = [(*row[:place], Vector(row[place]), *row[place + 1 :]) for row in rows]
         super().put(table, columns, rows)
         for key in {"id", "seq", "number"} & set(columns):  # what comes later is numbered after what is there
             self._db.execute(

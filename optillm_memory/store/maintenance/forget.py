@@ -12,6 +12,7 @@ from optillm_memory.learn.exemplars import exemplar_id
 from optillm_memory.records import Scope, Trace
 from optillm_memory.store import fold
 from optillm_memory.store.sqlite.connection import marks
+from optillm_memory.store.tables.feedback import TARGETLESS, drop_retractions
 from optillm_memory.store.tables.forgotten import GONE, gone_of
 from optillm_memory.store.tables.memories import NO_MEMORY
 from optillm_memory.store.tables.procedures import procedure_id
@@ -20,7 +21,8 @@ from optillm_memory.store.transaction import Transaction
 NOTED_S = 7 * 86_400.0  # what is under way may hold a copy for as long
 ASKED, ERASED = "forgetting", "erased"  # in `meta`: the last erasure that was asked for, and the last that was done
 _REPLACEMENT = "(forgotten)"
-_STEP = "scope_id = ? AND episode_id = ? AND step_id = ?"
+_EPISODE = "scope_id = ? AND episode_id = ?"
+_STEP = f"{_EPISODE} AND step_id = ?"
 _PLACE = "scope_id = ? AND episode_id = ? AND anchor = ? AND form = ?"
 _MEMORY_ID = re.compile(r"(?:mem|fix|proc)-[0-9a-f]+")
 # What belongs to one trace alone.
@@ -92,6 +94,7 @@ def delete_feedback(tx: Transaction, condition: str, values: Sequence[Any]) -> i
     named = list(dict.fromkeys(found.fetchall()))
     for tenant, feedback_id in named:
         _delete(tx, "feedback", "tenant = ? AND feedback_id = ?", [tenant, feedback_id])
+        drop_retractions(tx.db, tenant, feedback_id)
     return len(named)
 
 
@@ -122,6 +125,11 @@ def withdraw_copies(tx: Transaction, trace_ids: Sequence[str]) -> int:
     proposed = tx.db.execute(f"SELECT trace_id FROM proposals WHERE {chosen} AND {GONE}", values).fetchall()
     for table in ("proposals", "labels"):
         _delete(tx, table, *_in("trace_id", [row[0] for row in proposed]))
+    for trace_id, suggestion in tx.db.execute(
+        f"SELECT trace_id, suggestion FROM injections WHERE {chosen} AND {GONE} AND suggestion IS NOT NULL", values
+    ).fetchall():
+        if (told := tx.traces.get(trace_id)) is not None:
+            tx.steps.disown(told.scope, told.episode_id, suggestion)
     _delete(tx, "injections", f"{chosen} AND {GONE}", values)
     for key in dict.fromkeys(episodes):
         _delete_placements(tx, *key)
@@ -219,6 +227,9 @@ def _delete_steps(
         errors.setdefault(scope_id, set()).update(row[0] for row in failed.fetchall())
         for table in ("steps", "attempts"):
             _delete(tx, table, _STEP, key)
+    for scope_id, episode_id in {(row[6], row[4]) for row in found}:
+        # What the others told was read beside these.
+        _delete(tx, "attempts", _EPISODE, (scope_id, episode_id))
     return [(Scope(*row[:4]), row[4], row[5]) for row in found]
 
 
@@ -317,8 +328,6 @@ EMPTY_SCOPE = f"""
     AND NOT EXISTS (SELECT 1 FROM memories WHERE memories.scope_id = scopes.id
                     AND status NOT IN {NO_MEMORY})
     AND NOT EXISTS (SELECT 1 FROM feedback WHERE seq > ? AND feedback.scope_id = scopes.id)"""
-TARGETLESS = """NOT EXISTS (SELECT 1 FROM traces WHERE traces.trace_id = feedback.trace_id)
-    AND NOT EXISTS (SELECT 1 FROM traces WHERE traces.episode_id = feedback.episode_id)"""
 _STANDING = "status IN ('verified', 'superseded', 'quarantined', 'retired')"
 _ENOUGH = 10  # successes without a failure: a memory then rests on the latest alone
 _HERE = "traces.scope_id = ? AND traces.episode_id = ?"

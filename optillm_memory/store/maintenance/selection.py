@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from optillm_memory.errors import InvalidField
-from optillm_memory.records import Scope
+from optillm_memory.records import Scope, View
 from optillm_memory.store.backend import Pool
 from optillm_memory.store.maintenance.forget import (
     ASKED,
@@ -17,8 +17,9 @@ from optillm_memory.store.maintenance.forget import (
     EMPTY_SCOPE,
     ERASED,
     STEPS_OF_TRACES,
-    TARGETLESS,
 )
+from optillm_memory.store.tables.feedback import TARGETLESS
+from optillm_memory.store.tables.scopes import seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +45,10 @@ class Selection:
         parts: list[tuple[str, Any]] = [
             ("traces.trace_id = ?", self.trace_id),
             ("traces.episode_id = ?", self.episode_id),
-            ("namespace = ?", self.namespace),
-            ("user_id = ?", self.user_id),
-            ("agent_id = ?", self.agent_id),
-            ("tenant = ?", self.tenant),
             ("created_at < ?", self.before),
             (_RESTS_ON.get((self.memory_id or "").partition("-")[0], _RESTS_ON["mem"]), self.memory_id),
         ]
-        return _joined(parts)
+        return _joined(parts, seen(self.view))
 
     def waiting(self) -> tuple[str, list[Any]] | None:
         """Return the condition on feedback that waits for what never came; None where it cannot be meant."""
@@ -64,18 +61,26 @@ class Selection:
         ]
         if self.namespace is self.user_id is self.agent_id is None:
             parts.append(("feedback.tenant = ?", self.tenant))
+            condition, values = _joined(parts)
         else:
-            parts += [
-                (f"scope_id IN (SELECT id FROM scopes WHERE {name} = ?)", getattr(self, name))
-                for name in ("tenant", "namespace", "user_id", "agent_id")
-            ]
-        condition, values = _joined(parts)
+            within, named = seen(self.view)
+            # On an episode it has a scope; on a trace, what the call that gave it was narrowed to.
+            narrowed = {name: value for name in _NARROWING if (value := getattr(self, name)) is not None}
+            own = " AND ".join(["scope_id IS NULL", *(f"within_{name} = ?" for name in narrowed)])
+            own, of_tenant = (own, ()) if self.tenant is None else (f"{own} AND feedback.tenant = ?", (self.tenant,))
+            chosen = f"(scope_id IN (SELECT id FROM scopes WHERE {within}) OR ({own}))"
+            condition, values = _joined(parts, (chosen, (*named, *narrowed.values(), *of_tenant)))
         return f"{condition} AND {TARGETLESS}", values
 
+    @property
+    def view(self) -> View:
+        """What of all that is named here may be chosen."""
+        return View(self.tenant, self.namespace, self.user_id, self.agent_id)
 
-def _joined(parts: Sequence[tuple[str, Any]]) -> tuple[str, list[Any]]:
+
+def _joined(parts: Sequence[tuple[str, Any]], also: tuple[str, Sequence[Any]] = ("1 = 1", ())) -> tuple[str, list[Any]]:
     named = [(text, value) for text, value in parts if value is not None]
-    return " AND ".join(text for text, _ in named), [value for _, value in named]
+    return " AND ".join([*(text for text, _ in named), also[0]]), [*(value for _, value in named), *also[1]]
 
 
 @dataclass
@@ -198,6 +203,7 @@ class ForgettingReads:
         return [Scope(*row) for row in found]
 
 
+_NARROWING = ("namespace", "user_id", "agent_id")
 _TELLING, _QUOTED = 8, 60  # characters of an error that tell it from others
 # The traces that a memory rests on, by the kind of its id.
 _RESTS_ON = {

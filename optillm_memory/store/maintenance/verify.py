@@ -29,6 +29,8 @@ from optillm_memory.store.sqlite.connection import Connection
 from optillm_memory.store.sqlite.index_files import IndexFiles, folder_of
 from optillm_memory.store.sqlite.migrations import migrations, newer_than_us
 from optillm_memory.store.sqlite.reading import UntouchedReaders
+from optillm_memory.store.sqlite.seal_files import SealFiles
+from optillm_memory.store.sqlite.seal_reads import SETTLE, SealReads
 from optillm_memory.store.sqlite.store import SqliteStore
 from optillm_memory.store.tables.memories import NO_MEMORY
 from optillm_memory.store.tables.vectors import SEARCHED, coverage_of
@@ -53,7 +55,9 @@ class Check:
         return {"name": self.name, "level": self.level, "message": self.message}
 
 
-def verify(place: Path | str, *, deep: bool = False, normal: Callable[[str], str] = normal_answer) -> Iterator[Check]:
+def verify(
+    place: Path | str, *, deep: bool = False, normal: Callable[[str], str] = normal_answer, seal_folder: str = ""
+) -> Iterator[Check]:
     """Yield a check of everything that must hold in a database file or on a server, while others use it.
 
     `deep` compares all words of the index of words, and what is derived with a fold of a copy of the log.
@@ -74,6 +78,7 @@ def verify(place: Path | str, *, deep: bool = False, normal: Callable[[str], str
         yield from _vectors(db, looked_at)
         yield from looked_at.indexes(db)
         db.execute("COMMIT")
+    yield from looked_at.seal(seal_folder)
     if deep:
         yield _fold(looked_at, normal)
 
@@ -128,6 +133,14 @@ class _File:
     def indexes(self, db: Any) -> Iterator[Check]:
         yield from _index_files(db, self._path)
 
+    def seal(self, folder: str) -> Iterator[Check]:
+        with contextlib.closing(UntouchedReaders(self._path)) as readers:
+            found = SealReads(SealFiles.of(self._path, folder)).examine(readers)
+        if found:
+            yield Check("seal", "fail", f"changed from outside: {'; '.join(found)[:500]}; {SETTLE}")
+        elif found is not None:
+            yield Check("seal", "ok", "every row is as it was written")
+
     def copied(self, folder: Path) -> Path:
         return backup(self._path, folder / "copy.db")
 
@@ -169,6 +182,9 @@ class _Server(_File):
                 yield Check("index", "fail", f"{name} is not valid; run in psql: REINDEX INDEX {SCHEMA}.{name}")
         of_vectors = sum(method == "hnsw" for _, method, _ in found)
         yield Check("index", "ok", f"{len(found)} indexes looked at, {of_vectors} of them of vectors")
+
+    def seal(self, folder: str) -> Iterator[Check]:  # noqa: ARG002 - only a file is sealed
+        yield from ()
 
     def copied(self, folder: Path) -> Path:
         copy(self._url, str(folder / "copy.db"))

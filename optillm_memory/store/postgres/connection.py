@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import struct
+import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from optillm_memory.errors import StoreError, StoreUnavailable
 from optillm_memory.settings import without_password
+from optillm_memory.store.deferred import Deferring
+from optillm_memory.store.postgres.values import adapt
 from optillm_memory.store.sqlite import connection as sqlite
 
 SCHEMA = "agent_memory"
@@ -29,9 +31,11 @@ _WATCH_CLIENT = {
     "tcp_keepalives_idle": "10s", "tcp_keepalives_interval": "5s", "tcp_keepalives_count": "3",
     "tcp_user_timeout": "15s",
 }  # fmt: skip
-# PostgreSQL's texts have no place for NUL: it is written with an escape that is escaped itself.
-_ESCAPE = "\ue000"
-_ESCAPED = _ESCAPE.encode()
+# An insert of many rows takes as many statements of these sizes as it needs: few enough to be prepared each. Those of
+# wide rows, which may be long ones, take fewer.
+_ROWS, _MOST_VALUES = (256, 64, 16, 4, 1), 2_048
+_MANY = 30  # values of a statement
+_VALUES = re.compile(r"(INSERT INTO .+ VALUES )(\([^()]*\))([^()]*(?:\([^()]*\))?[^()]*)", re.DOTALL)
 
 
 def driver() -> Any:
@@ -46,29 +50,46 @@ def driver() -> Any:
 
 @lru_cache(maxsize=1024)
 def translated(sql: str) -> str:
-    """Return a statement of the store as psycopg takes it.
+    """Return a statement of the store as PostgreSQL takes it.
 
     CROSS JOIN is there to keep SQLite's planner to an order; PostgreSQL has no such form with USING.
     """
-    return sql.replace("%", "%%").replace("?", "%s").replace("CROSS JOIN", "JOIN")
+    first, *others = sql.replace("CROSS JOIN", "JOIN").split("?")
+    return first + "".join(f"${number}{part}" for number, part in enumerate(others, 1))
 
 
-class PostgresConnection:
-    """The part of `sqlite3.Connection` that the store uses, on PostgreSQL; errors are those of the SQLite module."""
+@lru_cache(maxsize=1024)
+def of_many(sql: str, count: int) -> str | None:
+    """Return an insert of one row as the insert of `count` rows on PostgreSQL; None where it has no such form."""
+    parts = _VALUES.fullmatch(sql)
+    return None if parts is None else translated(f"{parts[1]}{', '.join([parts[2]] * count)}{parts[3]}")
+
+
+class PostgresConnection(Deferring):
+    """The part of `sqlite3.Connection` that the store uses, on PostgreSQL; errors are those of the SQLite module.
+
+    What was deferred is sent without waiting for the server, which works on it meanwhile (libpq's pipeline mode); the
+    next statement waits for all of it, and raises what it failed of.
+    """
 
     def __init__(self, url: str, *, read_only: bool = False) -> None:
         """Connect. Raises OperationalError."""
+        super().__init__()
+        self._pipeline = contextlib.ExitStack()
+        self._settings: dict[str, str] = {}
         psycopg = driver()
         with _mapped(psycopg):
             own = psycopg.conninfo.conninfo_to_dict(url)
             watch = {name: value for name, value in _WATCH_SERVER.items() if name not in own}
             self._raw: Any = psycopg.connect(url, autocommit=True, connect_timeout=_CONNECT_S, **watch)
+            self._raw.cursor_factory = psycopg.RawCursor  # which takes a statement as it is
             self._raw.execute(f"SET search_path = {SCHEMA}, public")
             if read_only:
                 self._raw.execute("SET default_transaction_read_only = on")
                 self._raw.execute(f"SET statement_timeout = {_STATEMENT_MS}")
         self._psycopg = psycopg
-        _adapt(psycopg, self._raw)
+        self._pipelines = psycopg.Pipeline.is_supported()  # by libpq 14
+        adapt(psycopg, self._raw)
         if not read_only:  # one that only reads holds nothing up
             for name, value in _WATCH_CLIENT.items():
                 self.try_set(name, value)
@@ -78,25 +99,68 @@ class PostgresConnection:
         with contextlib.suppress(self._psycopg.Error):
             self._raw.execute(f"SET {name} = '{value}'")
 
+    def use(self, settings: Mapping[str, str]) -> None:
+        """Change settings of the session, unless they are so already."""
+        for name, value in settings.items():
+            if self._settings.get(name) != value:
+                self.execute("SELECT set_config(?, ?, FALSE)", (name, value))
+                self._settings[name] = value
+
     def execute(self, sql: str, values: Sequence[Any] = (), *, planned_anew: bool = False) -> Any:
         """Run one statement; return its cursor. `planned_anew` has the server plan it for these very values."""
-        with _mapped(self._psycopg):
+        self.write_deferred()
+        with self._sending():
             if sql == "BEGIN IMMEDIATE":
                 self._raw.execute("BEGIN")
-                return self._raw.execute("SELECT pg_advisory_xact_lock(%s)", (WRITERS_LOCK,))
-            # Left alone, psycopg prepares what comes again, and the server goes over to one plan for all values.
-            return self._raw.execute(translated(sql), tuple(values), prepare=False if planned_anew else None)
+                sql, values = "SELECT pg_advisory_xact_lock(?)", (WRITERS_LOCK,)
+            # Left alone, psycopg prepares what comes again, and the server goes over to one plan for all values. One
+            # for many keys, made while the tables were small, would scan them for ever.
+            prepare = False if planned_anew or len(values) > _MANY else None
+            cursor = self._raw.execute(translated(sql), tuple(values), prepare=prepare, binary=True)
+            self._pipeline.close()
+            return cursor
 
     def executemany(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
         """Run one statement for each row."""
-        values = list(rows)
-        if values:
-            with _mapped(self._psycopg), self._raw.cursor() as cursor:
-                cursor.executemany(translated(sql), values)
+        self.write_deferred()
+        self._insert(sql, list(rows))
+        with self._sending():
+            self._pipeline.close()
+
+    def _insert(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
+        with self._sending():
+            done = 0
+            while done < len(rows):
+                if self._pipelines and self._raw.pgconn.pipeline_status == 0:
+                    self._pipeline.enter_context(self._raw.pipeline())
+                most = min(len(rows) - done, max(1, _MOST_VALUES // len(rows[done])))
+                count = next(size for size in _ROWS if size <= most)
+                if (many := of_many(sql, count)) is None:
+                    many, count = translated(sql), 1
+                values = [value for row in rows[done : done + count] for value in row]
+                self._raw.execute(many, values)
+                done += count
+
+    def drop_deferred(self) -> None:
+        """Forget what was deferred, and what became of what was sent: its transaction is undone."""
+        super().drop_deferred()
+        with contextlib.suppress(self._psycopg.Error):
+            self._pipeline.close()
+
+    @contextlib.contextmanager
+    def _sending(self) -> Iterator[None]:
+        """Map what a statement fails of; what was sent before it is done with then, too."""
+        try:
+            with _mapped(self._psycopg):
+                yield
+        except BaseException:
+            with contextlib.suppress(self._psycopg.Error):
+                self._pipeline.close()
+            raise
 
     def stream(self, sql: str) -> Iterator[Any]:
         """Yield the rows of a statement as they come, inside a transaction: they need not fit into memory."""
-        with _mapped(self._psycopg), self._raw.cursor(name="rows") as cursor:
+        with _mapped(self._psycopg), self._raw.cursor(name="rows", binary=True) as cursor:
             cursor.itersize = 1_000
             yield from cursor.execute(translated(sql))
 
@@ -178,64 +242,3 @@ def _mapped(psycopg: Any) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def _adapt(psycopg: Any, connection: Any) -> None:
-    """Convert values as SQLite does: numbers for booleans, exact sums, vectors as bytes, NUL in a text."""
-    adapters, base = connection.adapters, psycopg.adapt
-
-    class Untyped(base.Dumper):  # type: ignore[misc, name-defined]
-        """A number without a type: the column it goes to has one, boolean or number."""
-
-        oid = 0
-
-        def dump(self, value: Any) -> bytes:
-            return str(int(value)).encode()
-
-        def quote(self, value: Any) -> bytes:
-            return bytes(self.dump(value))
-
-    class TextToServer(psycopg.types.string.StrDumperUnknown):  # type: ignore[misc]
-        """A text to the server."""
-
-        def dump(self, value: str) -> Any:
-            if "\x00" in value or _ESCAPE in value:
-                value = value.replace(_ESCAPE, _ESCAPE + "e").replace("\x00", _ESCAPE + "0")
-            return super().dump(value)
-
-    class TextFromServer(base.Loader):  # type: ignore[misc, name-defined]
-        """A text from the server."""
-
-        def load(self, data: Any) -> str:
-            raw = bytes(data)
-            if _ESCAPED in raw:
-                raw = raw.replace(_ESCAPED + b"0", b"\x00").replace(_ESCAPED + b"e", _ESCAPED)
-            return raw.decode()
-
-    class Exact(base.Loader):  # type: ignore[misc, name-defined]
-        """Sums of whole numbers are whole."""
-
-        def load(self, data: Any) -> int | float:
-            text = bytes(data).decode()
-            return float(text) if "." in text else int(text)
-
-    class Vector(base.Loader):  # type: ignore[misc, name-defined]
-        """A vector as the bytes of its float32 numbers."""
-
-        def load(self, data: Any) -> bytes:
-            numbers = [float(part) for part in bytes(data).decode()[1:-1].split(",")]
-            return struct.pack(f"<{len(numbers)}f", *numbers)
-
-    for kind in (int, bool):
-        adapters.register_dumper(kind, Untyped)
-    adapters.register_dumper(str, TextToServer)
-    adapters.register_loader("text", TextFromServer)
-    adapters.register_loader("numeric", Exact)
-    with contextlib.suppress(Exception):
-        row = connection.execute("SELECT 'public.vector'::regtype::oid").fetchone()
-        adapters.register_loader(int(row[0]), Vector)
-
-
-def vector_text(vector: bytes) -> str:
-    """Return a vector's float32 numbers as pgvector reads them, without loss."""
-    return "[" + ",".join(f"{number:.9g}" for number in struct.unpack(f"<{len(vector) // 4}f", vector)) + "]"

@@ -97,6 +97,19 @@ _CONTINUATIONS = (
     "one_shot BOOLEAN NOT NULL DEFAULT TRUE",
 )
 _NAMED = ("end_user #TEXT NOT NULL DEFAULT ''", "goal #TEXT NOT NULL DEFAULT ''")
+_ASKER = "asker #TEXT NOT NULL DEFAULT ''"
+_FEEDBACK = (
+    "seq #KEY, tenant #TEXT NOT NULL, feedback_id #TEXT NOT NULL, retracts BOOLEAN NOT NULL, "
+    "scope_id BIGINT, trace_id #TEXT, episode_id #TEXT, metric #TEXT NOT NULL, value #TEXT NOT NULL, "
+    "source #TEXT NOT NULL, evidence #TEXT, occurred_at DOUBLE PRECISION NOT NULL, "
+    "received_at DOUBLE PRECISION NOT NULL, UNIQUE(tenant, feedback_id, retracts)"
+)
+_PROVENANCE = (
+    "reporter #TEXT NOT NULL DEFAULT ''",
+    "trust #TEXT NOT NULL DEFAULT 'open'",
+    *(f"within_{name} #TEXT" for name in ("namespace", "user_id", "agent_id")),
+)
+_REVOKED = "reporter #TEXT PRIMARY KEY, at DOUBLE PRECISION NOT NULL"
 _LINES = "seq #KEY, scope_id BIGINT NOT NULL, episode_id #TEXT NOT NULL, frame #TEXT NOT NULL, keys #TEXT NOT NULL"
 _LINE_INDEXES = ("lines_episode ON lines(scope_id, episode_id)", "lines_frame ON lines(scope_id, frame, seq)")
 _STEPS = (
@@ -105,19 +118,17 @@ _STEPS = (
     "observation #TEXT, trace_id #TEXT NOT NULL, made_by #TEXT, PRIMARY KEY(scope_id, episode_id, step_id)"
 )
 _MADE = "made #TEXT NOT NULL DEFAULT ''"
+_VALID = "valid_until DOUBLE PRECISION"
 TABLES: dict[str, str] = {
     "meta": "key #TEXT PRIMARY KEY, value BIGINT",
     "scopes": "id #KEY, tenant #TEXT NOT NULL, namespace #TEXT NOT NULL, user_id #TEXT NOT NULL, "
     "agent_id #TEXT NOT NULL, UNIQUE(tenant, namespace, user_id, agent_id)",
-    "traces": ", ".join((_TRACES, *_CONTINUATIONS, *_NAMED)),
+    "traces": ", ".join((_TRACES, *_CONTINUATIONS, *_NAMED, _ASKER)),
     "injections": "trace_id #TEXT NOT NULL, memory_id #TEXT NOT NULL, kind #TEXT NOT NULL, "
     "score DOUBLE PRECISION NOT NULL, tokens BIGINT NOT NULL, suggestion #TEXT, "
     "withheld BOOLEAN NOT NULL DEFAULT FALSE, PRIMARY KEY(trace_id, memory_id)",
     "steps": f"{_STEPS}, {_MADE}",
-    "feedback": "seq #KEY, tenant #TEXT NOT NULL, feedback_id #TEXT NOT NULL, retracts BOOLEAN NOT NULL, "
-    "scope_id BIGINT, trace_id #TEXT, episode_id #TEXT, metric #TEXT NOT NULL, value #TEXT NOT NULL, "
-    "source #TEXT NOT NULL, evidence #TEXT, occurred_at DOUBLE PRECISION NOT NULL, "
-    "received_at DOUBLE PRECISION NOT NULL, UNIQUE(tenant, feedback_id, retracts)",
+    "feedback": ", ".join((_FEEDBACK, *_PROVENANCE, _VALID)),
     "prefixes": "scope_id BIGINT NOT NULL, hash #TEXT NOT NULL, episode_id #TEXT NOT NULL, trace_id #TEXT NOT NULL, "
     "PRIMARY KEY(scope_id, hash, trace_id)",
     "ledger": "scope_id BIGINT NOT NULL, episode_id #TEXT NOT NULL, anchor #TEXT NOT NULL, position BIGINT NOT NULL, "
@@ -126,8 +137,8 @@ TABLES: dict[str, str] = {
     "memories": "number #KEY, memory_id #TEXT NOT NULL UNIQUE, scope_id BIGINT NOT NULL, kind #TEXT NOT NULL, "
     "status #TEXT NOT NULL, task #TEXT NOT NULL, answer #TEXT NOT NULL, frame #TEXT NOT NULL, "
     "key_hash #TEXT NOT NULL, successes BIGINT NOT NULL, failures BIGINT NOT NULL, used_successes BIGINT NOT NULL, "
-    "used_failures BIGINT NOT NULL, created_at DOUBLE PRECISION NOT NULL, revision BIGINT NOT NULL",
-    "outcomes": "trace_id #TEXT PRIMARY KEY, verdict #TEXT NOT NULL, verified BOOLEAN NOT NULL",
+    f"used_failures BIGINT NOT NULL, created_at DOUBLE PRECISION NOT NULL, revision BIGINT NOT NULL, {_VALID}",
+    "outcomes": f"trace_id #TEXT PRIMARY KEY, verdict #TEXT NOT NULL, verified BOOLEAN NOT NULL, {_VALID}",
     "contributions": "number BIGINT NOT NULL, trace_id #TEXT NOT NULL, role #TEXT NOT NULL, "
     "success BOOLEAN NOT NULL, verified BOOLEAN NOT NULL, answer #TEXT, PRIMARY KEY(number, trace_id, role)",
     "vectors": "id #KEY, key_hash #TEXT NOT NULL, fingerprint #TEXT NOT NULL, vector vector NOT NULL, "
@@ -162,6 +173,7 @@ TABLES: dict[str, str] = {
     "tokens BIGINT NOT NULL, latency_ms DOUBLE PRECISION NOT NULL, revision BIGINT NOT NULL",
     "forgotten": "memory_id #TEXT PRIMARY KEY, at DOUBLE PRECISION NOT NULL",
     "lines": _LINES,
+    "revoked": _REVOKED,
 }
 _INDEXES = (
     "traces_episode ON traces(scope_id, episode_id, created_at)",
@@ -192,8 +204,12 @@ _PREFIXES = (
     "scope_id BIGINT NOT NULL, hash #TEXT NOT NULL, episode_id #TEXT NOT NULL, trace_id #TEXT, "
     "PRIMARY KEY(scope_id, hash)"
 )
-_FIRST = TABLES | {"contributions": _CONTRIBUTIONS, "traces": _TRACES, "steps": _STEPS, "prefixes": _PREFIXES}
-_FIRST.pop("lines")
+_FIRST = {name: columns.replace(f", {_VALID}", "") for name, columns in TABLES.items()}
+_FIRST |= {
+    "contributions": _CONTRIBUTIONS, "traces": _TRACES, "steps": _STEPS, "prefixes": _PREFIXES, "feedback": _FEEDBACK,
+}  # fmt: skip
+for _later in ("lines", "revoked"):
+    _FIRST.pop(_later)
 _MIGRATIONS: dict[str, tuple[str, ...]] = {
     "p001_tables": (
         "CREATE EXTENSION IF NOT EXISTS vector SCHEMA public",
@@ -222,5 +238,11 @@ _MIGRATIONS: dict[str, tuple[str, ...]] = {
         *(f"CREATE INDEX {index}" for index in _LINE_INDEXES),
         *(f"ALTER TABLE traces ADD COLUMN {column}" for column in _NAMED),
         migrations.FOLD_OLDER,
+    ),
+    "p007_provenance_and_validity": (
+        *(f"ALTER TABLE feedback ADD COLUMN {column}" for column in _PROVENANCE),
+        f"ALTER TABLE traces ADD COLUMN {_ASKER}",
+        f"CREATE TABLE revoked({_REVOKED})",
+        *(f"ALTER TABLE {name} ADD COLUMN {_VALID}" for name in migrations.HAVE_VALID_UNTIL),
     ),
 }

@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optillm_memory.records import Scope, ThreadStarter
-from optillm_memory.store.postgres.connection import PostgresConnection, PostgresReaders, vector_text
+from optillm_memory.store.postgres.connection import PostgresConnection, PostgresReaders
+from optillm_memory.store.postgres.values import Vector
 from optillm_memory.store.sqlite.connection import DatabaseError
 from optillm_memory.store.tables import scopes
+from optillm_memory.store.tables.vectors import SEARCHED
 
 logger = logging.getLogger(__name__)
 _SEARCHED = 100  # candidates that the index keeps while it searches (pgvector's hnsw.ef_search)
@@ -46,12 +48,13 @@ class HnswSearch:
         """Return (number, cosine) of the scope's nearest memories through HNSW; nothing while its index is built."""
         if not self._index_is_there(fingerprint, len(query)):
             return []
-        sql = _NEAREST.format(dimension=len(query), fingerprint=_quoted(fingerprint))
-        text = vector_text(query.astype(np.float32).tobytes())
+        sql = _NEAREST.format(
+            dimension=len(query), fingerprint=_quoted(fingerprint), scope=scopes.KNOWN, searched=SEARCHED
+        )
+        vector = Vector(query.astype(np.float32).tobytes())
         with self._readers.borrow() as db:
-            scope_id = scopes.known(db, scope)
-            db.execute(_SETTINGS, (str(max(_SEARCHED, 2 * count)),))
-            found = db.execute(sql, (text, scope_id, text, count)).fetchall()
+            db.use({"hnsw.ef_search": str(max(_SEARCHED, 2 * count)), "hnsw.iterative_scan": "relaxed_order"})
+            found = db.execute(sql, (vector, *scopes.key(scope), vector, count)).fetchall()
         best = sorted(((int(number), 1.0 - float(distance)) for number, distance in found), key=lambda pair: -pair[1])
         return best[:count]
 
@@ -128,13 +131,11 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-_SETTINGS = """
-    SELECT set_config('hnsw.ef_search', ?, FALSE), set_config('hnsw.iterative_scan', 'relaxed_order', FALSE)"""
 _NEAREST = """
-    SELECT number, vector::halfvec({dimension}) <=> CAST(? AS halfvec({dimension})) AS distance
+    SELECT number, vector::halfvec({dimension}) <=> CAST(CAST(? AS vector) AS halfvec({dimension})) AS distance
     FROM vectors JOIN memories ON memories.key_hash = vectors.key_hash
-    WHERE fingerprint = {fingerprint} AND scope_id = ? AND kind = 'exemplar' AND status IN ('verified', 'superseded')
-    ORDER BY vector::halfvec({dimension}) <=> CAST(? AS halfvec({dimension})) LIMIT ?"""
+    WHERE fingerprint = {fingerprint} AND scope_id = {scope} AND {searched}
+    ORDER BY vector::halfvec({dimension}) <=> CAST(CAST(? AS vector) AS halfvec({dimension})) LIMIT ?"""
 _VALID = "SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(?)"
 # The statistics of an index on vectors are of no use to anybody, and hold vectors.
 UNCOUNTED = "ALTER INDEX {} ALTER COLUMN 1 SET STATISTICS 0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -12,10 +13,11 @@ from optillm_memory.records import ThreadStarter
 from optillm_memory.settings import without_password
 from optillm_memory.store.backend import Dialect
 from optillm_memory.store.base import Store
-from optillm_memory.store.postgres.connection import PostgresConnection, PostgresReaders, vector_text
+from optillm_memory.store.postgres.connection import PostgresConnection, PostgresReaders
 from optillm_memory.store.postgres.schema import migrate, refuse_other_schema
 from optillm_memory.store.postgres.search import HnswSearch
 from optillm_memory.store.postgres.server import Server
+from optillm_memory.store.postgres.values import Vector
 from optillm_memory.store.sqlite.connection import DatabaseError
 from optillm_memory.store.tables.words import scoped
 from optillm_memory.store.threads import start_thread
@@ -37,12 +39,14 @@ class PostgresStore(Store):
         queue_size: int = 10_000,
         normal: Callable[[str], str] = normal_answer,
         read_only: bool = False,
+        clock: Callable[[], float] = time.time,
         start: ThreadStarter = start_thread,
     ) -> None:
         """Connect and bring the schema up; `normal` gives the form in which answers are compared.
 
-        Raises StoreTooNew, and StoreUnavailable without psycopg. Opened `read_only`, it migrates nothing, builds no
-        index and starts no thread; it raises NotFound where there is no memory, and StoreError for an older schema.
+        `clock` tells in Unix seconds what holds no longer. Raises StoreTooNew, and StoreUnavailable without psycopg.
+        Opened `read_only`, it migrates nothing, builds no index and starts no thread; it raises NotFound where there is
+        no memory, and StoreError for an older schema.
         """
         readers = PostgresReaders(url)
         writer: Writer | ReadOnlyWriter
@@ -54,7 +58,7 @@ class PostgresStore(Store):
             within = partial(Transaction, dialect=DIALECT, normal=normal)
             writer = PostgresWriter(url, queue_size=queue_size, within=within, start=start)
         search = HnswSearch(url, readers, None if read_only else start)
-        super().__init__(writer, readers, dialect=DIALECT, search=search, location=Server(url, readers))
+        super().__init__(writer, readers, dialect=DIALECT, search=search, location=Server(url, readers), clock=clock)
 
 
 class PostgresWriter(Writer):
@@ -91,8 +95,8 @@ class PostgresWriter(Writer):
             self._connection = None
 
 
-def _insert_memory(db: Any, sql: str, values: tuple[Any, ...]) -> int:
-    return int(db.execute(f"{sql} RETURNING number", values).fetchone()[0])
+def _memory_numbers(db: Any, count: int) -> list[int]:
+    return [int(row[0]) for row in db.execute(_NUMBERS, (count,)).fetchall()]
 
 
 def _postings(db: Any, scope_id: int, words: Sequence[str], depth: int) -> Mapping[str, list[int]]:
@@ -108,6 +112,7 @@ def _holding_all(db: Any, scope_id: int, words: Sequence[str], depth: int, lates
     return [int(row[0]) for row in db.execute(_HOLDING_ALL, (terms, latest, depth)).fetchall()]
 
 
+_NUMBERS = "SELECT nextval(pg_get_serial_sequence('memories', 'number')) FROM generate_series(1, ?)"
 _POSTINGS = "ARRAY(SELECT rowid FROM memories_fts WHERE terms @> ARRAY[?]::text[] LIMIT ?)"
 _HOLDING_ALL = """
     SELECT rowid FROM memories_fts WHERE terms @> ?::text[]
@@ -116,8 +121,8 @@ _HOLDING_ALL = """
 
 DIALECT = Dialect(
     salt="SELECT value FROM salt",
-    insert_memory=_insert_memory,
-    vector=vector_text,
+    memory_numbers=_memory_numbers,
+    vector=Vector,
     postings=_postings,
     holding_all=_holding_all,
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
 import logging
 import os
 import queue
@@ -14,22 +13,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from optillm_memory.errors import StoreError, StoreTooNew, StoreUnavailable
-
-try:  # as sqlite-utils does, which takes half a second to load and is needed only where there is something to migrate
-    sqlite3: Any = importlib.import_module("pysqlite3")
-except ImportError:
-    sqlite3 = stdlib_sqlite3
+from optillm_memory.store.deferred import Deferring
+from optillm_memory.store.sqlite.library import sqlite3, wal_is_safe, words_are_secure
 
 logger = logging.getLogger(__name__)
 
 Connection: TypeAlias = stdlib_sqlite3.Connection  # the type; the object may be pysqlite3's twin of it
+if TYPE_CHECKING:
+    _Connection = stdlib_sqlite3.Connection
+else:
+    _Connection = sqlite3.Connection
 DatabaseError: type[Exception] = sqlite3.DatabaseError
 OperationalError: type[Exception] = sqlite3.OperationalError
 IntegrityError: type[Exception] = sqlite3.IntegrityError
-LATEST = "m010_lines_and_procedures"  # the last of the numbered migrations
+LATEST = "m011_provenance_validity_and_seal"  # the last of the numbered migrations
 BUSY_TIMEOUT_S = 10.0
 _AWAY_S, _REOPENED_S = 5.0, 0.1  # how long who opens a file again waits for those who read, and they for that
 _TELL_S = 0.2
@@ -42,23 +42,12 @@ _JOURNALS = ("-shm", "-wal", "-journal")
 _CORRUPT = ("malformed", "not a database", "disk image", "file is encrypted")
 
 
-def sqlite_version() -> str:
-    """Return the version of the SQLite library in use."""
-    return str(sqlite3.sqlite_version)
-
-
-def wal_is_safe(version: str | None = None) -> bool:
-    """Whether this SQLite is free of the WAL-reset bug (mended in 3.51.3, 3.50.7 and 3.44.6)."""
-    parts = tuple(int(p) for p in (version or sqlite_version()).split("."))
-    return parts >= (3, 51, 3) or (3, 50, 7) <= parts < (3, 51) or (3, 44, 6) <= parts < (3, 45)
-
-
 def is_corruption(error: BaseException) -> bool:
     """Whether an error says that the file itself is broken, not that it is busy, full or read-only."""
     return isinstance(error, DatabaseError) and any(word in str(error).lower() for word in _CORRUPT)
 
 
-def open_writer(path: Path, *, mend: bool = True, thorough: bool = False) -> Connection:
+def open_writer(path: Path, *, mend: bool = True, thorough: bool = False) -> WritingConnection:
     """Open the one connection that writes and checkpoints; create the file (0600) and bring its schema up.
 
     Raises StoreUnavailable where the file cannot be written and StoreTooNew where a later release wrote it. A
@@ -80,9 +69,9 @@ def open_writer(path: Path, *, mend: bool = True, thorough: bool = False) -> Con
         raise StoreUnavailable(f"cannot write {path}: {error}") from error
 
 
-def _open_writer(path: Path, *, thorough: bool = False) -> Connection:
+def _open_writer(path: Path, *, thorough: bool = False) -> WritingConnection:
     _make(path)
-    connection = connect(path)
+    connection = cast("WritingConnection", connect(path, kind=WritingConnection))
     try:
         if not (current := is_current(connection)):
             refuse_newer(connection, path)
@@ -202,11 +191,6 @@ def _migrate(connection: Connection) -> None:
         connection.execute("COMMIT")
 
 
-def words_are_secure() -> bool:
-    """Whether this SQLite takes a deleted row's words out of the full-text index at once, not with a later merge."""
-    return tuple(int(part) for part in sqlite_version().split(".")) >= (3, 42)
-
-
 def _secure_words(connection: Connection) -> None:
     """Have the full-text index overwrite what is deleted in it; note whether it holds words of earlier deletions."""
     if not words_are_secure() or connection.execute(_WORDS_SECURE).fetchone():
@@ -217,7 +201,30 @@ def _secure_words(connection: Connection) -> None:
     connection.execute("COMMIT")
 
 
-def connect(path: Path, *, read_only: bool = False, immutable: bool = False, create: bool = True) -> Connection:
+class WritingConnection(Deferring, _Connection):
+    """The connection that writes."""
+
+    def execute(self, sql: str, values: Any = ()) -> stdlib_sqlite3.Cursor:
+        """Run one statement, after what was deferred; return its cursor."""
+        if self._first or self._deferred:
+            self.write_deferred()
+        return super().execute(sql, values)
+
+    def executemany(self, sql: str, rows: Any) -> stdlib_sqlite3.Cursor:
+        """Run one statement for each row, after what was deferred."""
+        if self._first or self._deferred:
+            self.write_deferred()
+        return super().executemany(sql, rows)
+
+
+def connect(
+    path: Path,
+    *,
+    read_only: bool = False,
+    immutable: bool = False,
+    create: bool = True,
+    kind: type[Connection] | None = None,
+) -> Connection:
     """Return a connection to a file, to write or to read: the one place where that is done.
 
     A file that is missing is made, unless it may not be `create`d. `immutable` asks SQLite to make no file beside it
@@ -231,6 +238,7 @@ def connect(path: Path, *, read_only: bool = False, immutable: bool = False, cre
         timeout=BUSY_TIMEOUT_S,
         isolation_level=None,
         check_same_thread=False,
+        factory=kind or sqlite3.Connection,
         cached_statements=1024,  # all of ours: making a statement ready costs many times what running it does
     )
     connection.execute("PRAGMA foreign_keys=OFF")
@@ -383,6 +391,11 @@ class Readers:
             with self._changed:
                 self._shut = False
                 self._changed.notify_all()
+
+    @property
+    def asked_back(self) -> bool:
+        """Whether what is lent must come back: somebody waits for `away`."""
+        return self._shut
 
     def _close(self, connection: Connection | None) -> None:
         try:

@@ -16,8 +16,8 @@ from optillm_memory.store.sqlite.connection import (
     DatabaseError,
     checkpoint,
     open_writer,
-    words_are_secure,
 )
+from optillm_memory.store.sqlite.library import words_are_secure
 from optillm_memory.store.sqlite.pages import scrub
 from optillm_memory.store.sqlite.writer import SqliteWriter
 

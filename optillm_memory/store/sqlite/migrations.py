@@ -91,6 +91,13 @@ def m010_lines_and_procedures(db: Database) -> None:
         db.execute(statement)
 
 
+@migrations()
+def m011_provenance_validity_and_seal(db: Database) -> None:
+    """Note who gave feedback, under which trust and until when it holds; make room for revocations and the seal."""
+    for statement in _M011:
+        db.execute(statement)
+
+
 FEWER_INDEXES = (
     *(f"DROP INDEX {name}" for name in ("steps_step_id", "steps_made_by", "injections_memory")),
     "CREATE INDEX prefixes_trace ON prefixes(trace_id)",
@@ -293,4 +300,19 @@ _M010 = (
     "ALTER TABLE traces ADD COLUMN end_user TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE traces ADD COLUMN goal TEXT NOT NULL DEFAULT ''",
     FOLD_OLDER,
+)
+HAVE_VALID_UNTIL = ("feedback", "outcomes", "memories")
+_M011 = (
+    "ALTER TABLE feedback ADD COLUMN reporter TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE feedback ADD COLUMN trust TEXT NOT NULL DEFAULT 'open'",
+    # What the call that gave it was narrowed to: it counts on no other trace. NULL is any.
+    *(f"ALTER TABLE feedback ADD COLUMN within_{name} TEXT" for name in ("namespace", "user_id", "agent_id")),
+    "ALTER TABLE traces ADD COLUMN asker TEXT NOT NULL DEFAULT ''",
+    # The log goes on: what these reporters said counts no more.
+    "CREATE TABLE revoked(reporter TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID",
+    *(f"ALTER TABLE {name} ADD COLUMN valid_until REAL" for name in HAVE_VALID_UNTIL),
+    """CREATE TABLE seal(
+        id INTEGER PRIMARY KEY CHECK (id = 1), number INTEGER NOT NULL, link_before BLOB NOT NULL, sums BLOB NOT NULL,
+        notes TEXT NOT NULL, columns TEXT NOT NULL, link BLOB NOT NULL)""",
+    "CREATE TABLE seals(place INTEGER PRIMARY KEY, tag BLOB NOT NULL)",
 )

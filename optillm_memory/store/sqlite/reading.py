@@ -16,10 +16,10 @@ from optillm_memory.store.sqlite.connection import (
     identity,
     is_current,
     refuse_newer,
-    wal_is_safe,
 )
+from optillm_memory.store.sqlite.library import wal_is_safe
 
-_OLDEST_READ = 8  # the migration whose tables this release can read; what came later changed no column
+_OLDEST_READ = 11  # the migration whose tables this release can read; what came later changed no column
 
 
 def reading(path: Path) -> UntouchedReaders:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 from optillm_memory.errors import StoreError, StoreUnavailable
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.records import Scope, ThreadStarter
+from optillm_memory.store import fold
 from optillm_memory.store.backend import Dialect
 from optillm_memory.store.base import Store
 from optillm_memory.store.sqlite.connection import (
@@ -27,6 +29,10 @@ from optillm_memory.store.sqlite.connection import (
 from optillm_memory.store.sqlite.erase import Eraser
 from optillm_memory.store.sqlite.index_files import IndexFiles, folder_of
 from optillm_memory.store.sqlite.reading import reading
+from optillm_memory.store.sqlite.seal import state_of, tables_there
+from optillm_memory.store.sqlite.seal_commit import CommitSeal
+from optillm_memory.store.sqlite.seal_files import SealFiles
+from optillm_memory.store.sqlite.seal_reads import SealReads
 from optillm_memory.store.sqlite.writer import SqliteWriter
 from optillm_memory.store.tables import words as word_index
 from optillm_memory.store.threads import start_thread
@@ -49,9 +55,15 @@ class SqliteStore(Store):
         queue_size: int = 10_000,
         normal: Callable[[str], str] = normal_answer,
         read_only: bool = False,
+        seal: bool = False,
+        seal_folder: str = "",
+        clock: Callable[[], float] = time.time,
         start: ThreadStarter = start_thread,
     ) -> None:
         """Open the file, making it where it is missing; `normal` gives the form in which answers are compared.
+
+        With `seal` it is sealed from now on; one that was sealed before is so without it. `seal_folder` is where the
+        key lies, empty for the default. `clock` tells in Unix seconds what holds no longer.
 
         Raises StoreTooNew. Opened `read_only`, it makes no file, migrates nothing and starts no thread; it raises
         NotFound where there is no file, and StoreError for one with the schema of an earlier release.
@@ -60,14 +72,24 @@ class SqliteStore(Store):
         self._paused = ExitStack()
         writer: SqliteWriter | ReadOnlyWriter
         readers = reading(path) if read_only else Readers(path)
+        files = SealFiles.of(path, seal_folder)
+        seal_reads = SealReads(files)
+        self._commit_seal = CommitSeal(files, wanted=seal, told=seal_reads.told)
         if read_only:
             writer = ReadOnlyWriter(str(path))
         else:
             within = partial(Transaction, dialect=DIALECT, normal=normal)
-            writer = SqliteWriter(path, queue_size=queue_size, within=within, alone=readers.away, start=start)
+            writer = SqliteWriter(
+                path, queue_size=queue_size, within=within, alone=readers.away, sealing=self._commit_seal, start=start
+            )
             readers.on_corruption, readers.on_change = writer.distrust, writer.look
         search = SearchBeside(path, readers, read_only=read_only)
-        super().__init__(writer, readers, dialect=DIALECT, search=search, location=DatabaseFile(path, writer, readers))
+        location = DatabaseFile(path, writer, readers)
+        super().__init__(
+            writer, readers, dialect=DIALECT, search=search, location=location, seal=seal_reads, clock=clock
+        )
+        with suppress(StoreError):  # what cannot be read now is told of where it is read
+            seal_reads.look(readers)
 
     def pause(self, timeout_s: float) -> bool:
         """Start nothing until `resume`, and read nothing; return whether no commit is under way any more."""
@@ -81,6 +103,42 @@ class SqliteStore(Store):
         """Go on after a `pause` that succeeded."""
         self._paused.close()
         super().resume()
+
+    def rebuild(self, *, accept: bool = False) -> int:
+        """Fold the whole log again; return how many traces it holds.
+
+        Raises StoreError where the seal shows that the log was changed from outside, unless that is to be accepted.
+        """
+
+        def again(tx: Transaction) -> int:
+            if not accept:
+                self._commit_seal.refuse_broken(tx.db)
+            traces = fold.rebuild(tx)
+            self._commit_seal.derived_again(tx.db, accept=accept)
+            return traces
+
+        return self.write(again).result()
+
+    def described_seal(self) -> dict[str, Any]:
+        """Return whether the file is sealed, since when, by which commit, and where the key is."""
+        files = self._commit_seal.files
+        with self._readers.borrow() as db:
+            state = state_of(db) if tables_there(db) else None
+        if state is None:
+            return {"sealed": False}
+        notes = json.loads(state.notes)
+        return {
+            "sealed": True, "since": notes["since"], "found_then": notes["found"], "commit": state.number,
+            "link": state.link.hex(), "key": str(files.key_path), "noted_outside": str(files.head_path),
+        }  # fmt: skip
+
+    def accept_seal(self, *, new_key: bool = False) -> None:
+        """Seal everything as it is found, with a new key if asked for; what was wrong is settled. Raises StoreError."""
+        self.write(lambda tx: self._commit_seal.accept(tx.db, new_key=new_key)).result()
+
+    def remove_seal(self) -> None:
+        """Take the seal off."""
+        self.write(lambda tx: self._commit_seal.remove(tx.db)).result()
 
 
 class DatabaseFile:
@@ -178,9 +236,9 @@ class SearchBeside:
                 yield
 
 
-def _insert_memory(db: Connection, sql: str, values: tuple[Any, ...]) -> int:
-    # RETURNING would have SQLite make a table for it: eight times the time of the row itself.
-    return int(db.execute(sql, values).lastrowid or 0)
+def _memory_numbers(db: Connection, count: int) -> range:
+    start = int(db.execute("SELECT coalesce(max(number), 0) + 1 FROM memories").fetchone()[0])
+    return range(start, start + count)
 
 
 def _postings(db: Connection, scope_id: int, words: Sequence[str], depth: int) -> Mapping[str, list[int]]:
@@ -215,7 +273,7 @@ def _term(scope_id: int, word: str) -> str:
 
 DIALECT = Dialect(
     salt="SELECT value FROM meta WHERE key = 'salt'",
-    insert_memory=_insert_memory,
+    memory_numbers=_memory_numbers,
     vector=bytes,
     postings=_postings,
     holding_all=_holding_all,

@@ -22,6 +22,7 @@ from optillm_memory.store.sqlite.connection import (
     DatabaseError,
     Identity,
     OperationalError,
+    WritingConnection,
     checkpoint,
     identity,
     is_corruption,
@@ -32,7 +33,7 @@ from optillm_memory.store.sqlite.connection import (
 )
 from optillm_memory.store.sqlite.turnstile import Turnstile
 from optillm_memory.store.threads import start_thread
-from optillm_memory.store.writer import Writer, fulfil
+from optillm_memory.store.writer import Sealing, Writer, fulfil
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class SqliteWriter(Writer):
         queue_size: int,
         within: Callable[[Connection], Any] = lambda connection: connection,
         alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+        sealing: Sealing | None = None,
         start: ThreadStarter = start_thread,
     ) -> None:
         """Open the file, making it where it is missing; `within` makes what operations are given.
@@ -68,7 +70,7 @@ class SqliteWriter(Writer):
         self._checkpoint_at = 0.0
         self._held_back = False  # the WAL grew far beyond its bound, and that was logged
         self._turnstile = Turnstile(path.with_name(path.name + "-turnstile"), start)
-        super().__init__(str(path), queue_size=queue_size, within=within, start=start)
+        super().__init__(str(path), queue_size=queue_size, within=within, sealing=sealing, start=start)
 
     def distrust(self) -> None:
         """Check the file before the next commit: a reader found it broken, which our own cached pages may hide."""
@@ -96,7 +98,7 @@ class SqliteWriter(Writer):
     def _passing(self) -> AbstractContextManager[None]:
         return self._turnstile.passing()
 
-    def _open(self) -> Connection:
+    def _open(self) -> WritingConnection:
         thorough = self._suspect.is_set()
         # They share the WAL's index with what is opened here: one of another file, or one that is only read.
         try:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optillm_memory.store.sqlite.connection import Connection, objects
+from optillm_memory.store.sqlite.connection import Connection, WritingConnection, objects
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +27,11 @@ class ModelCall:
 class CallTable:
     """The write half."""
 
-    db: Connection
+    db: WritingConnection
 
     def add(self, trace_id: str, calls: Sequence[ModelCall]) -> None:
         """Append the calls that were made for a trace, in the order of their answers."""
-        self.db.executemany(
+        self.db.later(
             "INSERT INTO calls VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [
                 (

@@ -33,6 +33,7 @@ class DecisionTable:
 
     def add(self, trace: Trace, scope_id: int, choice: Choice, length: int) -> None:
         """Append the choice that an episode began with."""
+        self.traces.touch(trace.trace_id)
         self.db.execute(
             "INSERT INTO decisions(trace_id, scope_id, arm, propensity, reason, cluster, probabilities, stake, length) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",

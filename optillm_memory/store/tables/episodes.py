@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from optillm_memory.conversation.episodes import Candidate, forks_of, root_of
 from optillm_memory.inject.advice import FAILURE
 from optillm_memory.records import Injected, Placement, Scope, Trace
-from optillm_memory.store.backend import Pool
-from optillm_memory.store.sqlite.connection import Connection, marks
+from optillm_memory.store.backend import Pool, Seal
+from optillm_memory.store.sqlite.connection import Connection, WritingConnection, marks
 from optillm_memory.store.tables import scopes
-from optillm_memory.store.tables.feedback import STANDING
+from optillm_memory.store.tables.feedback import STANDING, standing
+from optillm_memory.store.tables.memories import HOLDS
 
 _BEGIN_ALIKE = 16  # conversations that begin alike; of more the latest are considered
 
@@ -21,18 +22,18 @@ _BEGIN_ALIKE = 16  # conversations that begin alike; of more the latest are cons
 class EpisodeTable:
     """The write half."""
 
-    db: Connection
+    db: WritingConnection
 
     def add_prefixes(self, scope_id: int, trace: Trace, prefixes: Sequence[str]) -> None:
         """Append the prefixes with which a conversation goes on after a trace."""
-        self.db.executemany(
+        self.db.later(
             "INSERT INTO prefixes(scope_id, hash, episode_id, trace_id) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING",
             [(scope_id, prefix, trace.episode_id, trace.trace_id) for prefix in prefixes],
         )
 
     def add_placements(self, scope_id: int, episode_id: str, placements: Sequence[Placement]) -> None:
         """Append what was injected, so that later requests of the episode get it at the same place."""
-        self.db.executemany(
+        self.db.later(
             "INSERT INTO ledger VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
             [
                 (
@@ -49,6 +50,8 @@ class EpisodeReads:
     """The read half, for finding the episode of a request."""
 
     readers: Pool
+    seal: Seal
+    clock: Callable[[], float]
 
     def episodes_of(self, scope: Scope, prefix: str) -> list[Candidate]:
         """Return the latest episodes that have a conversation prefix."""
@@ -79,11 +82,12 @@ class EpisodeReads:
     def ledger(self, scope: Scope, episode_id: str) -> list[Placement]:
         """Return what was injected in an episode before, in order."""
         with self.readers.borrow() as db:
+            key = (scopes.known(db, scope), episode_id)
             found = db.execute(
-                "SELECT anchor, position, form, payload, items FROM ledger "
-                "WHERE scope_id = ? AND episode_id = ? ORDER BY position",
-                (scopes.known(db, scope), episode_id),
+                f"SELECT anchor, position, form, payload, items FROM ledger WHERE {_OF_EPISODE} ORDER BY position", key
             ).fetchall()
+            if (good := self.seal.genuine(db, "ledger", _OF_EPISODE, key)) is not None:
+                found = [row for row in found if (*key, row[0], row[2]) in good]
         return [
             Placement(anchor, position, form, json.loads(payload), tuple(Injected(**i) for i in json.loads(items)))
             for anchor, position, form, payload, items in found
@@ -92,14 +96,16 @@ class EpisodeReads:
     def unusable(self, scope: Scope, memory_ids: Iterable[str]) -> set[str]:
         """Return those of the memories of which no copy may be used (any more): forgotten, switched off, or in doubt.
 
-        A fix may be a candidate, which says so where it stands; that an action failed is no memory.
+        A fix may be unverified, which it says where it stands; that an action failed is no memory.
         """
         named = {memory_id for memory_id in memory_ids if not memory_id.startswith(FAILURE)}
         if not named:
             return named
         with self.readers.borrow() as db:
-            sql = f"SELECT memory_id FROM memories WHERE +scope_id = ? AND memory_id IN ({marks(named)}) AND {_USABLE}"
-            return named - {row[0] for row in db.execute(sql, (scopes.known(db, scope), *named)).fetchall()}
+            usable = f"{_USABLE} AND {HOLDS}"
+            sql = f"SELECT memory_id FROM memories WHERE +scope_id = ? AND memory_id IN ({marks(named)}) AND {usable}"
+            found = db.execute(sql, (scopes.known(db, scope), *named, self.clock())).fetchall()
+        return named - {row[0] for row in found}
 
     def still_usable(self, scope: Scope, placements: Sequence[Placement]) -> list[Placement]:
         """Return these placements without those that have something of a memory that may not be used any more."""
@@ -108,14 +114,14 @@ class EpisodeReads:
 
 
 def _candidate(db: Connection, scope: Scope, scope_id: int, prefix: str, episode_id: str, trace_id: str) -> Candidate:
-    asked = (scope_id, episode_id, scope.tenant, 0.0, episode_id, scope_id, trace_id)
+    asked = (scope_id, episode_id, *standing(scope, 0.0), episode_id, scope_id, trace_id)
     latest, closed = db.execute(_CANDIDATE, asked).fetchone()
     continued = db.execute(_CONTINUED, (scope_id, episode_id, prefix, trace_id)).fetchall() if prefix else []
     return Candidate(episode_id, float(latest), bool(closed), frozenset(row[0] for row in continued))
 
 
 # What was superseded stays where it stands, for the provider's prompt cache.
-_USABLE = "(status IN ('verified', 'superseded') OR (status = 'candidate' AND kind = 'fix'))"
+_USABLE = "status IN ('verified', 'superseded', 'corroborated')"
 # An episode's latest request, whether it has an outcome (its own, or this very answer was verified as right), and how
 # it has gone on from a prefix.
 _CANDIDATE = f"""
@@ -123,6 +129,7 @@ _CANDIDATE = f"""
         EXISTS (SELECT 1 FROM feedback WHERE {STANDING} AND episode_id = ? AND (scope_id = ? OR scope_id IS NULL)
                 AND metric <> 'comment')
         OR EXISTS (SELECT 1 FROM outcomes WHERE trace_id = ? AND verified AND verdict = 'success')"""
+_OF_EPISODE = "scope_id = ? AND episode_id = ?"
 _FORKS = """
     SELECT DISTINCT episode_id FROM traces WHERE scope_id = ? AND episode_id >= ? AND episode_id < ? AND continued = ?
     LIMIT ?"""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from optillm_memory.learn import exemplars
 from optillm_memory.learn.conflicts import superseded, words_of
 from optillm_memory.learn.exemplars import Learned
-from optillm_memory.records import Trace
+from optillm_memory.records import Outcome, Trace
+from optillm_memory.store.announced import padded
 from optillm_memory.store.backend import Dialect
-from optillm_memory.store.sqlite.connection import Connection, marks
+from optillm_memory.store.sqlite.connection import WritingConnection, marks
 from optillm_memory.store.tables import words
 from optillm_memory.store.tables.exposures import ExposureTable
 from optillm_memory.store.tables.meta import Counters
@@ -39,43 +39,83 @@ class ExemplarTable:
     table. So every memory that there is evidence on has a row; it is `unfounded` while no evidence is a success.
     """
 
-    db: Connection
+    db: WritingConnection
     scopes: ScopeTable
     counters: Counters
     exposures: ExposureTable
     procedures: ProcedureTable
     dialect: Dialect
+    _waiting: list[tuple[Trace, Learned]] = field(default_factory=list)
 
-    def put(self, trace: Trace, learned: Learned, *, untouched: bool = False) -> None:
-        """Replace what this trace taught before, and bring every memory it concerns up to date.
-
-        An `untouched` trace taught nothing before, and nothing was injected into it.
-        """
-        before = [] if untouched else self.db.execute(_TAUGHT, (trace.trace_id,)).fetchall()
+    def put(self, trace: Trace, learned: Learned) -> None:
+        """Replace what this trace taught before, and bring every memory it concerns up to date."""
+        before = self.db.execute(_TAUGHT, (trace.trace_id,)).fetchall()
         if before:
             self.db.execute(_UNTEACH, (trace.trace_id,))
-        touched: dict[str, int] = {memory_id: int(number) for memory_id, number in before}
-        by_memory: dict[str, list[_Contribution]] = {}
-        for item in self._contributions(trace, learned, untouched=untouched):
-            by_memory.setdefault(item.memory_id, []).append(item)
+        self._put_outcome(trace, learned.outcome)
+        items = [*_evidence(learned), *self._uses(trace, learned.outcome)]
+        touched = {memory_id: int(number) for memory_id, number in before}
+        self._teach(trace, items, touched, learned.outcome.valid_until)
+
+    def put_untouched(self, trace: Trace, learned: Learned) -> None:
+        """Keep what a trace taught that taught nothing before, and that nothing was injected into.
+
+        Before anything else is asked of the database it is written, together with what others taught.
+        """
+        if not self._waiting:
+            self.db.first(self._put_waiting)
+        self._waiting.append((trace, learned))
+
+    def _put_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        found = [(trace, list(_evidence(learned)), key_hash(trace.task)) for trace, learned in waiting]
+        known = self._known_of({i.memory_id for _, items, _ in found for i in items}, {key for _, _, key in found})
+        fresh: list[tuple[Trace, list[_Contribution], float | None]] = []
+        rest: list[tuple[Trace, list[_Contribution], float | None]] = []
+        for (trace, items, key), (_, learned) in zip(found, waiting, strict=True):
+            if learned.outcome.verdict != "unknown":
+                self._put_outcome(trace, learned.outcome)
+            names = {key, *(item.memory_id for item in items)}
+            if items:  # another answer to its task may supersede it, or be superseded
+                (rest if names & known else fresh).append((trace, items, learned.outcome.valid_until))
+                known |= names
+        count = sum(len(items) for _, items, _ in fresh)
+        numbers = iter(self.dialect.memory_numbers(self.db, count))
+        for trace, items, holds in fresh:
+            revision = self.counters.revision()
+            for memory_id, own in _by_memory(items).items():
+                number = next(numbers)
+                self._put_fresh(trace, number, own, revision, holds, exposed=False)
+                self._contribute(trace, {memory_id: number}, {memory_id: own})
+        for trace, items, holds in rest:
+            self._teach(trace, items, {}, holds)
+
+    def _known_of(self, memory_ids: Collection[str], keys: Collection[str]) -> set[str]:
+        """Return those of some ids and key hashes that any memory has, or any measure of uplift."""
+        if not memory_ids:
+            return set()
+        names, hashes = padded(list(memory_ids)), padded(list(keys))
+        sql = _KNOWN_OF.format(marks(names), marks(names), marks(hashes))
+        return {row[0] for row in self.db.execute(sql, (*names, *names, *hashes)).fetchall()}
+
+    def _teach(
+        self, trace: Trace, items: Iterable[_Contribution], touched: dict[str, int], holds: float | None
+    ) -> None:
+        """Write a trace's evidence on memories; bring them up to date, and those by number that it had evidence on."""
+        by_memory = _by_memory(items)
         if not (touched or by_memory):
             return
         revision = self.counters.revision()
         fresh: dict[str, int] = {}
-        for memory_id in by_memory.keys() - touched.keys():
+        for memory_id in [name for name in by_memory if name not in touched]:
             number, exposed = self._known(memory_id)
-            if number is not None:
-                touched[memory_id] = number
+            if number is None:
+                (number,) = self.dialect.memory_numbers(self.db, 1)
+                self._put_fresh(trace, number, by_memory[memory_id], revision, holds, exposed=exposed)
+                fresh[memory_id] = number
             else:
-                fresh[memory_id] = self._put_fresh(trace, by_memory[memory_id], revision, exposed=exposed)
-        self.db.executemany(
-            "INSERT INTO contributions(number, trace_id, role, success, verified, answer) VALUES (?, ?, ?, ?, ?, ?)",
-            [
-                (number, trace.trace_id, item.role, int(item.success), int(item.verified), item.answer)
-                for memory_id, number in (*touched.items(), *fresh.items())
-                for item in by_memory.get(memory_id, ())
-            ],
-        )
+                touched[memory_id] = number
+        self._contribute(trace, {**touched, **fresh}, by_memory)
         tasks = {self._task_of(number) for number in touched.values()}
         for memory_id, number in sorted(touched.items()):
             self._refresh(number, memory_id, revision)
@@ -84,6 +124,18 @@ class ExemplarTable:
             tasks.add((key_hash(trace.task), self.scopes.number(trace.scope), trace.frame))
         for task in sorted(tasks):
             self._settle(task, revision)
+
+    def _contribute(
+        self, trace: Trace, numbers: Mapping[str, int], items: Mapping[str, Sequence[_Contribution]]
+    ) -> None:
+        self.db.later(
+            "INSERT INTO contributions(number, trace_id, role, success, verified, answer) VALUES (?, ?, ?, ?, ?, ?)",
+            [
+                (number, trace.trace_id, item.role, int(item.success), int(item.verified), item.answer)
+                for memory_id, number in numbers.items()
+                for item in items.get(memory_id, ())
+            ],
+        )
 
     def refresh(self, memory_id: str, revision: int) -> None:
         """Bring a memory up to date with all evidence on it."""
@@ -99,26 +151,18 @@ class ExemplarTable:
         revision = self.counters.revision()
         self.db.executemany("UPDATE memories SET revision = ? WHERE number = ?", [(revision, n) for n in numbers])
 
-    def _contributions(self, trace: Trace, learned: Learned, *, untouched: bool) -> list[_Contribution]:
-        """Keep a trace's outcome; return its evidence on memories."""
-        result = learned.outcome
-        found = [_Contribution(e.memory_id, "evidence", e.success, e.verified, e.answer) for e in learned.evidence]
-        if result.verdict == "unknown":
+    def _put_outcome(self, trace: Trace, outcome: Outcome) -> None:
+        if outcome.verdict == "unknown":
             self.db.execute("DELETE FROM outcomes WHERE trace_id = ?", (trace.trace_id,))
-            return found
-        self.db.execute(
-            "INSERT INTO outcomes VALUES (?, ?, ?) ON CONFLICT (trace_id) DO UPDATE SET "
-            "verdict = excluded.verdict, verified = excluded.verified",
-            (trace.trace_id, result.verdict, int(result.verified)),
-        )
-        if untouched:
-            return found
-        used = self.db.execute(
-            "SELECT memory_id FROM injections WHERE trace_id = ? AND kind = 'exemplar' AND NOT withheld",
-            (trace.trace_id,),
-        ).fetchall()
-        success = result.verdict == "success"
-        return found + [_Contribution(row[0], "use", success, result.verified, None) for row in used]
+        else:
+            self.db.later(_PUT_OUTCOME, [(trace.trace_id, outcome.verdict, int(outcome.verified), outcome.valid_until)])
+
+    def _uses(self, trace: Trace, outcome: Outcome) -> list[_Contribution]:
+        """Return a trace's evidence on what was injected into it."""
+        if outcome.verdict == "unknown":
+            return []
+        used = self.db.execute(_USED, (trace.trace_id,)).fetchall()
+        return [_Contribution(row[0], "use", outcome.verdict == "success", outcome.verified, None) for row in used]
 
     def _refresh(self, number: int, memory_id: str, revision: int) -> None:
         if memory_id.startswith(PREFIX):
@@ -134,11 +178,12 @@ class ExemplarTable:
             return
         scope_id, task, frame, task_key, created_at, answer = first
         state = self._status(memory_id, right, wrong, any_right, exposed=bool(exposed))
+        holds = self.db.execute(_HOLDS_UNTIL, (number,)).fetchone()
         self.db.execute(
             _UPDATE,
             (
                 scope_id, state, task, answer, frame, task_key, right, wrong, used_right, used_wrong, created_at,
-                revision, number,
+                revision, holds[0], number,
             ),
         )  # fmt: skip
         if state == "verified" and before != "verified":
@@ -174,29 +219,34 @@ class ExemplarTable:
                 else:
                     words.drop(self.db, number)
 
-    def _put_fresh(self, trace: Trace, items: Sequence[_Contribution], revision: int, *, exposed: bool) -> int:
-        """Insert a memory that there was no evidence on before this trace; return its number."""
+    def _put_fresh(
+        self,
+        trace: Trace,
+        number: int,
+        items: Sequence[_Contribution],
+        revision: int,
+        holds: float | None,
+        *,
+        exposed: bool,
+    ) -> None:
+        """Insert a memory that there was no evidence on before this trace."""
         memory_id = items[0].memory_id
         evidence = [item for item in items if item.role == "evidence"]
         scope_id, right = self.scopes.number(trace.scope), sum(item.verified and item.success for item in evidence)
         answer = next((item.answer for item in evidence if item.success), None)
         if answer is None:
-            return self._insert((memory_id, scope_id, "unfounded", *("",) * 4, *(0,) * 6))
+            self.db.later(_INSERT, [(number, memory_id, scope_id, "unfounded", *("",) * 4, *(0,) * 6, None)])
+            return
         wrong = sum(item.verified and not item.success for item in evidence)
         used = [item.success for item in items if item.role == "use" and item.verified]
         state = self._status(memory_id, right, wrong, 1, exposed=exposed)
-        number = self._insert(
-            (
-                memory_id, scope_id, state, trace.task, answer, trace.frame, key_hash(trace.task), right,
-                wrong, sum(used), len(used) - sum(used), trace.created_at, revision,
-            ),
+        values = (
+            number, memory_id, scope_id, state, trace.task, answer, trace.frame, key_hash(trace.task), right, wrong,
+            sum(used), len(used) - sum(used), trace.created_at, revision, holds,
         )  # fmt: skip
+        self.db.later(_INSERT, [values])
         if state == "verified":
             words.put(self.db, number, scope_id, trace.task)
-        return number
-
-    def _insert(self, values: tuple[Any, ...]) -> int:
-        return self.dialect.insert_memory(self.db, _INSERT, values)
 
     def _status(self, memory_id: str, right: int, wrong: int, any_right: int, *, exposed: bool) -> str:
         state = exemplars.status(right, wrong, any_right)
@@ -208,20 +258,45 @@ class ExemplarTable:
         return number, bool(exposed)
 
 
+def _evidence(learned: Learned) -> Iterator[_Contribution]:
+    for item in learned.evidence:
+        yield _Contribution(item.memory_id, "evidence", item.success, item.verified, item.answer)
+
+
+def _by_memory(items: Iterable[_Contribution]) -> dict[str, list[_Contribution]]:
+    found: dict[str, list[_Contribution]] = {}
+    for item in items:
+        found.setdefault(item.memory_id, []).append(item)
+    return found
+
+
+_PUT_OUTCOME = """
+    INSERT INTO outcomes VALUES (?, ?, ?, ?) ON CONFLICT (trace_id) DO UPDATE
+    SET verdict = excluded.verdict, verified = excluded.verified, valid_until = excluded.valid_until"""
+_USED = "SELECT memory_id FROM injections WHERE trace_id = ? AND kind = 'exemplar' AND NOT withheld"
 _INSERT = (
-    "INSERT INTO memories(memory_id, kind, scope_id, status, task, answer, frame, key_hash, successes, "
-    "failures, used_successes, used_failures, created_at, revision) "
-    "VALUES (?, 'exemplar', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "INSERT INTO memories(number, memory_id, kind, scope_id, status, task, answer, frame, key_hash, successes, "
+    "failures, used_successes, used_failures, created_at, revision, valid_until) "
+    "VALUES (?, ?, 'exemplar', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 _UPDATE = """
     UPDATE memories SET scope_id = ?, status = ?, task = ?, answer = ?, frame = ?, key_hash = ?, successes = ?,
-    failures = ?, used_successes = ?, used_failures = ?, created_at = ?, revision = ? WHERE number = ?"""
+    failures = ?, used_successes = ?, used_failures = ?, created_at = ?, revision = ?, valid_until = ?
+    WHERE number = ?"""
+# The latest of the best evidence that it is right says until when.
+_HOLDS_UNTIL = """
+    SELECT outcomes.valid_until FROM contributions JOIN traces USING (trace_id) LEFT JOIN outcomes USING (trace_id)
+    WHERE number = ? AND role = 'evidence' AND success
+    ORDER BY contributions.verified DESC, created_at DESC, trace_id DESC LIMIT 1"""
 _WITHDRAW = """
     UPDATE memories SET status = CASE status WHEN 'unfounded' THEN status ELSE 'withdrawn' END, task = '',
     answer = '', frame = '', key_hash = '', revision = ? WHERE number = ?"""
 # A memory's number, and whether its uplift was ever measured.
 _KNOWN = """
     SELECT (SELECT number FROM memories WHERE memory_id = ?), EXISTS (SELECT 1 FROM exposures WHERE memory_id = ?)"""
+_KNOWN_OF = """
+    SELECT memory_id FROM memories WHERE memory_id IN ({}) UNION SELECT memory_id FROM exposures WHERE memory_id IN ({})
+    UNION SELECT key_hash FROM memories WHERE key_hash IN ({}) AND key_hash <> ''"""
 _TAUGHT = f"""
     SELECT memory_id, number FROM contributions JOIN memories USING (number)
     WHERE trace_id = ? AND role NOT IN {OF_PROCEDURES}"""

@@ -11,13 +11,12 @@ from typing import Any
 
 from optillm_memory.learn.offpolicy import LoggedEpisode
 from optillm_memory.learn.uplift import Episode, standing, tabulated
-from optillm_memory.records import Scope
+from optillm_memory.records import Scope, Tenant, View
 from optillm_memory.store.backend import Pool
 from optillm_memory.store.sqlite.connection import Connection
 from optillm_memory.store.sqlite.reading import UntouchedReaders
-from optillm_memory.store.tables.scopes import ScopeTable
+from optillm_memory.store.tables.scopes import ScopeTable, seen
 
-_BY_TENANT = "CAST(? AS TEXT) IS NULL OR tenant = ?"
 _VERDICTS = {"success": True, "failure": False}
 
 
@@ -73,10 +72,10 @@ class ExposureReads:
 
     readers: Pool
 
-    def episodes(self, tenant: str | None) -> list[Episode]:
-        """Return a tenant's episodes, the oldest first; `tenant` None is the operator."""
+    def episodes(self, view: View | Tenant) -> list[Episode]:
+        """Return the episodes of a view, the oldest first."""
         with self.readers.borrow() as db:
-            return episodes_of(db, _BY_TENANT, (tenant, tenant))
+            return episodes_of(db, *seen(view))
 
 
 def read_decisions(path: Path, tenant: str | None) -> list[LoggedEpisode]:

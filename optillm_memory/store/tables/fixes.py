@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from optillm_memory.learn.attempts import OUTPUT_LIMIT, environment_of, shortened
 from optillm_memory.learn.dialect import LANGUAGE
-from optillm_memory.learn.fixes import Fix, FixEvidence, fix_status, value_in
+from optillm_memory.learn.fixes import SUGGESTED, Fix, FixEvidence, fix_status, value_in, voices_of
 from optillm_memory.records import KnownFix, PastAttempt, Scope
-from optillm_memory.store.backend import Pool
+from optillm_memory.store.backend import Pool, Seal
 from optillm_memory.store.sqlite.connection import Connection, marks, objects
-from optillm_memory.store.tables import scopes
+from optillm_memory.store.tables import memories, scopes
 from optillm_memory.store.tables.exposures import ExposureTable
+from optillm_memory.store.tables.memories import HOLDS
 from optillm_memory.store.tables.meta import Counters
 from optillm_memory.store.tables.scopes import ScopeTable
 from optillm_memory.store.tables.traces import TraceTable
@@ -77,10 +78,12 @@ class FixTable:
             "SELECT 1 FROM fix_evidence WHERE memory_id = ? AND role <> 'followed' LIMIT 1", (memory_id,)
         ).fetchone()
         state = fix_status(tallies) if origin else "withdrawn"  # type: ignore[arg-type]
+        if state == "candidate":
+            state = fix_status(tallies, voices_of(self.db.execute(_FOUND_IN, (memory_id,)).fetchall()))  # type: ignore[arg-type]
         if not origin:
             self.db.execute("DELETE FROM fixes WHERE memory_id = ?", (memory_id,))
             fix = ("", "")
-        if state in ("verified", "candidate") and self.exposures.is_retired(memory_id):
+        if state in (*SUGGESTED, "candidate") and self.exposures.is_retired(memory_id):
             state = "retired"
         first = self.db.execute(
             "SELECT created_at FROM fix_evidence JOIN traces USING (trace_id) WHERE memory_id = ? "
@@ -88,7 +91,8 @@ class FixTable:
             (memory_id,),
         ).fetchone()
         counts = [sum(t[i] for t in tallies) for i in range(4)]
-        values = (*fix, state, *counts, first[0] if first else 0.0, revision)
+        holds = self.db.execute(_HOLDS_UNTIL, (memory_id,)).fetchone()
+        values = (*fix, state, *counts, first[0] if first else 0.0, revision, holds[0] if holds else None)
         known = self.db.execute("SELECT number FROM memories WHERE memory_id = ?", (memory_id,)).fetchone()
         if known is not None:
             self.db.execute(_UPDATE, (*values, known[0]))
@@ -114,6 +118,8 @@ class FixReads:
     """The read half, for advice; every call is bound to one scope."""
 
     readers: Pool
+    seal: Seal
+    clock: Callable[[], float]
 
     def known_fixes(
         self,
@@ -135,14 +141,29 @@ class FixReads:
         """
         with self.readers.borrow() as db:
             found = db.execute(
-                f"SELECT {', '.join(_KNOWN)} FROM fixes "
+                f"SELECT number, {', '.join(_KNOWN)} FROM fixes "
                 "JOIN memories USING (memory_id) WHERE fixes.scope_id = ? AND tool = ? "
-                "AND substr(action, 1, length(?)) = ? AND status IN ('verified', 'candidate') "
+                f"AND substr(action, 1, length(?)) = ? AND status IN {SUGGESTED} AND {HOLDS} "
                 "AND EXISTS (SELECT 1 FROM fix_evidence WHERE success "
                 "AND fix_evidence.memory_id = fixes.memory_id AND episode_id <> ?) "
                 "ORDER BY signature = ? DESC, action = ? DESC, output = ? DESC, revision DESC, memory_id LIMIT ?",
-                (scopes.known(db, scope), tool, start, start, episode_id, signature, action, shortened(output), limit),
-            ).fetchall()
+                (
+                    scopes.known(db, scope),
+                    tool,
+                    start,
+                    start,
+                    self.clock(),
+                    episode_id,
+                    signature,
+                    action,
+                    shortened(output),
+                    limit,
+                ),
+            ).fetchall()  # fmt: skip
+            found = [row[1:] for row in memories.as_written(self.seal, db, found)]
+            ids = [row[0] for row in found]
+            if (good := self.seal.genuine(db, "fixes", f"memory_id IN ({marks(ids)})", ids)) is not None:
+                found = [row for row in found if row[0] in good]
             tallies: dict[str, dict[str, tuple[int, int, int, int]]] = {}
             for memory_id, where, *counts in db.execute(
                 f"{_TALLIES} AND memory_id IN ({marks(found)}) GROUP BY memory_id, environment",
@@ -234,9 +255,19 @@ _TALLIES = """
     SELECT memory_id, environment, count(*) FILTER (WHERE verified AND success),
            count(*) FILTER (WHERE verified AND NOT success), count(*) FILTER (WHERE NOT verified AND success),
            count(*) FILTER (WHERE NOT verified AND NOT success) FROM fix_evidence WHERE TRUE"""
+_FOUND_IN = """
+    SELECT DISTINCT fix_evidence.episode_id, end_user FROM fix_evidence JOIN traces USING (trace_id)
+    WHERE memory_id = ? AND success AND role = 'mined'"""
 _INSERT = """
     INSERT INTO memories(memory_id, kind, scope_id, task, answer, frame, key_hash, status, successes, failures,
-    used_successes, used_failures, created_at, revision) VALUES (?, 'fix', ?, ?, ?, '', '', ?, ?, ?, ?, ?, ?, ?)"""
+    used_successes, used_failures, created_at, revision, valid_until)
+    VALUES (?, 'fix', ?, ?, ?, '', '', ?, ?, ?, ?, ?, ?, ?, ?)"""
 _UPDATE = """
     UPDATE memories SET task = ?, answer = ?, status = ?, successes = ?, failures = ?, used_successes = ?,
-    used_failures = ?, created_at = ?, revision = ? WHERE number = ?"""
+    used_failures = ?, created_at = ?, revision = ?, valid_until = ? WHERE number = ?"""
+# What was last verified of an episode that it was found in says until when.
+_HOLDS_UNTIL = """
+    SELECT outcomes.valid_until FROM fix_evidence JOIN traces ON traces.scope_id = fix_evidence.scope_id
+    AND traces.episode_id = fix_evidence.episode_id JOIN outcomes ON outcomes.trace_id = traces.trace_id
+    WHERE memory_id = ? AND role <> 'followed' AND fix_evidence.success
+    ORDER BY outcomes.verified DESC, created_at DESC, traces.trace_id DESC LIMIT 1"""

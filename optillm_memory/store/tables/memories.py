@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
 
 from optillm_memory.conversation.episodes import root_of
+from optillm_memory.learn.outcomes import confirming, stands_alone
 from optillm_memory.recall.retriever import Change, Version
 from optillm_memory.records import MemoryRecord, Scope
-from optillm_memory.store.backend import Dialect, Pool, VectorSearch
-from optillm_memory.store.sqlite.connection import marks
+from optillm_memory.store.backend import Dialect, Pool, Seal, VectorSearch
+from optillm_memory.store.sqlite.connection import Connection, marks
 from optillm_memory.store.tables import meta, scopes, words
+from optillm_memory.store.tables.feedback import standing_on
+from optillm_memory.store.tables.traces import PENDING_S
 from optillm_memory.store.tables.vectors import SEARCHED
 
 # Rows of memories that are gone, and those that are not to be seen: forgotten, or never a memory.
 NO_MEMORY, UNSEEN = "('withdrawn', 'forgotten', 'unfounded')", "('forgotten', 'unfounded')"
+_CONTENT = "task, answer, frame, successes, failures, used_successes, used_failures, created_at, valid_until"
 SELECT = (
-    "SELECT number, memory_id, kind, status, tenant, namespace, user_id, agent_id, task, answer, frame, successes, "
-    "failures, used_successes, used_failures, created_at FROM memories JOIN scopes ON scopes.id = scope_id"
+    f"SELECT number, memory_id, kind, status, tenant, namespace, user_id, agent_id, {_CONTENT} "
+    "FROM memories JOIN scopes ON scopes.id = scope_id"
 )
+
+HOLDS = "(valid_until IS NULL OR valid_until > ?)"  # at a moment
 
 
 def memory_of(row: tuple[Any, ...]) -> MemoryRecord:
     """Return a row of `SELECT` as a memory."""
     memory_id, kind, status = row[1:4]
     return MemoryRecord(memory_id, kind, status, Scope(*row[4:8]), *row[8:])
+
+
+def as_written(seal: Seal, db: Connection, found: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Return those of these rows, which begin with a memory's number, that nobody changed from outside."""
+    numbers = [row[0] for row in found]
+    good = seal.genuine_memories(db, f"number IN ({marks(numbers)})", numbers)
+    return found if good is None else [row for row in found if row[0] in good]
 
 
 @dataclass
@@ -40,6 +53,8 @@ class RecallReads:
     readers: Pool
     dialect: Dialect
     search: VectorSearch
+    seal: Seal
+    clock: Callable[[], float]
 
     def revision(self, scope: Scope | None = None) -> Version:
         """Return what differs whenever any memory has changed, and for a scope also when it was forgotten."""
@@ -69,8 +84,9 @@ class RecallReads:
         """Return the vectors of those of the scope's memories with these numbers that are to be searched."""
         with self.readers.borrow() as db:
             found = db.execute(
-                f"SELECT number, vector FROM {_WITH_VECTOR} AND +scope_id = ? AND number IN ({marks(numbers)})",
-                (fingerprint, scopes.known(db, scope), *numbers),
+                f"SELECT number, vector FROM {_WITH_VECTOR} AND +scope_id = {scopes.KNOWN} "
+                f"AND number IN ({marks(numbers)})",
+                (fingerprint, *scopes.key(scope), *numbers),
             ).fetchall()
         return {int(number): bytes(vector) for number, vector in found}
 
@@ -94,14 +110,18 @@ class RecallReads:
             return words.lexical(db, self.dialect, scopes.known(db, scope), query, limit, alone=alone)
 
     def memories(self, scope: Scope, numbers: Iterable[int]) -> Mapping[int, MemoryRecord]:
-        """Return the verified memories of the scope that have these numbers."""
+        """Return the verified memories of the scope that have these numbers, and still hold."""
         wanted = list(numbers)
         with self.readers.borrow() as db:
             found = db.execute(
-                f"{SELECT} WHERE +scope_id = ? AND status = 'verified' AND number IN ({marks(wanted)})",
-                (scopes.known(db, scope), *wanted),
+                f"SELECT number, memory_id, kind, status, {_CONTENT} FROM memories WHERE +scope_id = {scopes.KNOWN} "
+                f"AND status = 'verified' AND {HOLDS} AND number IN ({marks(wanted)})",
+                (*scopes.key(scope), self.clock(), *wanted),
             ).fetchall()
-        return {row[0]: memory_of(row) for row in found}
+            found = as_written(self.seal, db, found)
+        return {
+            number: MemoryRecord(name, kind, status, scope, *content) for number, name, kind, status, *content in found
+        }
 
     def verified_at(self, scope: Scope, memory_ids: Sequence[str]) -> Mapping[str, Sequence[float]]:
         """Return when each memory was verified: the times of the traces, in Unix seconds."""
@@ -121,12 +141,11 @@ class RecallReads:
         """Return those of the memories that rest on this episode, or the one it began with, and on no other."""
         own_ids = (episode_id, root_of(episode_id))
         with self.readers.borrow() as db:
-            scope_id = scopes.known(db, scope)
             found = db.execute(
                 "SELECT DISTINCT memory_id, number FROM traces CROSS JOIN contributions USING (trace_id) "
-                "CROSS JOIN memories USING (number) WHERE traces.scope_id = ? AND episode_id IN (?, ?) "
+                f"CROSS JOIN memories USING (number) WHERE traces.scope_id = {scopes.KNOWN} AND episode_id IN (?, ?) "
                 "AND role = 'evidence' AND success",
-                (scope_id, *own_ids),
+                (*scopes.key(scope), *own_ids),
             ).fetchall()
             own = {number: memory_id for memory_id, number in found if memory_id in set(memory_ids)}
             if not own:
@@ -134,14 +153,33 @@ class RecallReads:
             shared = db.execute(
                 f"SELECT DISTINCT number FROM contributions CROSS JOIN traces USING (trace_id) "
                 f"WHERE number IN ({marks(own)}) AND role = 'evidence' AND success "
-                "AND NOT (scope_id = ? AND episode_id IN (?, ?))",
-                (*own, scope_id, *own_ids),
+                f"AND NOT (scope_id = {scopes.KNOWN} AND episode_id IN (?, ?))",
+                (*own, *scopes.key(scope), *own_ids),
             ).fetchall()
         return set(own.values()) - {own[row[0]] for row in shared}
+
+    def standing_alone(self, scope: Scope, memory_ids: Sequence[str]) -> set[str]:
+        """Return those of the memories that rest on the word of one reporter, or of nobody in particular."""
+        reporters: dict[str, set[str]] = {memory_id: set() for memory_id in memory_ids}
+        with self.readers.borrow() as db:
+            scope_id = scopes.known(db, scope)
+            found = [row for name in memory_ids for row in db.execute(_EVIDENCE, (name, scope_id)).fetchall()]
+            since = min((row[-1] for row in found), default=0.0) - PENDING_S
+            said = standing_on(db, scope, [row[1] for row in found], [row[2] for row in found], since)
+        for memory_id, trace_id, episode_id, given, answer, _ in found:
+            own = [f for f in said if (f.trace_id == trace_id if f.trace_id else f.episode_id == episode_id)]
+            reporters[memory_id] |= confirming(own, given, answer)
+        return {memory_id for memory_id, names in reporters.items() if stands_alone(names)}
 
     def read_ahead(self) -> Iterator[None]:
         """Read once in order, piece by piece, what recall reads at random."""
         return self.search.read_ahead()
 
 
+# The latest traces that verify a memory: of one that was verified more often than that, others are not asked.
+_EVIDENCE = """
+    SELECT memory_id, traces.trace_id, episode_id, traces.answer, memories.answer, traces.created_at
+    FROM memories CROSS JOIN contributions USING (number) CROSS JOIN traces USING (trace_id)
+    WHERE memory_id = ? AND +memories.scope_id = ? AND role = 'evidence' AND success AND verified
+    ORDER BY traces.created_at DESC LIMIT 10"""
 _WITH_VECTOR = f"memories JOIN vectors ON vectors.key_hash = memories.key_hash AND fingerprint = ? WHERE {SEARCHED}"

@@ -50,8 +50,14 @@ class Counters:
 
 def version(readers: Pool, scope: Scope | None = None) -> Version:
     """Return what differs whenever any memory or label has changed, and for a scope also when it was forgotten."""
+    # In one statement: a scope that is forgotten meanwhile must not come with the revision of its end.
     with readers.borrow() as db:
-        counters = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('generation', 'revision')"))
-        # Read last: a scope that is forgotten meanwhile must not come with the revision of its end.
-        number = scopes.known(db, scope) if scope is not None else 0
-    return Version(int(counters["generation"]), int(counters["revision"]), number)
+        found = db.execute(_VERSION, scopes.key(scope) if scope is not None else _NO_SCOPE).fetchone()
+    generation, revision, number = map(int, found)
+    return Version(generation, revision, number)
+
+
+_NO_SCOPE = (None,) * 4
+_VERSION = f"""
+    SELECT (SELECT value FROM meta WHERE key = 'generation'), (SELECT value FROM meta WHERE key = 'revision'),
+    coalesce({scopes.KNOWN}, 0)"""

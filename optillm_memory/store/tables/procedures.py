@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from optillm_memory.conversation.goal import KEY_LENGTH
 from optillm_memory.learn.procedures.mine import Procedure, ProcedureStep
 from optillm_memory.records import Message, Scope, Trace, Verdict
-from optillm_memory.store.backend import Pool
+from optillm_memory.store.backend import Pool, Seal
 from optillm_memory.store.sqlite.connection import Connection, marks
-from optillm_memory.store.tables import scopes
+from optillm_memory.store.tables import memories, scopes
 from optillm_memory.store.tables.exposures import ExposureTable
 from optillm_memory.store.tables.meta import Counters
 from optillm_memory.store.tables.scopes import ScopeTable
@@ -105,6 +105,7 @@ class ProcedureTable:
         number = self._number(memory_id)
         self.db.execute("DELETE FROM contributions WHERE number = ? AND role = 'solved'", (number,))
         self.db.execute(_CONTRIBUTE, (number, first.trace_id, "solved", 1))
+        self.db.execute(_HOLDS_UNTIL, (*(self.scopes.number(scope), episode_id), number))
         self.refresh(memory_id)
 
     def credit(self, scope: Scope, episode_id: str, verdict: Verdict) -> None:
@@ -166,6 +167,11 @@ class StoredProcedure(NamedTuple):
     at: float
     misled: float  # when an action that was served from it was last found wrong; 0: never
     key_hash: str  # of the goal whose vector is kept; empty where none is
+    valid_until: float | None = None
+
+    def holds(self, now: float) -> bool:
+        """Whether what it says still holds at a moment, in Unix seconds."""
+        return self.valid_until is None or self.valid_until > now
 
 
 @dataclass
@@ -173,12 +179,16 @@ class ProcedureReads:
     """The read half; every call is bound to one scope."""
 
     readers: Pool
+    seal: Seal
+    clock: Callable[[], float]
 
     def changed(self, scope: Scope, since: int) -> list[StoredProcedure]:
         """Return the procedures of a scope that have changed after a revision."""
         with self.readers.borrow() as db:
             found = db.execute(_CHANGED, (scopes.known(db, scope), since)).fetchall()
-        return [_stored(row) for row in found]
+            good = {row[0] for row in memories.as_written(self.seal, db, found)}
+        # One that was changed from outside is told of, too: it takes the place of what was read of it earlier.
+        return [_stored(row) if row[0] in good else _stored(row)._replace(stands=False) for row in found]
 
     def vectors(self, fingerprint: str, keys: Sequence[str]) -> dict[str, bytes]:
         """Return the vectors of goals that are kept, by key hash."""
@@ -202,13 +212,13 @@ def keys_in(keys: str) -> set[str]:
 
 
 def _stored(row: tuple[Any, ...]) -> StoredProcedure:
-    number, memory_id, status, frame, answer, used_right, used_wrong, at, misled, key_hash = row
+    number, memory_id, status, frame, answer, used_right, used_wrong, at, misled, key_hash, valid_until = row
     content: Mapping[str, Any] = json.loads(answer) if answer else {}
     return StoredProcedure(
         int(number), memory_id, status == "verified" and bool(content), frame,
         content.get("episode", ""), content.get("user", ""),
         tuple(content.get("texts", ())), tuple(map(ProcedureStep.of_json, content.get("steps", ()))),
-        int(used_right), int(used_wrong), float(at), float(misled), key_hash,
+        int(used_right), int(used_wrong), float(at), float(misled), key_hash, valid_until,
     )  # fmt: skip
 
 
@@ -239,7 +249,7 @@ _CHANGED = """
     SELECT number, memory_id, status, frame, answer, used_successes, used_failures, created_at,
         coalesce((SELECT max(traces.created_at) FROM proposals JOIN labels USING (trace_id) JOIN traces USING (trace_id)
             WHERE proposals.memory_id = memories.memory_id AND NOT correct AND (served OR audit)), 0),
-        key_hash
+        key_hash, valid_until
     FROM memories
     WHERE scope_id = ? AND revision > ? AND kind = 'procedure' ORDER BY created_at, memory_id"""
 _TALLY = """
@@ -257,6 +267,12 @@ _UPDATE = """
     status = ?, successes = ?, kind = 'procedure', key_hash = '', failures = 0 WHERE number = ?"""
 _WITHDRAW = """
     UPDATE memories SET status = 'withdrawn', task = '', answer = '', successes = 0, revision = ? WHERE number = ?"""
+# What was last verified of its episode says until when.
+_HOLDS_UNTIL = """
+    UPDATE memories SET valid_until = (SELECT outcomes.valid_until FROM traces CROSS JOIN outcomes USING (trace_id)
+        WHERE traces.scope_id = ? AND traces.episode_id = ?
+        ORDER BY verified DESC, created_at DESC, trace_id DESC LIMIT 1)
+    WHERE number = ?"""
 # Of the episode that solved it, by its first trace; of the episodes that had it, by the trace where they first did.
 _CONTRIBUTE = """
     INSERT INTO contributions(number, trace_id, role, success, verified, answer) VALUES (?, ?, ?, ?, TRUE, NULL)"""

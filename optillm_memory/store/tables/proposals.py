@@ -15,7 +15,7 @@ from optillm_memory.learn.exemplars import Learned
 from optillm_memory.learn.labels import label
 from optillm_memory.recall.retriever import Version
 from optillm_memory.records import Exemplar, Scope, Trace
-from optillm_memory.store.backend import Pool
+from optillm_memory.store.backend import Pool, Seal
 from optillm_memory.store.sqlite.connection import Connection, marks
 from optillm_memory.store.tables import memories, meta, scopes
 from optillm_memory.store.tables.meta import Counters
@@ -115,6 +115,8 @@ class ProposalReads:
     """The read half, for the gate; every call is bound to one scope."""
 
     readers: Pool
+    seal: Seal
+    clock: Callable[[], float]
 
     def revision(self, scope: Scope) -> Version:
         """Return what differs whenever any memory or label has changed."""
@@ -128,6 +130,7 @@ class ProposalReads:
                 f"{memories.SELECT} WHERE +scope_id = ? AND {SEARCHED} AND number IN ({marks(wanted)})",
                 (scopes.known(db, scope), *wanted),
             ).fetchall()
+            found = memories.as_written(self.seal, db, found)
             asked, ids = [row[0] for row in found], [row[1] for row in found]
             numbered, named = f"number IN ({marks(asked)})", f"memory_id IN ({marks(ids)})"
             origins: dict[int, list[tuple[str, str, str]]] = {}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
 from optillm_memory.learn.attempts import environment_of
-from optillm_memory.records import Injected, Scope, Trace, Verdict
-from optillm_memory.store.sqlite.connection import Connection
-from optillm_memory.store.tables.scopes import ScopeTable
+from optillm_memory.records import Injected, Scope, Trace, Verdict, View
+from optillm_memory.store.announced import Arrival, padded
+from optillm_memory.store.sqlite.connection import WritingConnection, marks
+from optillm_memory.store.tables.scopes import ScopeTable, seen
 from optillm_memory.store.tables.vectors import key_hash
 
 PENDING_S = 7 * 86_400.0  # feedback waits for its trace for so long
@@ -20,28 +21,54 @@ _CACHED = 64  # traces: what is written about one comes soon after it, or soon a
 class TraceTable:
     """The write half, and what the fold reads.
 
-    Within a commit it remembers the latest traces, and which episodes are *untouched*: one trace, and nothing written
-    about it or its episode.
+    Within a commit it remembers the latest traces, and which are *untouched*: alone in their episode, and nothing is
+    written about them or it.
     """
 
-    def __init__(self, db: Connection, scopes: ScopeTable) -> None:
+    def __init__(self, db: WritingConnection, scopes: ScopeTable) -> None:
         self._db = db
         self._scopes = scopes
         self._cache: dict[str, Trace] = {}
-        self._untouched: dict[tuple[Scope, str], str] = {}
+        self._absent: set[str] = set()  # ids of traces that are not there
+        self._blank: dict[str, str] = {}  # of these with their episodes those of which there is nothing else, either
+        self._arrived = ""  # the latest trace, if it was one of those and still is untouched
+        self._untouched: dict[str, Trace] = {}
+        self._latest_of: dict[tuple[Scope, str], str] = {}  # by episode, of what was added in this commit or untouched
+
+    def read_ahead(self, arrivals: Sequence[Arrival], named: Iterable[str]) -> None:
+        """Read at once whether there is anything of some traces that will arrive, and of some that feedback names."""
+        if arrivals:
+            asked = padded(arrivals)
+            values = [value for arrival in asked for value in arrival]
+            absent = dict(self._db.execute(_ABSENT.format(", ".join(["(?, ?)"] * len(asked))), values).fetchall())
+            self._absent = set(absent)
+            self._blank = {a.trace_id: a.episode_id for a in arrivals if absent.get(a.trace_id)}
+        if older := list(dict.fromkeys(named))[:_CACHED]:
+            asked_ids = padded(older)
+            for row in self._db.execute(_UNTOUCHED.format(marks(asked_ids)), asked_ids).fetchall():
+                self._keep(self._remember(trace_of(row)))
 
     def add(self, trace: Trace) -> bool:
         """Append a trace; False if it exists."""
         scope_id = self._scopes.number(trace.scope)
-        if not self._db.execute(_INSERT, (*_values(trace, scope_id), key_hash(trace.task))).rowcount:
+        values = (*_values(trace, scope_id), key_hash(trace.task))
+        if trace.trace_id in self._absent:
+            self._absent.remove(trace.trace_id)
+            self._db.later(_INSERT, [values])
+        elif not self._db.execute(_INSERT, values).rowcount:
             return False
         self._remember(trace)
-        self._untouched.pop((trace.scope, trace.episode_id), None)
+        before = self._latest_of.get((trace.scope, trace.episode_id))
+        self._untouched.pop(before or "", None)
+        self._latest_of[trace.scope, trace.episode_id] = trace.trace_id
+        blank = self._blank.pop(trace.trace_id, None) == trace.episode_id and before is None
+        self._arrived = trace.trace_id if blank else ""
         return True
 
     def add_injections(self, trace_id: str, injected: Sequence[Injected], withheld: Sequence[Injected]) -> None:
         """Append what was injected into a request, or withheld from it."""
-        self._db.executemany(
+        self.touch(trace_id)
+        self._db.later(
             "INSERT INTO injections(trace_id, memory_id, kind, score, tokens, suggestion, withheld) "
             "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
             [
@@ -77,12 +104,13 @@ class TraceTable:
         ).fetchall()
         return [(Scope(*row[:4]), str(row[4])) for row in found]
 
-    def scopes_of(self, tenant: str, episode_id: str) -> list[int]:
-        """Return the scopes of a tenant (all, for the operator) that have an episode of this name."""
+    def scopes_of(self, view: View, episode_id: str) -> list[int]:
+        """Return the scopes of a view that have an episode of this name."""
+        condition, values = seen(view)
         found = self._db.execute(
-            "SELECT DISTINCT scope_id FROM traces JOIN scopes ON scopes.id = scope_id "
-            "WHERE episode_id = ? AND (? = '' OR tenant = ?)",
-            (episode_id, tenant, tenant),
+            f"SELECT DISTINCT scope_id FROM traces JOIN scopes ON scopes.id = scope_id WHERE episode_id = ? "
+            f"AND {condition}",
+            (episode_id, *values),
         ).fetchall()
         return [int(row[0]) for row in found]
 
@@ -127,34 +155,42 @@ class TraceTable:
 
     def keep_untouched(self, trace: Trace) -> bool:
         """Return whether a trace and its episode are untouched; remember that for this commit."""
-        key = self._key(trace.scope, trace.episode_id)
-        asked = (*key, *(trace.trace_id,) * 4, trace.episode_id, *key)
-        touched = self._db.execute(_TOUCHED, asked).fetchone()[0]
-        if not touched:
-            self._untouched[trace.scope, trace.episode_id] = trace.trace_id
-        return not touched
+        if self._arrived != trace.trace_id:
+            key = self._key(trace.scope, trace.episode_id)
+            asked = (*key, *(trace.trace_id,) * 4, trace.episode_id, *key)
+            if self._db.execute(_TOUCHED, asked).fetchone()[0]:
+                return False
+        self._keep(trace)
+        return True
+
+    def _keep(self, trace: Trace) -> None:
+        self._untouched[trace.trace_id] = trace
+        self._latest_of[trace.scope, trace.episode_id] = trace.trace_id
 
     def is_untouched(self, trace: Trace) -> bool:
         """Whether a trace is known to be untouched."""
-        return self._untouched.get((trace.scope, trace.episode_id)) == trace.trace_id
+        return trace.trace_id in self._untouched
 
     def take_untouched(self, trace_id: str, received_at: float) -> Trace | None:
         """Return a trace that is still untouched, for feedback of this age; after that it no longer is."""
-        trace = self._cache.get(trace_id)
-        if trace is None or self._untouched.pop((trace.scope, trace.episode_id), None) != trace_id:
-            return None
-        return trace if received_at >= trace.created_at - PENDING_S else None
+        trace = self._untouched.pop(trace_id, None)
+        return trace if trace is not None and received_at >= trace.created_at - PENDING_S else None
 
     def touch(self, trace_id: str | None) -> None:
         """Note that something is written about a trace, None being any."""
         if trace_id is None:
             self._untouched.clear()
-        elif (trace := self._cache.get(trace_id)) is not None:
-            self._untouched.pop((trace.scope, trace.episode_id), None)
+            self._blank.clear()
+        else:
+            self._untouched.pop(trace_id, None)
+            self._blank.pop(trace_id, None)
+        if trace_id in (None, self._arrived):
+            self._arrived = ""
 
     def clear_cache(self) -> None:
         """Read the traces again: some were deleted or changed."""
         self._cache.clear()
+        self.touch(None)
 
     def _remember(self, trace: Trace) -> Trace:
         if len(self._cache) >= _CACHED:
@@ -186,7 +222,7 @@ _NAMES = (
     *("trace_id", "episode_id", "created_at", "model", "approach", "action", "held_out", "propensity", "task"),
     *("frame", "messages", "answer", "finish_reason", "error", "skipped", "prompt_tokens", "completion_tokens"),
     *("latency_ms", "recall_ms", "tags", "extra_calls", "partition", "continued", "continuation", "one_shot"),
-    *("end_user", "goal"),
+    *("end_user", "goal", "asker"),
 )
 _FLAGS = ("held_out", "one_shot")
 _VALUES, _TAGS = attrgetter(*_NAMES), _NAMES.index("tags")
@@ -199,6 +235,13 @@ _INSERT = (
 )
 _OF_EPISODE = "scope_id = ? AND episode_id = ?"
 _LATEST = "ORDER BY created_at DESC, trace_id DESC LIMIT 1"
+# Of traces that are not there: whether nothing is there of their episode either, nor feedback that waits for them.
+_ABSENT = """
+    WITH asked(trace_id, episode_id) AS (VALUES {})
+    SELECT trace_id, (SELECT 1 FROM traces WHERE traces.episode_id = asked.episode_id LIMIT 1) IS NULL
+        AND (SELECT 1 FROM feedback WHERE feedback.trace_id = asked.trace_id LIMIT 1) IS NULL
+        AND (SELECT 1 FROM feedback WHERE feedback.episode_id = asked.episode_id LIMIT 1) IS NULL
+    FROM asked WHERE (SELECT 1 FROM traces WHERE traces.trace_id = asked.trace_id LIMIT 1) IS NULL"""
 _DEMONSTRATED = f"""
     SELECT traces.trace_id FROM traces CROSS JOIN feedback ON feedback.trace_id = traces.trace_id
     WHERE traces.scope_id = ? AND traces.episode_id = ? AND metric = 'demonstration'
@@ -211,3 +254,14 @@ _TOUCHED = """
         OR EXISTS (SELECT 1 FROM decisions WHERE trace_id = ?) OR EXISTS (SELECT 1 FROM feedback WHERE trace_id = ?)
         OR EXISTS (SELECT 1 FROM feedback WHERE episode_id = ?)
         OR EXISTS (SELECT 1 FROM steps WHERE scope_id = ? AND episode_id = ?)"""
+# The same of traces that are there, of one-shot requests: what an earlier release recorded is not known so well.
+_UNTOUCHED = f"""{SELECT} WHERE trace_id IN ({{}}) AND one_shot
+    AND seq > coalesce((SELECT value FROM meta WHERE key = 'fold_upto'), 0)
+    AND (SELECT count(*) FROM traces AS t WHERE t.scope_id = traces.scope_id AND t.episode_id = traces.episode_id) = 1
+    AND (SELECT 1 FROM injections WHERE injections.trace_id = traces.trace_id LIMIT 1) IS NULL
+    AND (SELECT 1 FROM proposals WHERE proposals.trace_id = traces.trace_id LIMIT 1) IS NULL
+    AND (SELECT 1 FROM decisions WHERE decisions.trace_id = traces.trace_id LIMIT 1) IS NULL
+    AND (SELECT 1 FROM feedback WHERE feedback.trace_id = traces.trace_id LIMIT 1) IS NULL
+    AND (SELECT 1 FROM feedback WHERE feedback.episode_id = traces.episode_id LIMIT 1) IS NULL
+    AND (SELECT 1 FROM steps WHERE steps.scope_id = traces.scope_id AND steps.episode_id = traces.episode_id LIMIT 1)
+        IS NULL"""

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from optillm_memory.conversation.parse import key_of
+from optillm_memory.records import EVERYTHING, Tenant, View
 from optillm_memory.store.backend import Dialect, Pool
-from optillm_memory.store.sqlite.connection import Connection, marks
+from optillm_memory.store.sqlite.connection import Connection, WritingConnection, marks
+from optillm_memory.store.tables.scopes import seen
 
 # Recall leaves out what is superseded; to the gate it is a neighbour that disagrees.
 SEARCHED = "kind = 'exemplar' AND status IN ('verified', 'superseded')"
@@ -27,12 +29,12 @@ def key_hash(task: str) -> str:
 class VectorTable:
     """The write half."""
 
-    db: Connection
+    db: WritingConnection
     dialect: Dialect
 
     def put(self, vectors: Iterable[tuple[str, bytes]], fingerprint: str) -> None:
         """Keep vectors by key hash; a memory that had none becomes searchable with its next revision."""
-        self.db.executemany(
+        self.db.later(
             "INSERT INTO vectors(key_hash, fingerprint, vector) VALUES (?, ?, ?) "
             "ON CONFLICT (key_hash, fingerprint) DO NOTHING",
             [(key, fingerprint, self.dialect.vector(vector)) for key, vector in vectors],
@@ -75,10 +77,10 @@ class VectorReads:
 
     readers: Pool
 
-    def coverage(self) -> tuple[int, dict[str, int]]:
+    def coverage(self, view: View | Tenant = EVERYTHING) -> tuple[int, dict[str, int]]:
         """Return how many memories are searched by meaning, and how many of them have a vector of each encoder."""
         with self.readers.borrow() as db:
-            return coverage_of(db)
+            return coverage_of(db, view)
 
     def last_number(self) -> int:
         """Return the number of the latest memory, 0 where there is none."""
@@ -120,11 +122,16 @@ class VectorReads:
         return [str(row[0]) for row in found], int(last)
 
 
-def coverage_of(db: Connection) -> tuple[int, dict[str, int]]:
+def coverage_of(db: Connection, view: View | Tenant = EVERYTHING) -> tuple[int, dict[str, int]]:
     """Return how many memories are searched by meaning, and how many of them have a vector of each encoder."""
-    total = int(db.execute(f"SELECT count(*) FROM memories WHERE {SEARCHED}").fetchone()[0])
+    chosen, values = SEARCHED, tuple[str, ...]()
+    if View.of(view) != EVERYTHING:
+        condition, values = seen(view)
+        chosen = f"{SEARCHED} AND scope_id IN (SELECT id FROM scopes WHERE {condition})"
+    total = int(db.execute(f"SELECT count(*) FROM memories WHERE {chosen}", values).fetchone()[0])
     found = db.execute(
-        f"SELECT fingerprint, count(*) FROM memories JOIN vectors USING (key_hash) WHERE {SEARCHED} "
-        "GROUP BY fingerprint ORDER BY fingerprint"
+        f"SELECT fingerprint, count(*) FROM memories JOIN vectors USING (key_hash) WHERE {chosen} "
+        "GROUP BY fingerprint ORDER BY fingerprint",
+        values,
     ).fetchall()
     return total, {str(fingerprint): int(count) for fingerprint, count in found}

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from optillm_memory.conversation.parse import key_of
-from optillm_memory.recall.ranking import all_words, coverage
-from optillm_memory.recall.word_agreement import terms
+from optillm_memory.recall.ranking import coverage
+from optillm_memory.recall.word_agreement import terms, words_looked_for
 from optillm_memory.store.backend import Dialect
-from optillm_memory.store.sqlite.connection import Connection, marks
+from optillm_memory.store.sqlite.connection import Connection, WritingConnection, marks
 
 _WORDS_KEPT = 400
 # Postings read of one word: beside a search by meaning, words only have to find what is rare; alone, everything.
@@ -32,9 +32,9 @@ def scoped_words(scope_id: int, task: str) -> str:
     return " ".join([scoped(scope_id, word) for word in terms(key_of(task), _WORDS_KEPT)])
 
 
-def put(db: Connection, number: int, scope_id: int, task: str) -> None:
+def put(db: WritingConnection, number: int, scope_id: int, task: str) -> None:
     """Have a memory found by its words."""
-    db.execute("INSERT INTO memories_fts(rowid, words) VALUES (?, ?)", (number, scoped_words(scope_id, task)))
+    db.later("INSERT INTO memories_fts(rowid, words) VALUES (?, ?)", [(number, scoped_words(scope_id, task))])
 
 
 def drop(db: Connection, number: int) -> None:
@@ -68,9 +68,5 @@ def lexical(
     texts: dict[int, Any] = dict(
         db.execute(f"SELECT number, task FROM memories WHERE number IN ({marks(best)})", best).fetchall()
     )
-    found = list(zip(texts, coverage(query, texts.values(), weights, _words_of), strict=True))
+    found = list(zip(texts, coverage(query, texts.values(), weights, words_looked_for(query)), strict=True))
     return sorted(found, key=lambda pair: (-pair[1], len(texts[pair[0]]), pair[0]))
-
-
-def _words_of(text: str) -> set[str]:
-    return {*all_words(text), *terms(text)}
