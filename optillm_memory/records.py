@@ -67,6 +67,7 @@ class View:
 
 
 SCOPE_PARTS = ("tenant", "namespace", "user_id", "agent_id")
+NARROWING = SCOPE_PARTS[1:]  # the parts that a caller names: within its tenant
 EVERYTHING = View()
 
 

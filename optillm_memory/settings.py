@@ -215,7 +215,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check choices and ranges."""
-        # Until release 0.2 it was true or false.
+        # In release 0.1 it was true or false.
         object.__setattr__(self, "redact", _LEVELS.get(str(self.redact).strip().lower(), self.redact))
         for item in fields(self):
             if item.metadata["choices"] and getattr(self, item.name) not in item.metadata["choices"]:

@@ -16,10 +16,10 @@ from optillm_memory import Feedback, InvalidField, Scope
 from optillm_memory.learn.outcomes import normal_answer
 from optillm_memory.records import Injected, Step, Trace
 from optillm_memory.store import fold
-from optillm_memory.store.announced import Announced, Arrival, Submission, padded
+from optillm_memory.store.announced import Announced, Arrival, Submission
 from optillm_memory.store.base import Store
 from optillm_memory.store.opening import open_store
-from optillm_memory.store.postgres.connection import PostgresConnection, of_many, translated
+from optillm_memory.store.postgres.connection import PostgresConnection
 from optillm_memory.store.transaction import Transaction
 
 Operation = Callable[[Transaction], Any]
@@ -210,84 +210,63 @@ def test_what_was_deferred_is_seen_by_the_next_statement(place: Callable[[], str
         store.close()
 
 
+@pytest.fixture
+def waits_of(postgres: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Store, Callable[..., int]]]:
+    """Give a store on a server, and what posts operations for one commit and returns how many statements it took."""
+    store, waited = opened(postgres.fresh()), []
+    execute = PostgresConnection.execute
+
+    def counted(connection: PostgresConnection, sql: str, values: Any = (), **options: Any) -> Any:
+        waited.append(sql)
+        return execute(connection, sql, values, **options)
+
+    def commit(numbers: range, *kinds: Callable[[int], Any]) -> int:
+        release = blocked(store)
+        for n in numbers:
+            for kind in kinds:
+                store.post(kind(n))
+        monkeypatch.setattr(PostgresConnection, "execute", counted)
+        waited.clear()
+        release.set()
+        store.write(lambda _: None).result(LONG_S)
+        monkeypatch.undo()
+        return len(waited)
+
+    yield store, commit
+    store.close()
+
+
+def asked(n: int) -> Any:
+    """Return the arrival of a plain request."""
+    return arrival(trace(f"task {n}", "ls", trace_id=f"t{n}", episode_id=f"e{n}"), [], [])
+
+
+def reported(n: int) -> Any:
+    """Return the report that its answer was right."""
+    return submission(feedback(trace_id=f"t{n}", feedback_id=f"f{n}"))
+
+
+def verified(store: Store) -> int:
+    """Return how many memories are verified."""
+    return len([m for m in store.list_memories(None, limit=1_000) if m.status == "verified"])
+
+
 def test_a_commit_takes_a_few_round_trips_however_many_records_it_has(
-    postgres: Any, monkeypatch: pytest.MonkeyPatch
+    waits_of: tuple[Store, Callable[..., int]],
 ) -> None:
     """On a server the statements that a commit waits for are as many for 200 new records as for 20."""
-    store, waited = opened(postgres.fresh()), []
-    execute = PostgresConnection.execute
-
-    def counted(connection: PostgresConnection, sql: str, values: Any = (), **options: Any) -> Any:
-        waited.append(sql)
-        return execute(connection, sql, values, **options)
-
-    def commit(first: int, count: int) -> int:
-        release = blocked(store)
-        for n in range(first, first + count):
-            store.post(arrival(trace(f"task {n}", "ls", trace_id=f"t{n}", episode_id=f"e{n}"), [], []))
-            store.post(submission(feedback(trace_id=f"t{n}", feedback_id=f"f{n}")))
-        monkeypatch.setattr(PostgresConnection, "execute", counted)
-        waited.clear()
-        release.set()
-        store.write(lambda _: None).result(LONG_S)
-        monkeypatch.undo()
-        return len(waited)
-
-    try:
-        few = commit(0, 20)
-        assert commit(1_000, 200) <= few
-        assert few < 20
-        assert len([m for m in store.list_memories(None, limit=1_000) if m.status == "verified"]) == 220
-    finally:
-        store.close()
+    store, commit = waits_of
+    few = commit(range(20), asked, reported)
+    assert commit(range(1_000, 1_200), asked, reported) <= few
+    assert few < 20
+    assert verified(store) == 220
 
 
-def test_feedback_on_an_earlier_plain_request_is_read_with_others(
-    postgres: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_feedback_on_an_earlier_plain_request_is_read_with_others(waits_of: tuple[Store, Callable[..., int]]) -> None:
     """Reports on plain one-shot requests of earlier commits take as many statements for forty as for four."""
-    store, waited = opened(postgres.fresh()), []
-    execute = PostgresConnection.execute
-
-    def counted(connection: PostgresConnection, sql: str, values: Any = (), **options: Any) -> Any:
-        waited.append(sql)
-        return execute(connection, sql, values, **options)
-
-    def commit(first: int, count: int) -> int:
-        release = blocked(store)
-        for n in range(first, first + count):
-            store.post(submission(feedback(trace_id=f"t{n}", feedback_id=f"f{n}")))
-        monkeypatch.setattr(PostgresConnection, "execute", counted)
-        waited.clear()
-        release.set()
-        store.write(lambda _: None).result(LONG_S)
-        monkeypatch.undo()
-        return len(waited)
-
-    try:
-        for n in range(44):
-            store.post(arrival(trace(f"task {n}", "ls", trace_id=f"t{n}", episode_id=f"e{n}"), [], []))
-        store.flush()
-        assert commit(4, 40) <= commit(0, 4)
-        assert len([m for m in store.list_memories(None) if m.status == "verified"]) == 44
-    finally:
-        store.close()
-
-
-def test_an_insert_of_many_rows_is_one_statement_on_a_server() -> None:
-    """Its values are repeated with numbers of their own; what follows them stays; other statements are left alone."""
-    sql = "INSERT INTO t(a, b) VALUES (?, 'x', ?) ON CONFLICT (a) DO NOTHING"
-    assert of_many(sql, 2) == "INSERT INTO t(a, b) VALUES ($1, 'x', $2), ($3, 'x', $4) ON CONFLICT (a) DO NOTHING"
-    assert of_many("UPDATE t SET a = ? WHERE b = ?", 2) is None
-    assert of_many("INSERT INTO t SELECT ?", 2) is None
-    assert translated("SELECT ? FROM t CROSS JOIN u WHERE a LIKE 'x%' AND b = ?") == (
-        "SELECT $1 FROM t JOIN u WHERE a LIKE 'x%' AND b = $2"
-    )
-
-
-@pytest.mark.parametrize(("count", "length"), [(0, 0), (1, 1), (2, 2), (3, 4), (9, 16), (16, 16)])
-def test_many_values_come_in_few_lengths(count: int, length: int) -> None:
-    """What pads them is one of them."""
-    found = padded(list(range(count)))
-    assert len(found) == length
-    assert set(found) == set(range(count))
+    store, commit = waits_of
+    for n in range(44):
+        store.post(asked(n))
+    store.flush()
+    assert commit(range(4, 44), reported) <= commit(range(4), reported)
+    assert verified(store) == 44

@@ -6,41 +6,25 @@ import re
 from collections.abc import Sequence
 
 _TEST_RUNNERS = frozenset(
-    (
-        *("pytest", "py.test", "tox", "nox", "nose", "nose2", "nosetests", "unittest", "trial", "stestr", "doctest"),
-        *("jest", "vitest", "mocha", "ava", "karma", "cypress", "playwright", "jasmine", "tap", "ctest", "phpunit"),
-        *("pest", "rspec", "minitest", "cucumber", "behave", "robot", "prove", "gotestsum", "bats", "busted", "ginkgo"),
-        *("mvn", "mvnw", "gradle", "gradlew", "sbt"),
-    )
+    """
+    pytest py.test tox nox nose nose2 nosetests unittest trial stestr doctest jest vitest mocha ava karma cypress
+    playwright jasmine tap ctest phpunit pest rspec minitest cucumber behave robot prove gotestsum bats busted ginkgo
+    mvn mvnw gradle gradlew sbt
+    """.split()  # noqa: SIM905 - so many words are read as words
 )
 _BUILDERS = frozenset(
-    (
-        *(
-            "make",
-            "gmake",
-            "cmake",
-            "ninja",
-            "meson",
-            "cargo",
-            "rustc",
-            "gcc",
-            "g++",
-            "clang",
-            "clang++",
-            "javac",
-            "ant",
-        ),
-        *("go", "tsc", "dotnet", "swift", "bazel", "npm", "pnpm", "yarn", "bun", "pip", "pip3", "uv", "poetry", "pdm"),
-        *("conda", "mamba", "composer", "bundle", "gem", "build", "mypy", "pyright", "ruff", "black", "isort"),
-        *("flake8", "pylint", "eslint", "prettier", "biome"),
-    )
+    """
+    make gmake cmake ninja meson cargo rustc gcc g++ clang clang++ javac ant go tsc dotnet swift bazel npm pnpm yarn bun
+    pip pip3 uv poetry pdm conda mamba composer bundle gem build mypy pyright ruff black isort flake8 pylint eslint
+    prettier biome
+    """.split()  # noqa: SIM905
 )
 # These run what their arguments name.
 _TASK_RUNNERS = _BUILDERS | frozenset(
-    (
-        *("just", "task", "rake", "rails", "mix", "deno", "dart", "flutter", "stack", "cabal", "zig", "lein", "php"),
-        *("hatch", "invoke", "xcodebuild", "coverage", "manage.py", "buck", "buck2", "node"),
-    )
+    """
+    just task rake rails mix deno dart flutter stack cabal zig lein php hatch invoke xcodebuild coverage manage.py buck
+    buck2 node
+    """.split()  # noqa: SIM905
 )
 _INTERPRETERS = frozenset(("python", "python3", "bash", "sh", "zsh", "node", "ruby", "perl", "php", "deno", "bun"))
 _TEST_WORDS = frozenset(

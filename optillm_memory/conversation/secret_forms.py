@@ -78,23 +78,9 @@ _HOST = re.compile(r"(?:(?<![^\s\"'`])|(?<=\\n))[A-Za-z0-9*][A-Za-z0-9_.*-]{0,10
 _AFTER_PORT = re.compile(
     r"[A-Za-z0-9_*-]{1,63}:[A-Za-z0-9_.*@-]{1,63}:((?:[^\s\"'`:\\]|\\[:\\]){3,200})(?=\s|\\n|[\"'`]|\Z)"
 )
-_SOURCES = (
-    ".py",
-    ".c",
-    ".h",
-    ".js",
-    ".ts",
-    ".go",
-    ".rs",
-    ".java",
-    ".rb",
-    ".md",
-    ".txt",
-    ".log",
-    ".cpp",
-    ".cc",
-    ".php",
-    ".sh",
+_SOURCES = tuple(
+    f".{name}"
+    for name in ["py", "c", "h", "js", "ts", "go", "rs", "java", "rb", "md", "txt", "log", "cpp", "cc", "php", "sh"]
 )
 _SECRET_KIND = re.compile(r"\\*[\"']?kind\\*[\"']?[ \t]{0,3}:[ \t]{0,3}\\*[\"']?Secret\b")
 _DATA = re.compile(r"\\*[\"']?(?:data|stringData)\\*[\"']?[ \t]{0,3}:[ \t]{0,3}(?:\{|\r?\n|\\n)")

@@ -47,12 +47,6 @@ _START = r"(?:(?<![A-Za-z0-9_-])|(?<=\\[nrtbf])|(?<=%[0-9A-F]{2}))"
 _BEGINS = _START.replace("_-])", "])", 1)  # a token may also end a name, as in `user-ghp_…`
 _REST = r"([A-Za-z0-9_-][A-Za-z0-9_.+/~=-]{7,3000}[A-Za-z0-9_=-])"
 _RUNS = re.compile(r"[A-Za-z0-9]{5,}")
-_LEAST = 12  # characters after a beginning; more after one with which many a name begins
-_LEAST_AFTER = {
-    **dict.fromkeys(("re_", "fc-", "key-", "A3-", "csa_", "secret_"), 30),
-    **dict.fromkeys(("pa-", "1//", "cmVmd"), 40),
-    **dict.fromkeys(("m0-", "API-", "EXO", "BSA", "dapi"), 24),
-}
 _WORD_AND_NUMBER = re.compile(r"[A-Za-z]?[a-z]{2,10}[0-9]{1,4}")
 _STEM = 3  # characters: beginnings that begin alike are looked for together
 _STEMS: dict[str, list[str]] = {}

@@ -24,12 +24,11 @@ from optillm_memory.conversation.options import (
 from optillm_memory.errors import InvalidField, NotAllowed
 from optillm_memory.host.caller import caller_of, refuse_foreign
 from optillm_memory.host.runtime import runtime
-from optillm_memory.records import Tenant, View
+from optillm_memory.records import NARROWING, Tenant, View
 
 logger = logging.getLogger(__name__)
 
 SLUG = "agent_memory"
-_PARTS = ("namespace", "user_id", "agent_id")
 _SECRET_HEADERS = tuple(name.lower() for name in (OPERATOR_HEADER, KEY_HEADER, REPORTER_HEADER))
 SENT_N = "agent_memory_sent_n"  # on flask.g: the client's `n` if the host cannot count to it
 
@@ -131,7 +130,7 @@ def narrowed(request: flask.Request, tenant: Tenant, *, takes: Sequence[str], sc
     for name in request.args:
         if len(request.args.getlist(name)) > 1:
             raise InvalidField(name, "is there more than once")
-        if scoped and name in _PARTS:
+        if scoped and name in NARROWING:
             values[name] = request.args[name]
         elif name not in takes:
             raise InvalidField(name, "this route takes no such parameter")
@@ -139,7 +138,7 @@ def narrowed(request: flask.Request, tenant: Tenant, *, takes: Sequence[str], sc
         if not header.startswith(HEADER_PREFIX.lower()) or header in _SECRET_HEADERS:
             continue
         part = header.removeprefix(HEADER_PREFIX.lower()).replace("-", "_")
-        if not scoped or part not in _PARTS:
+        if not scoped or part not in NARROWING:
             raise InvalidField(header, "this route does not heed this header")
         if values.setdefault(part, value) != value:
             raise InvalidField(part, "the header and the query name two different ones")

@@ -26,7 +26,7 @@ class _Use:
     tokens: float
     filled_at: float
     waiting: int = 0
-    counted_at: float = float("-inf")
+    counted_at: float | None = None  # in the store; None: not yet
 
 
 class FeedbackLimits:
@@ -64,25 +64,37 @@ class FeedbackLimits:
 
     def may_wait(self, tenant: str) -> bool:
         """Whether more of the tenant's feedback may wait for its trace."""
-        return not self._most or all(self._waiting(name) < self._filled(name).most for name in (tenant, None))
+        return not self._most or all(self._has_room(name) for name in (tenant, None))
 
     def note(self, tenant: str, receipts: Sequence[FeedbackReceipt]) -> None:
-        """Count the feedback that waits from now on."""
+        """Count the feedback that waits from now on, and with a tenant's first what waits in the store already."""
         waiting = sum(receipt.status == "pending" for receipt in receipts)
+        if not waiting or not self._most:
+            return
         with self._lock:
-            for name in (tenant, None):
-                self._filled(name).waiting += waiting
+            uses = [self._filled(name) for name in (tenant, None)]
+            for use in uses:
+                use.waiting += waiting
+            is_first = uses[0].counted_at is None
+        if is_first:
+            self._count_again(tenant)
 
-    def _waiting(self, name: str | None) -> int:
-        """Return how much waits; what is not known, and what is at the limit, is counted now and then."""
+    def _has_room(self, name: str | None) -> bool:
+        """Whether less waits than may; what is at its limit is counted again now and then."""
         with self._lock:
-            use, now = self._filled(name), self._clock()
-            is_first = use.counted_at == float("-inf")
-            if not is_first and (use.waiting < use.most or now - use.counted_at < _RECOUNT_S):
-                return use.waiting
-            use.counted_at = now
-        use.waiting = self._count(name)
-        return use.waiting
+            use = self._filled(name)
+            if use.waiting < use.most:
+                return True
+            if use.counted_at is not None and self._clock() - use.counted_at < _RECOUNT_S:
+                return False
+        return self._count_again(name) < use.most
+
+    def _count_again(self, name: str | None) -> int:
+        found = self._count(name)
+        with self._lock:
+            use = self._filled(name)
+            use.waiting, use.counted_at = found, self._clock()
+        return found
 
     def _filled(self, name: str | None) -> _Use:
         """Return a tenant's use with its bucket filled up to now; that of all tenants for None."""

@@ -24,7 +24,7 @@ from optillm_memory.host.incoming import narrowed
 from optillm_memory.host.runtime import runtime
 from optillm_memory.host.server import host
 from optillm_memory.memory import Memory
-from optillm_memory.records import Hit, MemoryRecord, Scope, View
+from optillm_memory.records import NARROWING, Hit, MemoryRecord, Scope, View
 from optillm_memory.store.maintenance.selection import Selection
 
 logger = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ def ready() -> Answer:
 
 def _forgotten(**named: Any) -> Answer:
     view = _view()
-    within = {"namespace": view.namespace, "user_id": view.user_id, "agent_id": view.agent_id, **named}
+    within = {**{part: getattr(view, part) for part in NARROWING}, **named}
     deleting = runtime().deleting  # one at a time: many at once would each take their turn before others may write
     if not deleting.acquire(timeout=DELETE_WAIT_S):
         raise StoreUnavailable("other deletions are still under way, and nothing of this one was done; send it again")

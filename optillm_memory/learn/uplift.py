@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from optillm_memory.learn.confidence import Counts, Interval, difference
-from optillm_memory.records import Scope
+from optillm_memory.records import SCOPE_PARTS, Scope
 
 Standing = Literal["keep", "retire"]
 
@@ -158,7 +158,7 @@ def summary(found: Mapping[str, Any]) -> dict[str, str]:
     """Return a report as lines of text by name."""
     lines = {"all episodes": _line(found["all"]), "eligible episodes": _line(found["eligible"])}
     for scope in found["scopes"]:
-        name = "/".join(scope[key] for key in ("tenant", "namespace", "user_id", "agent_id") if scope[key])
+        name = "/".join(scope[key] for key in SCOPE_PARTS if scope[key])
         lines[name] = _line(scope["eligible"])
         lines |= {f"{name} kind {key}": _line(value) for key, value in scope["kinds"].items()}
         lines |= {f"{name} arm {key}": _line(value) for key, value in scope["arms"].items()}

@@ -9,12 +9,12 @@ from typing import Any
 
 from optillm_memory.conversation.options import Options
 from optillm_memory.conversation.redact import digest_of, redact, storable
-from optillm_memory.records import Feedback, Level, Scope, View
+from optillm_memory.records import NARROWING, Feedback, Level, Scope, View
 from optillm_memory.settings import Settings
 from optillm_memory.store.maintenance.selection import Selection
 
 _REMEMBERED = 4_096  # names, and short texts: an agent repeats its steps with every request
-_NAMED = ("trace_id", "episode_id", "memory_id", "namespace", "user_id", "agent_id")  # of a selection
+_NAMED = ("trace_id", "episode_id", "memory_id", *NARROWING)  # of a selection
 _SHORT = 2_000  # characters
 
 
@@ -52,14 +52,11 @@ class Redactor:
 
     def scope(self, scope: Scope) -> Scope:
         """Return a scope as it is stored."""
-        parts = {part: self.name(getattr(scope, part)) for part in ("namespace", "user_id", "agent_id")}
-        return replace(scope, **parts)
+        return replace(scope, **{part: self.name(getattr(scope, part)) for part in NARROWING})
 
     def view(self, view: View) -> View:
         """Return what a call may see by the names under which it is stored."""
-        named = {
-            part: self.name(value) for part in ("namespace", "user_id", "agent_id") if (value := getattr(view, part))
-        }
+        named = {part: self.name(value) for part in NARROWING if (value := getattr(view, part))}
         return replace(view, **named)
 
     def options(self, options: Options) -> Options:

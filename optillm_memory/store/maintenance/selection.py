@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from optillm_memory.errors import InvalidField
-from optillm_memory.records import Scope, View
+from optillm_memory.records import NARROWING, Scope, View
 from optillm_memory.store.backend import Pool
 from optillm_memory.store.maintenance.forget import (
     ASKED,
@@ -65,7 +65,7 @@ class Selection:
         else:
             within, named = seen(self.view)
             # On an episode it has a scope; on a trace, what the call that gave it was narrowed to.
-            narrowed = {name: value for name in _NARROWING if (value := getattr(self, name)) is not None}
+            narrowed = {name: value for name in NARROWING if (value := getattr(self, name)) is not None}
             own = " AND ".join(["scope_id IS NULL", *(f"within_{name} = ?" for name in narrowed)])
             own, of_tenant = (own, ()) if self.tenant is None else (f"{own} AND feedback.tenant = ?", (self.tenant,))
             chosen = f"(scope_id IN (SELECT id FROM scopes WHERE {within}) OR ({own}))"
@@ -203,7 +203,6 @@ class ForgettingReads:
         return [Scope(*row) for row in found]
 
 
-_NARROWING = ("namespace", "user_id", "agent_id")
 _TELLING, _QUOTED = 8, 60  # characters of an error that tell it from others
 # The traces that a memory rests on, by the kind of its id.
 _RESTS_ON = {

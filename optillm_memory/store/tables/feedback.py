@@ -11,6 +11,7 @@ from optillm_memory.errors import InvalidField, NotAllowed
 from optillm_memory.learn.outcomes import weighed
 from optillm_memory.records import (
     EVERYTHING,
+    NARROWING,
     TRUSTED,
     Feedback,
     FeedbackStatus,
@@ -27,20 +28,19 @@ _COLUMNS = (
     "feedback_id, retracts, trace_id, episode_id, metric, value, source, evidence, occurred_at, reporter, trust, "
     "valid_until"
 )
-_WITHIN = ("namespace", "user_id", "agent_id")
 # What a call that is narrowed to a user says has ids of that user's own: no other user can take or retract them.
 OF_USER = "\x1f"
 
 
 def _covers(table: str) -> str:
     """Return the condition that what a row of feedback was narrowed to covers a scope: (namespace, user, agent)."""
-    return " AND ".join(f"coalesce({table}.within_{name}, ?) = ?" for name in _WITHIN)
+    return " AND ".join(f"coalesce({table}.within_{name}, ?) = ?" for name in NARROWING)
 
 
 # A trace's own tenant and the operator (the empty tenant) may give feedback on it, if the call was not narrowed to
-# others; so it is with what retracts it. What a reporter said under strict trust nobody else takes back but who is
-# trusted. Retractions are counted, because PostgreSQL takes NOT EXISTS as a join, and
-# reads all of them. `standing` gives the values.
+# others; so it is with what retracts it. What a reporter said under strict trust is taken back by that reporter, or by
+# who is trusted. Retractions are counted, because PostgreSQL takes NOT EXISTS as a join, and reads all of them.
+# `standing` gives the values.
 STANDING = f"""NOT retracts AND tenant IN ('', ?) AND received_at >= ? AND {_covers("feedback")}
     AND reporter NOT IN (SELECT reporter FROM revoked) AND 0 = (
     SELECT count(*) FROM feedback AS r WHERE r.tenant = feedback.tenant
@@ -57,7 +57,7 @@ def standing(scope: Scope, since: float) -> tuple[Any, ...]:
 
 def _covered(scope: Scope) -> tuple[str, ...]:
     """Return the values of `_covers`."""
-    return tuple(value for name in _WITHIN for value in (getattr(scope, name),) * 2)
+    return tuple(value for name in NARROWING for value in (getattr(scope, name),) * 2)
 
 
 def kept_id(feedback_id: str, view: View) -> str:
@@ -93,9 +93,7 @@ class FeedbackTable:
         for item in submissions:
             asked.setdefault(item.tenant, []).append(item.feedback_id)
         for tenant, names in asked.items():
-            sql = f"SELECT feedback_id FROM feedback WHERE tenant = ? AND feedback_id IN ({marks(padded(names))})"
-            known = {row[0] for row in self.db.execute(sql, (tenant, *padded(names))).fetchall()}
-            self._absent |= {(tenant, name) for name in names if name not in known}
+            self._absent |= {(tenant, name) for name in set(names) - self.known(tenant, names)}
 
     def add(
         self, tenant: str, scope_id: int | None, feedback: Feedback, received_at: float, within: View = EVERYTHING
@@ -137,8 +135,9 @@ class FeedbackTable:
 
     def known(self, tenant: str, feedback_ids: Sequence[str]) -> set[str]:
         """Return those of the ids that feedback of a tenant, or its retraction, has."""
-        sql = f"SELECT feedback_id FROM feedback WHERE tenant = ? AND feedback_id IN ({marks(feedback_ids)})"
-        return {row[0] for row in self.db.execute(sql, (tenant, *feedback_ids)).fetchall()}
+        asked = padded(feedback_ids)
+        sql = f"SELECT feedback_id FROM feedback WHERE tenant = ? AND feedback_id IN ({marks(asked)})"
+        return {row[0] for row in self.db.execute(sql, (tenant, *asked)).fetchall()}
 
     def _refuse_others(self, tenant: str, kept: str, reporter: str) -> None:
         """Refuse to retract what another reporter said under strict trust. Raises NotAllowed."""
@@ -247,8 +246,8 @@ def drop_retractions(db: Connection, tenant: str, feedback_id: str) -> None:
 
 def waiting_count(db: Connection, tenant: str | None) -> int:
     """Return how much feedback of a tenant, or of all for None, is for traces that are not there."""
-    sql = f"SELECT count(*) FROM feedback WHERE (CAST(? AS TEXT) IS NULL OR tenant = ?) AND {TARGETLESS}"
-    return int(db.execute(sql, (tenant, tenant)).fetchone()[0])
+    condition, values = (TARGETLESS, ()) if tenant is None else (f"tenant = ? AND {TARGETLESS}", (tenant,))
+    return int(db.execute(f"SELECT count(*) FROM feedback WHERE {condition}", values).fetchone()[0])
 
 
 def feedback_shown(db: Connection, trace: Trace, scope_id: int) -> list[Feedback]:

@@ -148,16 +148,8 @@ class FixReads:
                 "AND fix_evidence.memory_id = fixes.memory_id AND episode_id <> ?) "
                 "ORDER BY signature = ? DESC, action = ? DESC, output = ? DESC, revision DESC, memory_id LIMIT ?",
                 (
-                    scopes.known(db, scope),
-                    tool,
-                    start,
-                    start,
-                    self.clock(),
-                    episode_id,
-                    signature,
-                    action,
-                    shortened(output),
-                    limit,
+                    scopes.known(db, scope), tool, start, start, self.clock(), episode_id, signature, action,
+                    shortened(output), limit,
                 ),
             ).fetchall()  # fmt: skip
             found = [row[1:] for row in memories.as_written(self.seal, db, found)]
